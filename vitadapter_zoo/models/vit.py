@@ -1,0 +1,183 @@
+"""The plain ViT trunk and the plain ViT detector backbone (no adapter)."""
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, Mlp
+from torch import Tensor, nn
+
+PATCH = 16
+WINDOW = 14  # ViTDet-style windows are as large as the pretraining grid at 224 pixels
+LAYER_NORM_EPS = 1e-6
+
+
+def to_windows(x: Tensor, size: int) -> Tensor:
+    """Cut ``[N, H, W, C]`` (H, W multiples of ``size``) into ``[windows, size * size, C]``."""
+    n, h, w, c = x.shape
+    x = x.view(n, h // size, size, w // size, size, c)
+    return x.transpose(2, 3).reshape(-1, size * size, c)
+
+
+def from_windows(windows: Tensor, size: int, batch: int, height: int, width: int) -> Tensor:
+    """Undo ``to_windows``: back to ``[batch, height, width, C]``."""
+    x = windows.view(batch, height // size, width // size, size, size, -1)
+    return x.transpose(2, 3).reshape(batch, height, width, -1)
+
+
+def pad_to_windows(x: Tensor, size: int) -> Tensor:
+    """Zero-pad ``[N, H, W, C]`` at the bottom and right to multiples of ``size``."""
+    height, width = x.shape[1:3]
+    return F.pad(x, (0, 0, 0, -width % size, 0, -height % size))
+
+
+def self_attention(qkv: Tensor, heads: int) -> Tensor:
+    """Softmax attention over ``[N, L, 3 * C]`` (q, k, v side by side), giving ``[N, L, C]``."""
+    n, length, channels = qkv.shape
+    q, k, v = qkv.view(n, length, 3, heads, channels // (3 * heads)).permute(2, 0, 3, 1, 4)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, length, -1)
+
+
+def resized_position_embedding(embedding: Tensor, height: int, width: int) -> Tensor:
+    """Resize square ``[side * side, C]`` position embeddings to ``[1, height * width, C]``."""
+    side = int(embedding.shape[0] ** 0.5)
+    grid = embedding.view(1, side, side, -1).permute(0, 3, 1, 2)
+    # float32 whatever the weights' dtype: bicubic weights do not survive rounding to bfloat16
+    grid = F.interpolate(grid.float(), (height, width), mode="bicubic", align_corners=False)
+    return grid.flatten(2).transpose(1, 2).to(embedding.dtype)
+
+
+def tokens_to_map(tokens: Tensor, height: int, width: int) -> Tensor:
+    """``[N, H * W, C]`` in row-major order to ``[N, C, H, W]``."""
+    return tokens.transpose(1, 2).unflatten(2, (height, width))
+
+
+def drop_path_rates(maximum: float, depth: int) -> list[float]:
+    """Stochastic-depth rates, rising linearly from 0 to ``maximum`` over the blocks."""
+    return [maximum * index / max(depth - 1, 1) for index in range(depth)]
+
+
+class PatchEmbed(nn.Module):
+    """16x16 patches to tokens."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, dim, kernel_size=PATCH, stride=PATCH)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """``[N, 3, 16 H, 16 W]`` to ``[N, H * W, dim]``."""
+        tokens: Tensor = self.proj(image).flatten(2).transpose(1, 2)
+        return tokens
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, global or in 14x14 windows."""
+
+    def __init__(self, dim: int, heads: int, windowed: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        self.windowed = windowed
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, height: int, width: int) -> Tensor:
+        """``[N, height * width, dim]`` to the same."""
+        qkv = self.qkv(x)
+        if self.windowed:
+            # The *projected* map is padded and nothing is masked: padded tokens take part in the
+            # softmax with key = value = 0, as in training. Masking them would change the result.
+            padded = pad_to_windows(qkv.unflatten(1, (height, width)), WINDOW)
+            windows = self_attention(to_windows(padded, WINDOW), self.heads)
+            merged = from_windows(windows, WINDOW, x.shape[0], *padded.shape[1:3])
+            attended = merged[:, :height, :width].flatten(1, 2)
+        else:
+            attended = self_attention(qkv, self.heads)
+        projected: Tensor = self.proj(attended)
+        return projected
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block with layer scale (CaiT's, arXiv:2103.17239 section 2)."""
+
+    def __init__(self, dim: int, heads: int, windowed: bool, drop_path: float) -> None:
+        super().__init__()
+        self.gamma1 = nn.Parameter(torch.ones(dim))
+        self.gamma2 = nn.Parameter(torch.ones(dim))
+        self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.attn = Attention(dim, heads, windowed)
+        self.drop_path = DropPath(drop_path)
+        self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.mlp = Mlp(dim, 4 * dim)
+
+    def forward(self, x: Tensor, height: int, width: int) -> Tensor:
+        """``[N, height * width, dim]`` to the same."""
+        x = x + self.drop_path(self.gamma1 * self.attn(self.norm1(x), height, width))
+        x = x + self.drop_path(self.gamma2 * self.mlp(self.norm2(x)))
+        return x
+
+
+class VisionTransformer(nn.Module):
+    """What the plain and the adapter backbone share: embedding, positions, blocks.
+
+    Args:
+        dim: width of the tokens.
+        heads: attention heads.
+        windows: one flag per block, True for 14x14 windowed attention, False for global.
+        pretrain_grid: side of the square grid that ``pos_embed`` was trained on.
+        drop_path: largest stochastic-depth rate (training only).
+    """
+
+    def __init__(
+        self, dim: int, heads: int, windows: tuple[bool, ...], pretrain_grid: int, drop_path: float
+    ) -> None:
+        super().__init__()
+        # Slot 0 belongs to the class token, which takes no part in detection.
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + pretrain_grid**2, dim))
+        self.patch_embed = PatchEmbed(dim)
+        rates = drop_path_rates(drop_path, len(windows))
+        self.blocks = nn.ModuleList(
+            Block(dim, heads, windowed, rate)
+            for windowed, rate in zip(windows, rates, strict=True)
+        )
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+
+    def embed(self, image: Tensor) -> Tensor:
+        """``[N, 3, 16 H, 16 W]`` to tokens with positions, ``[N, H * W, dim]``."""
+        height, width = image.shape[2] // PATCH, image.shape[3] // PATCH
+        positions = resized_position_embedding(self.pos_embed[0, 1:], height, width)
+        tokens: Tensor = self.patch_embed(image) + positions
+        return tokens
+
+
+class ViTBaseline(VisionTransformer):
+    """The plain ViT detector backbone: four depths brought to strides 4, 8, 16 and 32."""
+
+    def __init__(
+        self, dim: int, heads: int, windows: tuple[bool, ...], pretrain_grid: int, drop_path: float
+    ) -> None:
+        super().__init__(dim, heads, windows, pretrain_grid, drop_path)
+        self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.norm3 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.norm4 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.up1 = nn.Sequential(
+            nn.ConvTranspose2d(dim, dim, 2, 2),
+            nn.GroupNorm(32, dim),
+            nn.GELU(),
+            nn.ConvTranspose2d(dim, dim, 2, 2),
+        )
+        self.up2 = nn.ConvTranspose2d(dim, dim, 2, 2)
+        self.up3 = nn.Identity()
+        self.up4 = nn.MaxPool2d(2, 2)
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        """``[N, 3, H, W]`` (multiples of 32) to four ``[N, dim, H / s, W / s]``, s = 4, 8, 16, 32."""
+        height, width = image.shape[2] // PATCH, image.shape[3] // PATCH
+        x = self.embed(image)
+        quarter = len(self.blocks) // 4
+        norms = (self.norm1, self.norm2, self.norm3, self.norm4)
+        scalers = (self.up1, self.up2, self.up3, self.up4)
+        maps = []
+        for index, (norm, scale) in enumerate(zip(norms, scalers, strict=True)):
+            for block in self.blocks[index * quarter : (index + 1) * quarter]:
+                x = block(x, height, width)
+            maps.append(scale(tokens_to_map(norm(x), height, width)))
+        return maps
