@@ -1,0 +1,327 @@
+"""ViT-Adapter (arXiv:2205.08534, section 3): a spatial prior beside the trunk, joined by
+injectors and extractors of multi-scale deformable attention."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+from vitadapter_zoo.models.vit import LAYER_NORM_EPS, PATCH, VisionTransformer, tokens_to_map
+from vitadapter_zoo.ops import ms_deform_attn
+
+POINTS = 4  # sampling points per head and level
+STEM_WIDTH = 64
+CONV_FFN_RATIO = 0.25
+
+
+def cell_centres(height: int, width: int, device: torch.device) -> Tensor:
+    """Centres of a grid's cells, ``[height * width, 2]`` as (x, y) in 0..1, row-major, float32."""
+    y = (torch.arange(height, dtype=torch.float32, device=device) + 0.5) / height
+    x = (torch.arange(width, dtype=torch.float32, device=device) + 0.5) / width
+    return torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The two token sets of an image: the trunk's grid and the spatial prior's three grids.
+
+    Attributes:
+        trunk: (height, width) at stride 16.
+        prior: (height, width) at strides 8, 16 and 32.
+        trunk_points: reference points of the trunk's tokens, ``[H * W, 2]`` in 0..1.
+        prior_points: reference points of the prior's tokens, ``[sum of H_l * W_l, 2]``.
+    """
+
+    trunk: tuple[int, int]
+    prior: list[tuple[int, int]]
+    trunk_points: Tensor
+    prior_points: Tensor
+
+    @classmethod
+    def of(cls, image: Tensor) -> "Geometry":
+        """Read the grids off an image ``[N, 3, H, W]`` whose sides are multiples of 32."""
+        height, width = image.shape[2:]
+        prior = [(height // stride, width // stride) for stride in (8, 16, 32)]
+        points = [cell_centres(*grid, image.device) for grid in prior]
+        return cls(prior[1], prior, points[1], torch.cat(points))
+
+
+class MSDeformAttn(nn.Module):
+    """Multi-scale deformable attention with its projections.
+
+    ``ratio`` is the width of the values relative to ``dim`` (0.5 in the large models).
+    """
+
+    def __init__(self, dim: int, heads: int, levels: int, ratio: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.levels = levels
+        value_dim = int(dim * ratio)
+        self.sampling_offsets = nn.Linear(dim, heads * levels * POINTS * 2)
+        self.attention_weights = nn.Linear(dim, heads * levels * POINTS)
+        self.value_proj = nn.Linear(dim, value_dim)
+        self.output_proj = nn.Linear(value_dim, dim)
+
+    def forward(
+        self, query: Tensor, points: Tensor, value: Tensor, shapes: list[tuple[int, int]]
+    ) -> Tensor:
+        """Attend from ``query`` ``[N, Q, dim]`` at ``points`` ``[Q, 2]`` (0..1) to ``value``.
+
+        ``value`` is ``[N, S, dim]``, ``shapes`` its levels' (height, width). Returns ``[N, Q, dim]``.
+        """
+        values = self.value_proj(value).unflatten(-1, (self.heads, -1))
+        grouped = (self.heads, self.levels, POINTS)
+        # Locations are always float32: half precision misses by up to a third of a pixel near 1.
+        offsets = self.sampling_offsets(query).float().unflatten(-1, (*grouped, 2))
+        sizes = torch.tensor(
+            [(width, height) for height, width in shapes], dtype=torch.float32, device=query.device
+        )
+        locations = points[:, None, None, None] + offsets / sizes[:, None]
+        weights = self.attention_weights(query).unflatten(-1, (self.heads, -1)).softmax(-1)
+        attended = ms_deform_attn(
+            values, shapes, locations, weights.unflatten(-1, (self.levels, POINTS))
+        )
+        projected: Tensor = self.output_proj(attended)
+        return projected
+
+
+class DWConv(nn.Module):
+    """One depthwise 3x3 convolution, applied to each of the prior's three maps apart."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dwconv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+
+    def forward(self, tokens: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
+        """``[N, sum of H_l * W_l, dim]`` to the same."""
+        areas = [height * width for height, width in shapes]
+        maps = [
+            self.dwconv(tokens_to_map(part, *shape)).flatten(2).transpose(1, 2)
+            for part, shape in zip(tokens.split(areas, dim=1), shapes, strict=True)
+        ]
+        return torch.cat(maps, dim=1)
+
+
+class ConvFFN(nn.Module):
+    """Feed-forward network with a depthwise convolution between its layers."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        hidden = int(dim * CONV_FFN_RATIO)
+        self.fc1 = nn.Linear(dim, hidden)
+        self.dwconv = DWConv(hidden)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, tokens: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
+        """``[N, sum of H_l * W_l, dim]`` to the same."""
+        projected: Tensor = self.fc2(self.act(self.dwconv(self.fc1(tokens), shapes)))
+        return projected
+
+
+class Injector(nn.Module):
+    """Bring the spatial prior into the trunk (equation 1): ``x + gamma * attn(x, c)``."""
+
+    def __init__(self, dim: int, heads: int, ratio: float, eps: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.zeros(dim))
+        self.query_norm = nn.LayerNorm(dim, eps=eps)
+        self.feat_norm = nn.LayerNorm(dim, eps=eps)
+        self.attn = MSDeformAttn(dim, heads, levels=3, ratio=ratio)
+
+    def forward(self, x: Tensor, c: Tensor, geometry: Geometry) -> Tensor:
+        """Trunk tokens ``x`` and prior tokens ``c`` to new trunk tokens."""
+        attended = self.attn(
+            self.query_norm(x), geometry.trunk_points, self.feat_norm(c), geometry.prior
+        )
+        return x + self.gamma * attended
+
+
+class Extractor(nn.Module):
+    """Take the trunk's features into the prior (equations 2 and 3), then a ConvFFN."""
+
+    def __init__(self, dim: int, heads: int, ratio: float, eps: float, drop_path: float) -> None:
+        super().__init__()
+        self.query_norm = nn.LayerNorm(dim, eps=eps)
+        self.feat_norm = nn.LayerNorm(dim, eps=eps)
+        self.attn = MSDeformAttn(dim, heads, levels=1, ratio=ratio)
+        self.ffn = ConvFFN(dim)
+        self.ffn_norm = nn.LayerNorm(dim, eps=eps)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, c: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
+        """Prior tokens ``c`` and trunk tokens ``x`` to new prior tokens."""
+        c = c + self.attn(
+            self.query_norm(c), geometry.prior_points, self.feat_norm(x), [geometry.trunk]
+        )
+        c = c + self.drop_path(self.ffn(self.ffn_norm(c), geometry.prior))
+        return c
+
+
+class InteractionBlock(nn.Module):
+    """An injector, a quarter of the trunk's blocks, an extractor; at the end two more extractors."""
+
+    def __init__(
+        self, dim: int, heads: int, ratio: float, eps: float, drop_path: float, *, last: bool
+    ) -> None:
+        super().__init__()
+        self.injector = Injector(dim, heads, ratio, eps)
+        self.extractor = Extractor(dim, heads, ratio, eps, drop_path)
+        self.extra_extractors = nn.ModuleList(
+            Extractor(dim, heads, ratio, eps, drop_path) for _ in range(2 if last else 0)
+        )
+
+    def forward(
+        self, x: Tensor, c: Tensor, blocks: Sequence[nn.Module], geometry: Geometry
+    ) -> tuple[Tensor, Tensor]:
+        """Trunk tokens ``x`` and prior tokens ``c`` after this quarter of ``blocks``."""
+        x = self.injector(x, c, geometry)
+        for block in blocks:
+            x = block(x, *geometry.trunk)
+        c = self.extractor(c, x, geometry)
+        for extractor in self.extra_extractors:
+            c = extractor(c, x, geometry)
+        return x, c
+
+
+def _convolutions(*widths: int, strides: tuple[int, ...]) -> list[nn.Module]:
+    """3x3 convolution + BatchNorm + ReLU for each step of ``widths``."""
+    layers: list[nn.Module] = []
+    for narrow, wide, stride in zip(widths[:-1], widths[1:], strides, strict=True):
+        layers += [
+            nn.Conv2d(narrow, wide, 3, stride=stride, padding=1, bias=False),
+            nn.BatchNorm2d(wide),
+            nn.ReLU(inplace=True),
+        ]
+    return layers
+
+
+class SpatialPrior(nn.Module):
+    """A small convolutional pyramid at strides 4, 8, 16 and 32 (section 3.3)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        width = STEM_WIDTH
+        self.stem = nn.Sequential(
+            *_convolutions(3, width, width, width, strides=(2, 1, 1)),
+            nn.MaxPool2d(3, stride=2, padding=1),
+        )
+        self.conv2 = nn.Sequential(*_convolutions(width, 2 * width, strides=(2,)))
+        self.conv3 = nn.Sequential(*_convolutions(2 * width, 4 * width, strides=(2,)))
+        self.conv4 = nn.Sequential(*_convolutions(4 * width, 4 * width, strides=(2,)))
+        self.fc1 = nn.Conv2d(width, dim, 1)
+        self.fc2 = nn.Conv2d(2 * width, dim, 1)
+        self.fc3 = nn.Conv2d(4 * width, dim, 1)
+        self.fc4 = nn.Conv2d(4 * width, dim, 1)
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        """``[N, 3, H, W]`` to four maps ``[N, dim, H / s, W / s]``, s = 4, 8, 16, 32."""
+        c1 = self.stem(image)
+        c2 = self.conv2(c1)
+        c3 = self.conv3(c2)
+        c4 = self.conv4(c3)
+        return [self.fc1(c1), self.fc2(c2), self.fc3(c3), self.fc4(c4)]
+
+
+def interactions(
+    dim: int, heads: int, ratio: float, eps: float, drop_path: float
+) -> nn.ModuleList:
+    """The four interaction blocks; only the last has extra extractors."""
+    return nn.ModuleList(
+        InteractionBlock(dim, heads, ratio, eps, drop_path, last=index == 3) for index in range(4)
+    )
+
+
+def interact(
+    x: Tensor,
+    prior: list[Tensor],
+    level_embed: Tensor,
+    interaction_blocks: nn.ModuleList,
+    trunk_blocks: nn.ModuleList,
+    geometry: Geometry,
+) -> tuple[Tensor, list[Tensor]]:
+    """Run trunk tokens ``x`` and the prior's stride 8, 16, 32 maps through the interactions.
+
+    Returns the trunk's map ``[N, dim, H / 16, W / 16]`` and the three prior maps.
+    """
+    c = torch.cat(
+        [
+            part.flatten(2).transpose(1, 2) + level
+            for part, level in zip(prior, level_embed, strict=True)
+        ],
+        dim=1,
+    )
+    quarter = len(trunk_blocks) // 4
+    for index, interaction in enumerate(interaction_blocks):
+        quarter_blocks = trunk_blocks[index * quarter : (index + 1) * quarter]
+        x, c = interaction(x, c, quarter_blocks, geometry)
+    areas = [height * width for height, width in geometry.prior]
+    maps = [
+        tokens_to_map(part, *shape)
+        for part, shape in zip(c.split(areas, dim=1), geometry.prior, strict=True)
+    ]
+    return tokens_to_map(x, *geometry.trunk), maps
+
+
+def add_trunk(prior: list[Tensor], trunk: Tensor) -> list[Tensor]:
+    """Add the trunk's stride-16 map to the prior's maps at strides 4, 8, 16 and 32."""
+    return [
+        part
+        + (
+            trunk
+            if scale == 1
+            else F.interpolate(trunk, scale_factor=scale, mode="bilinear", align_corners=False)
+        )
+        for part, scale in zip(prior, (4, 2, 1, 0.5), strict=True)
+    ]
+
+
+class ViTAdapter(VisionTransformer):
+    """The plain ViT trunk with the adapter around it.
+
+    Args:
+        dim, heads, windows, pretrain_grid, drop_path: the trunk's, see ``VisionTransformer``.
+        deform_heads: heads of the deformable attention.
+        deform_ratio: width of its values relative to ``dim``.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        windows: tuple[bool, ...],
+        pretrain_grid: int,
+        drop_path: float,
+        *,
+        deform_heads: int,
+        deform_ratio: float,
+    ) -> None:
+        super().__init__(dim, heads, windows, pretrain_grid, drop_path)
+        self.level_embed = nn.Parameter(torch.zeros(3, dim))
+        self.spm = SpatialPrior(dim)
+        self.interactions = interactions(
+            dim, deform_heads, deform_ratio, LAYER_NORM_EPS, drop_path
+        )
+        self.up = nn.ConvTranspose2d(dim, dim, 2, 2)
+        self.norm1 = nn.BatchNorm2d(dim)
+        self.norm2 = nn.BatchNorm2d(dim)
+        self.norm3 = nn.BatchNorm2d(dim)
+        self.norm4 = nn.BatchNorm2d(dim)
+        nn.init.normal_(self.level_embed)
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        """``[N, 3, H, W]`` (multiples of 32) to four ``[N, dim, H / s, W / s]``, s = 4, 8, 16, 32."""
+        c1, *prior = self.spm(image)
+        trunk, (c2, c3, c4) = interact(
+            self.embed(image),
+            prior,
+            self.level_embed,
+            self.interactions,
+            self.blocks,
+            Geometry.of(image),
+        )
+        c1, c2, c3, c4 = add_trunk([c1 + self.up(c2), c2, c3, c4], trunk)
+        return [self.norm1(c1), self.norm2(c2), self.norm3(c3), self.norm4(c4)]

@@ -1,0 +1,147 @@
+"""The adapter on a Uni-Perceiver trunk (arXiv:2112.01522): other names, other padding."""
+
+import torch
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+from vitadapter_zoo.models.adapter import Geometry, SpatialPrior, add_trunk, interact, interactions
+from vitadapter_zoo.models.vit import (
+    PATCH,
+    WINDOW,
+    drop_path_rates,
+    from_windows,
+    pad_to_windows,
+    resized_position_embedding,
+    self_attention,
+    to_windows,
+)
+
+LAYER_NORM_EPS = 1e-5
+FRAMES = 8  # length of the video position embedding; an image is its first frame
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention, global or in 14x14 windows."""
+
+    def __init__(self, dim: int, heads: int, windowed: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        self.windowed = windowed
+        self.in_proj = nn.Linear(dim, 3 * dim)
+        self.out_proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, height: int, width: int) -> Tensor:
+        """``[N, height * width, dim]`` to the same."""
+        if self.windowed:
+            # The *input* map is padded, so padded tokens carry the projection's bias as key and
+            # value. The plain trunk pads after the projection: the two are not interchangeable.
+            padded = pad_to_windows(x.unflatten(1, (height, width)), WINDOW)
+            windows = self_attention(self.in_proj(to_windows(padded, WINDOW)), self.heads)
+            merged = from_windows(windows, WINDOW, x.shape[0], *padded.shape[1:3])
+            attended = merged[:, :height, :width].flatten(1, 2)
+        else:
+            attended = self_attention(self.in_proj(x), self.heads)
+        projected: Tensor = self.out_proj(attended)
+        return projected
+
+
+class Layer(nn.Module):
+    """Pre-norm transformer block with layer scale."""
+
+    def __init__(self, dim: int, heads: int, windowed: bool, drop_path: float) -> None:
+        super().__init__()
+        self.gamma_1 = nn.Parameter(torch.zeros(dim))
+        self.gamma_2 = nn.Parameter(torch.zeros(dim))
+        self.self_attn = SelfAttention(dim, heads, windowed)
+        self.linear1 = nn.Linear(dim, 4 * dim)
+        self.act = nn.GELU()
+        self.linear2 = nn.Linear(4 * dim, dim)
+        self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor, height: int, width: int) -> Tensor:
+        """``[N, height * width, dim]`` to the same."""
+        x = x + self.drop_path(self.gamma_1 * self.self_attn(self.norm1(x), height, width))
+        feedforward = self.linear2(self.act(self.linear1(self.norm2(x))))
+        x = x + self.drop_path(self.gamma_2 * feedforward)
+        return x
+
+
+class PatchEmbed(nn.Module):
+    """16x16 patches to tokens, with positions in space and time."""
+
+    def __init__(self, dim: int, pretrain_grid: int) -> None:
+        super().__init__()
+        self.spatial_pos_embed = nn.Embedding(pretrain_grid**2, dim)
+        self.temporal_pos_embed = nn.Embedding(FRAMES, dim)
+        self.proj = nn.Conv2d(3, dim, kernel_size=PATCH, stride=PATCH)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """``[N, 3, 16 H, 16 W]`` to ``[N, H * W, dim]``."""
+        tokens = self.proj(image)
+        height, width = tokens.shape[2:]
+        space = resized_position_embedding(self.spatial_pos_embed.weight, height, width)
+        return tokens.flatten(2).transpose(1, 2) + space + self.temporal_pos_embed.weight[0]
+
+
+class VisualEmbed(nn.Module):
+    """Patch embedding and its norm."""
+
+    def __init__(self, dim: int, pretrain_grid: int) -> None:
+        super().__init__()
+        self.embeddings_norm = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.patch_embed = PatchEmbed(dim, pretrain_grid)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """``[N, 3, 16 H, 16 W]`` to ``[N, H * W, dim]``."""
+        tokens: Tensor = self.embeddings_norm(self.patch_embed(image))
+        return tokens
+
+
+class UniPerceiverAdapter(nn.Module):
+    """The Uni-Perceiver trunk with the adapter around it; arguments as for ``ViTAdapter``."""
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        windows: tuple[bool, ...],
+        pretrain_grid: int,
+        drop_path: float,
+        *,
+        deform_heads: int,
+        deform_ratio: float,
+    ) -> None:
+        super().__init__()
+        self.level_embed = nn.Parameter(torch.zeros(3, dim))
+        rates = drop_path_rates(drop_path, len(windows))
+        self.layers = nn.ModuleList(
+            Layer(dim, heads, windowed, rate)
+            for windowed, rate in zip(windows, rates, strict=True)
+        )
+        self.visual_embed = VisualEmbed(dim, pretrain_grid)
+        self.spm = SpatialPrior(dim)
+        self.interactions = interactions(
+            dim, deform_heads, deform_ratio, LAYER_NORM_EPS, drop_path
+        )
+        self.up = nn.ConvTranspose2d(dim, dim, 2, 2)
+        self.norm1 = nn.BatchNorm2d(dim)
+        self.norm2 = nn.BatchNorm2d(dim)
+        self.norm3 = nn.BatchNorm2d(dim)
+        self.norm4 = nn.BatchNorm2d(dim)
+        nn.init.normal_(self.level_embed)
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        """``[N, 3, H, W]`` (multiples of 32) to four ``[N, dim, H / s, W / s]``, s = 4, 8, 16, 32."""
+        c1, *prior = self.spm(image)
+        trunk, (c2, c3, c4) = interact(
+            self.visual_embed(image),
+            prior,
+            self.level_embed,
+            self.interactions,
+            self.layers,
+            Geometry.of(image),
+        )
+        c1, c2, c3, c4 = add_trunk([c1 + self.up(c2), c2, c3, c4], trunk)
+        return [self.norm1(c1), self.norm2(c2), self.norm3(c3), self.norm4(c4)]
