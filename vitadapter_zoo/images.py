@@ -1,0 +1,166 @@
+"""From a picture to the network's input, as the published numbers were measured.
+
+OpenCV decodes and resizes: Pillow's resize differs by up to 18 grey levels, and the original
+used OpenCV.
+"""
+
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import TypeAlias
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from vitadapter_zoo.errors import ImageError
+
+RGB: TypeAlias = npt.NDArray[np.uint8]
+ImageInput: TypeAlias = "str | PathLike[str] | bytes | Image.Image | npt.NDArray[np.uint8]"
+
+PAD_MULTIPLE = 32
+
+
+@dataclass(frozen=True)
+class NetworkInput:
+    """One image as the network takes it, and the way back to the image's pixels.
+
+    Attributes:
+        tensor: float32 ``[1, 3, H, W]``, normalised RGB, zero-padded at the bottom and right to
+            multiples of 32.
+        resized: (height, width) of the resized image without the padding.
+        original: (height, width) of the image as given, EXIF rotation applied.
+        scale: network pixels per image pixel for (x, y, x, y), rounded to float32.
+    """
+
+    tensor: Tensor
+    resized: tuple[int, int]
+    original: tuple[int, int]
+    scale: tuple[float, float, float, float]
+
+
+def read_image(image: ImageInput) -> RGB:
+    """Decode to uint8 RGB ``[H, W, 3]``, EXIF rotation applied, transparency dropped.
+
+    Args:
+        image: a path, the bytes of an image file, a PIL image, or an array: uint8 RGB
+            ``[H, W, 3]``, grey ``[H, W]`` or ``[H, W, 1]``, or RGBA ``[H, W, 4]``.
+
+    Raises:
+        ImageError: not an image, or not one of these forms.
+    """
+    if isinstance(image, Image.Image):
+        return _from_pil(image)
+    if isinstance(image, np.ndarray):
+        return _from_array(image)
+    if isinstance(image, (bytes, bytearray, memoryview)):
+        return _decode(bytes(image), "the given bytes")
+    if isinstance(image, (str, PathLike)):
+        path = Path(image)
+        try:
+            encoded = path.read_bytes()
+        except OSError as error:
+            raise ImageError(f"cannot read the image {path}: {error.strerror}") from error
+        return _decode(encoded, str(path))
+    raise ImageError(
+        f"an image is a path, bytes, a PIL image or a numpy array, not {type(image).__name__}"
+    )
+
+
+def _decode(encoded: bytes, source: str) -> RGB:
+    reason = "the data are empty" if not encoded else "OpenCV knows no such format"
+    try:
+        bgr = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR) if encoded else None
+    except cv2.error as error:  # more pixels than OpenCV allows, for instance
+        bgr, reason = None, str(error.err)
+    if bgr is None:
+        raise ImageError(
+            f"{source} is not an image that can be decoded ({reason}); "
+            "JPEG, PNG, WebP, BMP and TIFF can"
+        )
+    return np.asarray(cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB), np.uint8)
+
+
+def _from_pil(image: Image.Image) -> RGB:
+    try:
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16"):  # convert("RGB") would clip 16 bits to 255
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        if image.mode in ("I", "F"):
+            raise ImageError(
+                f"a PIL image of mode {image.mode!r} has no fixed range of values; "
+                "convert it to 'RGB' or 'L' first"
+            )
+        return np.asarray(image.convert("RGB"), np.uint8)
+    except OSError as error:  # PIL reads lazily: a truncated file shows here
+        raise ImageError(f"the PIL image cannot be read: {error}") from error
+
+
+def _from_array(array: npt.NDArray[np.uint8]) -> RGB:
+    if array.dtype != np.uint8:
+        raise ImageError(f"an image array is uint8 RGB in 0..255, not {array.dtype}")
+    if array.ndim == 2:
+        array = array[:, :, None]
+    if array.ndim != 3 or array.shape[2] not in (1, 3, 4) or array.size == 0:
+        raise ImageError(
+            "an image array is [height, width, 3] (RGB), [height, width, 4] (RGBA) or "
+            f"[height, width] (grey), not {list(array.shape)}"
+        )
+    return np.repeat(array, 3, axis=2) if array.shape[2] == 1 else array[:, :, :3]
+
+
+def resized_size(height: int, width: int, input_size: tuple[int, int]) -> tuple[int, int]:
+    """The (height, width) that an image is resized to, its aspect ratio kept.
+
+    ``input_size`` is (longest, shortest): the image is made as large as fits both limits.
+    """
+    longest, shortest = input_size
+    factor = min(longest / max(height, width), shortest / min(height, width))
+    return int(height * factor + 0.5), int(width * factor + 0.5)
+
+
+def network_input(
+    image: ImageInput,
+    input_size: tuple[int, int],
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+) -> NetworkInput:
+    """Decode, resize, normalise and pad one image.
+
+    Args:
+        image: see ``read_image``.
+        input_size: (longest, shortest) side in pixels after resizing.
+        mean: RGB mean, 0..255.
+        std: RGB standard deviation, 0..255.
+
+    Raises:
+        ImageError: not an image, or so elongated that a side would shrink to nothing.
+    """
+    rgb = read_image(image)
+    height, width = rgb.shape[:2]
+    new_height, new_width = resized_size(height, width, input_size)
+    if min(new_height, new_width) < 1:
+        raise ImageError(
+            f"an image of {width} x {height} pixels is too elongated: resized to fit "
+            f"{input_size[0]} x {input_size[1]} its short side has no pixel left; crop it first"
+        )
+    resized = cv2.resize(rgb, (new_width, new_height), interpolation=cv2.INTER_LINEAR)
+    pixels = resized.astype(np.float32)
+    # OpenCV's own arithmetic, to round as the original did.
+    cv2.subtract(pixels, np.float64([mean]), pixels)
+    cv2.multiply(pixels, 1 / np.float64([std]), pixels)
+    padded = torch.zeros(
+        1, 3, new_height + -new_height % PAD_MULTIPLE, new_width + -new_width % PAD_MULTIPLE
+    )
+    padded[0, :, :new_height, :new_width] = torch.from_numpy(pixels).permute(2, 0, 1)
+    scale_x = float(np.float32(new_width / width))
+    scale_y = float(np.float32(new_height / height))
+    return NetworkInput(
+        tensor=padded,
+        resized=(new_height, new_width),
+        original=(height, width),
+        scale=(scale_x, scale_y, scale_x, scale_y),
+    )

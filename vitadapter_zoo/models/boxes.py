@@ -1,0 +1,123 @@
+"""Box geometry: anchors, box coding, suppression, RoI pooling and mask pasting.
+
+Boxes are float32 ``[N, 4]`` as (x1, y1, x2, y2). Arithmetic follows the order in which the
+published numbers were computed, since rounding decides near the thresholds.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.ops import nms, roi_align
+
+ANCHOR_SCALE = 8  # side of the square anchor in strides
+ANCHOR_RATIOS = (0.5, 1.0, 2.0)  # height / width
+MAX_LOG_RATIO = abs(math.log(16 / 1000))  # dw, dh are clamped to this before exp
+FINEST_SCALE = 56  # FPN paper, equation 1 with k0 = 4 at 224 pixels: level 0 below 112
+ROI_STRIDES = (4, 8, 16, 32)
+
+
+def anchors(height: int, width: int, stride: int, device: torch.device) -> Tensor:
+    """Anchors of one level, ``[height * width * 3, 4]`` in network pixels: row, column, ratio."""
+    ratios = torch.tensor(ANCHOR_RATIOS, device=device).sqrt()
+    half_width = 0.5 * ANCHOR_SCALE * stride / ratios
+    half_height = 0.5 * ANCHOR_SCALE * stride * ratios
+    base = torch.stack([-half_width, -half_height, half_width, half_height], dim=-1)
+    y, x = torch.meshgrid(
+        torch.arange(height, device=device) * stride,
+        torch.arange(width, device=device) * stride,
+        indexing="ij",
+    )
+    centres = torch.stack([x, y, x, y], dim=-1).view(-1, 1, 4)
+    return (base + centres).view(-1, 4)
+
+
+def decode(
+    boxes: Tensor, deltas: Tensor, stds: tuple[float, float, float, float], size: tuple[int, int]
+) -> Tensor:
+    """Apply box deltas (R-CNN, arXiv:1311.2524, appendix C) and clip to the image.
+
+    Args:
+        boxes: ``[N, 4]`` in network pixels.
+        deltas: ``[N, 4]`` as (dx, dy, dw, dh) in units of ``stds``.
+        stds: what one unit of each delta means.
+        size: (height, width) of the resized image without its padding.
+    """
+    deltas = deltas * deltas.new_tensor(stds)
+    centres = (boxes[:, :2] + boxes[:, 2:]) * 0.5
+    sides = boxes[:, 2:] - boxes[:, :2]
+    centres = centres + sides * deltas[:, :2]
+    sides = sides * deltas[:, 2:].clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    decoded = torch.cat([centres - sides * 0.5, centres + sides * 0.5], dim=-1)
+    height, width = size
+    return decoded.clamp(min=0).minimum(decoded.new_tensor([width, height, width, height]))
+
+
+def nms_by_group(boxes: Tensor, scores: Tensor, groups: Tensor, threshold: float) -> Tensor:
+    """Suppress overlaps within each group; indices of what is kept, best score first.
+
+    Groups are moved apart by offsets and suppressed in one pass, as the original does: the
+    offsets' rounding is part of the published numbers, so torchvision's ``batched_nms``, which
+    changes its way with the number of boxes, is not used.
+    """
+    if boxes.numel() == 0:
+        return torch.zeros(0, dtype=torch.long, device=boxes.device)
+    offsets = groups.to(boxes) * (boxes.max() + 1)
+    return nms(boxes + offsets[:, None], scores, threshold)
+
+
+def pool_rois(maps: list[Tensor], rois: Tensor, size: int) -> Tensor:
+    """RoIAlign each box from the level that fits its size.
+
+    Args:
+        maps: ``[N, 256, H / s, W / s]`` at strides 4, 8, 16 and 32.
+        rois: ``[R, 5]`` as (image index, x1, y1, x2, y2) in network pixels.
+        size: bins per side.
+
+    Returns:
+        ``[R, 256, size, size]``.
+    """
+    scales = ((rois[:, 3] - rois[:, 1]) * (rois[:, 4] - rois[:, 2])).sqrt()
+    levels = (scales / FINEST_SCALE + 1e-6).log2().floor().clamp(0, len(ROI_STRIDES) - 1)
+    pooled = maps[0].new_zeros(len(rois), maps[0].shape[1], size, size)
+    for level, (x, stride) in enumerate(zip(maps, ROI_STRIDES, strict=True)):
+        chosen = (levels == level).nonzero().squeeze(1)
+        if len(chosen):
+            aligned = roi_align(x, rois[chosen].to(x.dtype), size, 1 / stride, -1, aligned=True)
+            pooled = pooled.index_copy(0, chosen, aligned.to(pooled.dtype))
+    return pooled
+
+
+def paste_masks(
+    probabilities: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float
+) -> Tensor:
+    """Resample each mask into its box on the image and threshold it (>=).
+
+    Bilinear between pixel centres, zero outside the map. Only a box's own region is touched.
+
+    Args:
+        probabilities: ``[N, 28, 28]`` in 0..1.
+        boxes: ``[N, 4]`` in image pixels.
+        size: (height, width) of the image.
+        threshold: smallest probability that belongs to the object.
+
+    Returns:
+        bool ``[N, height, width]``.
+    """
+    height, width = size
+    masks = torch.zeros(len(boxes), height, width, dtype=torch.bool, device=boxes.device)
+    lower = (boxes[:, :2].floor() - 1).clamp(min=0).long().tolist()
+    upper = (boxes[:, 2:].ceil() + 1).long().tolist()
+    for index, ((left, top), (right, bottom)) in enumerate(zip(lower, upper, strict=True)):
+        right, bottom = min(right, width), min(bottom, height)
+        x1, y1, x2, y2 = boxes[index]
+        x = torch.arange(left, right, dtype=torch.float32, device=boxes.device) + 0.5
+        y = torch.arange(top, bottom, dtype=torch.float32, device=boxes.device) + 0.5
+        # A box without area divides by zero; an infinite place samples the centre, as the original.
+        x = torch.nan_to_num((x - x1) / (x2 - x1) * 2 - 1, posinf=0, neginf=0)
+        y = torch.nan_to_num((y - y1) / (y2 - y1) * 2 - 1, posinf=0, neginf=0)
+        grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)
+        region = F.grid_sample(probabilities[index][None, None], grid[None], align_corners=False)
+        masks[index, top:bottom, left:right] = region[0, 0] >= threshold
+    return masks

@@ -1,0 +1,178 @@
+"""The heads of Mask R-CNN (arXiv:1703.06870): proposals, boxes and masks."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitadapter_zoo.models.boxes import ANCHOR_RATIOS, anchors, decode, nms_by_group, pool_rois
+from vitadapter_zoo.models.necks import WIDTH, Conv
+
+RPN_STRIDES = (4, 8, 16, 32, 64)
+RPN_STDS = (1.0, 1.0, 1.0, 1.0)
+BOX_STDS = (0.1, 0.1, 0.2, 0.2)
+PROPOSALS = 1000  # kept per level before suppression, and over all levels after it
+RPN_NMS = 0.7
+BOX_NMS = 0.5
+MAX_DETECTIONS = 100
+
+
+class Proposals(NamedTuple):
+    """Boxes of one image ``[N, 4]`` in network pixels with scores ``[N]`` in 0..1, best first."""
+
+    boxes: Tensor
+    scores: Tensor
+
+
+class BoxDetections(NamedTuple):
+    """Detections of one image before their masks; boxes ``[N, 4]`` in image pixels."""
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+
+
+class RPNHead(nn.Module):
+    """Region proposal network over five levels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rpn_conv = nn.Conv2d(WIDTH, WIDTH, 3, padding=1)
+        self.rpn_cls = nn.Conv2d(WIDTH, len(ANCHOR_RATIOS), 1)
+        self.rpn_reg = nn.Conv2d(WIDTH, 4 * len(ANCHOR_RATIOS), 1)
+
+    def forward(self, maps: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Per level: logits ``[N, 3, H, W]`` and deltas ``[N, 12, H, W]``."""
+        hidden = [F.relu(self.rpn_conv(x)) for x in maps]
+        return [(self.rpn_cls(x), self.rpn_reg(x)) for x in hidden]
+
+    def propose(self, maps: list[Tensor], sizes: list[tuple[int, int]]) -> list[Proposals]:
+        """The best 1000 boxes of each image; ``sizes`` are the resized images' (height, width)."""
+        outputs = self(maps)
+        grids = [
+            anchors(*logits.shape[2:], stride, logits.device)
+            for (logits, _), stride in zip(outputs, RPN_STRIDES, strict=True)
+        ]
+        return [
+            self._propose_one(
+                [(logits[index], deltas[index]) for logits, deltas in outputs], grids, size
+            )
+            for index, size in enumerate(sizes)
+        ]
+
+    def _propose_one(
+        self, outputs: list[tuple[Tensor, Tensor]], grids: list[Tensor], size: tuple[int, int]
+    ) -> Proposals:
+        kept: list[tuple[Tensor, Tensor, Tensor]] = []
+        for level, ((logits, deltas), grid) in enumerate(zip(outputs, grids, strict=True)):
+            scores = logits.permute(1, 2, 0).reshape(-1).float().sigmoid()
+            scores, best = scores.topk(min(PROPOSALS, len(scores)))
+            deltas = deltas.permute(1, 2, 0).reshape(-1, 4)[best].float()
+            boxes = decode(grid[best], deltas, RPN_STDS, size)
+            solid = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(dim=1)
+            kept.append((boxes[solid], scores[solid], torch.full_like(best[solid], level)))
+        boxes, scores, levels = (torch.cat(parts) for parts in zip(*kept, strict=True))
+        best = nms_by_group(boxes, scores, levels, RPN_NMS)[:PROPOSALS]
+        return Proposals(boxes[best], scores[best])
+
+
+class BoxHead(nn.Module):
+    """Two fully connected layers, then class scores and per-class boxes."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.fc_cls = nn.Linear(1024, classes + 1)  # background is the last
+        self.fc_reg = nn.Linear(1024, 4 * classes)
+        self.shared_fcs = nn.ModuleList([nn.Linear(WIDTH * 7 * 7, 1024), nn.Linear(1024, 1024)])
+
+    def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
+        """``[R, 256, 7, 7]`` to logits ``[R, classes + 1]`` and deltas ``[R, 4 * classes]``."""
+        x = pooled.flatten(1)
+        for layer in self.shared_fcs:
+            x = F.relu(layer(x))
+        return self.fc_cls(x), self.fc_reg(x)
+
+
+class MaskHead(nn.Module):
+    """Four convolutions, one upsampling, one 28x28 mask per class."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(Conv(WIDTH, 3) for _ in range(4))
+        self.upsample = nn.ConvTranspose2d(WIDTH, WIDTH, 2, 2)
+        self.conv_logits = nn.Conv2d(WIDTH, classes, 1)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """``[R, 256, 14, 14]`` to logits ``[R, classes, 28, 28]``."""
+        x = pooled
+        for conv in self.convs:
+            x = F.relu(conv(x))
+        logits: Tensor = self.conv_logits(F.relu(self.upsample(x)))
+        return logits
+
+
+class RoIHead(nn.Module):
+    """From proposals to boxes with classes, and from boxes to masks."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.bbox_head = BoxHead(classes)
+        self.mask_head = MaskHead(classes)
+
+    def detect_boxes(
+        self,
+        maps: list[Tensor],
+        proposals: list[Proposals],
+        sizes: list[tuple[int, int]],
+        scales: list[tuple[float, float, float, float]],
+        score_threshold: float,
+    ) -> list[BoxDetections]:
+        """The best 100 boxes of each image, in image pixels.
+
+        Args:
+            maps: the neck's maps at strides 4, 8, 16 and 32.
+            proposals: per image.
+            sizes: (height, width) of the resized images, network pixels.
+            scales: network pixels per image pixel, for (x, y, x, y).
+            score_threshold: lowest score kept, 0..1.
+        """
+        counts = [len(proposal.boxes) for proposal in proposals]
+        pooled = pool_rois(maps, _rois([proposal.boxes for proposal in proposals]), 7)
+        logits, deltas = self.bbox_head(pooled)
+        scores = logits.float().softmax(-1)[:, :-1]
+        detections = []
+        for proposal, image_scores, image_deltas, size, scale in zip(
+            proposals, scores.split(counts), deltas.float().split(counts), sizes, scales,
+            strict=True,
+        ):
+            # Only what passes the threshold is decoded: a few hundred of 80,000 pairs.
+            rows, labels = (image_scores > score_threshold).nonzero(as_tuple=True)
+            chosen_deltas = image_deltas.view(len(image_deltas), -1, 4)[rows, labels]
+            boxes = decode(proposal.boxes[rows], chosen_deltas, BOX_STDS, size)
+            boxes = boxes / boxes.new_tensor(scale)
+            chosen_scores = image_scores[rows, labels]
+            best = nms_by_group(boxes, chosen_scores, labels, BOX_NMS)[:MAX_DETECTIONS]
+            detections.append(BoxDetections(boxes[best], chosen_scores[best], labels[best]))
+        return detections
+
+    def predict_masks(
+        self,
+        maps: list[Tensor],
+        detections: list[BoxDetections],
+        scales: list[tuple[float, float, float, float]],
+    ) -> list[Tensor]:
+        """Per image the mask probabilities ``[N, 28, 28]`` of each detection's own class."""
+        boxes = [
+            found.boxes * found.boxes.new_tensor(scale)
+            for found, scale in zip(detections, scales, strict=True)
+        ]
+        logits = self.mask_head(pool_rois(maps, _rois(boxes), 14))
+        labels = torch.cat([found.labels for found in detections])
+        own = logits[torch.arange(len(labels), device=labels.device), labels]
+        return list(own.float().sigmoid().split([len(found.labels) for found in detections]))
+
+
+def _rois(boxes: list[Tensor]) -> Tensor:
+    """Boxes per image to ``[R, 5]`` with the image's index in front."""
+    return torch.cat([F.pad(part, (1, 0), value=index) for index, part in enumerate(boxes)])
