@@ -19,7 +19,7 @@ from torch import Tensor
 from vitadapter_zoo.errors import ImageError
 
 RGB: TypeAlias = npt.NDArray[np.uint8]
-ImageInput: TypeAlias = "str | PathLike[str] | bytes | Image.Image | npt.NDArray[np.uint8]"
+ImageInput: TypeAlias = str | PathLike[str] | bytes | Image.Image | npt.NDArray[np.uint8]
 
 PAD_MULTIPLE = 32
 

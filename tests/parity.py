@@ -1,0 +1,125 @@
+"""How far this network is from the original's stored outputs, stage by stage."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from standins import DATA, PHOTO
+from torch import Tensor
+from torchvision.ops import box_iou
+
+from vitadapter_zoo.models import MaskRCNN
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Differences on the reference photo.
+
+    Attributes:
+        shapes: whether every shape, size and scale factor is the original's.
+        input: largest difference of the sampled input values.
+        features: per map, the largest sampled difference relative to the tensor's largest
+            magnitude.
+        moments: per map, the largest difference of mean and standard deviation, likewise.
+        proposals: share of the original's proposals with a counterpart.
+        unmatched: detections on either side without a counterpart.
+        mask_iou: smallest mask IoU over the matched detections.
+        rle_equal: share of the matched masks whose RLE is the original's to the byte.
+    """
+
+    shapes: bool
+    input: float
+    features: dict[str, float]
+    moments: dict[str, float]
+    proposals: float
+    unmatched: int
+    mask_iou: float
+    rle_equal: float
+
+
+def matches(boxes: Tensor, scores: Tensor, reference: Tensor, reference_scores: Tensor) -> Tensor:
+    """For each reference box the index of its counterpart (IoU > 0.99, score within 1e-3), or -1.
+
+    Counterparts are used once.
+    """
+    fits = box_iou(reference.double(), boxes.double()) > 0.99
+    fits &= (reference_scores[:, None] - scores[None]).abs() < 1e-3
+    found = torch.full((len(reference),), -1)
+    for index, row in enumerate(fits):
+        candidates = row.nonzero().flatten()
+        if len(candidates):
+            best = candidates[(scores[candidates] - reference_scores[index]).abs().argmin()]
+            found[index] = best
+            fits[:, best] = False
+    return found
+
+
+@torch.inference_mode()
+def compare(model: MaskRCNN) -> Parity:
+    """Run the model on the reference photo beside the original's stored outputs."""
+    from hotcoco import mask as coco_mask
+
+    stored = np.load(DATA / "outputs" / f"{model.row.name}.npz")
+    prepared = model.preprocess(PHOTO)
+    maps = model.backbone(prepared.tensor)
+    levels = model.neck(maps)
+    proposals = model.rpn_head.propose(levels, [prepared.resized])[0]
+    detections = model.predict(PHOTO)[0]
+
+    named = {"input": prepared.tensor}
+    named |= {f"backbone.{index}": x for index, x in enumerate(maps)}
+    named |= {f"neck.{index}": x for index, x in enumerate(levels)}
+    shapes = all(list(x.shape) == stored[f"{name}.shape"].tolist() for name, x in named.items())
+    shapes &= list(prepared.resized) == stored["meta.img_shape"][:2].tolist()
+    shapes &= list(prepared.original) == stored["meta.ori_shape"][:2].tolist()
+    shapes &= np.array_equal(np.float32(prepared.scale), stored["meta.scale_factor"])
+
+    def sampled(name: str) -> float:
+        values = named[name].flatten()[torch.from_numpy(stored[f"{name}.index"])].numpy()
+        return float(np.abs(values - stored[f"{name}.value"]).max())
+
+    def moments(name: str) -> float:
+        mean, std, largest = stored[f"{name}.moments"]
+        x = named[name].double()
+        return float(max(abs(x.mean() - mean), abs(x.std(correction=0) - std)) / largest)
+
+    features = {
+        name: sampled(name) / float(stored[f"{name}.moments"][2])
+        for name in named
+        if name != "input"
+    }
+    reference = torch.from_numpy(stored["proposals"])
+    proposal_matches = matches(
+        proposals.boxes, proposals.scores, reference[:, :4], reference[:, 4]
+    )
+    # Matched within the class: shifting each class far away keeps classes apart.
+    apart = 1e4
+    found = matches(
+        detections.boxes + apart * detections.labels[:, None],
+        detections.scores,
+        torch.from_numpy(stored["boxes"] + apart * stored["labels"][:, None]),
+        torch.from_numpy(stored["scores"]),
+    )
+    coco = detections.to_coco(0)
+    ious, equal = [], []
+    for index, (counts, match) in enumerate(zip(stored["mask_rle"], found.tolist(), strict=True)):
+        if match < 0:
+            continue
+        original = {"size": [int(side) for side in prepared.original], "counts": str(counts)}
+        ours = coco[match]["segmentation"]
+        a, b = (coco_mask.decode(rle).astype(bool) for rle in (original, ours))
+        union = (a | b).sum()
+        assert a.sum() == stored["mask_area"][index]
+        ious.append(float((a & b).sum() / union) if union else 1.0)
+        equal.append(ours["counts"] == str(counts))
+    unmatched = int((found < 0).sum()) + len(detections) - int((found >= 0).sum())
+    return Parity(
+        shapes=bool(shapes),
+        input=sampled("input"),
+        features=features,
+        moments={name: moments(name) for name in features},
+        proposals=float((proposal_matches >= 0).double().mean()),
+        unmatched=unmatched,
+        mask_iou=min(ious, default=0.0),
+        rle_equal=sum(equal) / max(len(equal), 1),
+    )

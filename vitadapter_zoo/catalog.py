@@ -1,0 +1,252 @@
+"""The published results: one row per checkpoint, as plain data.
+
+The figures are the original tables' (ViT-Adapter, arXiv:2205.08534, detection README); they are
+never computed here, except the gains over the plain ViT, which are never stored.
+"""
+
+import difflib
+import fnmatch
+from dataclasses import dataclass
+
+from vitadapter_zoo.errors import UnknownModelError
+
+PAPER = "https://arxiv.org/abs/2205.08534"
+LICENSE = "Apache-2.0"
+INPUT_SIZE = (1333, 800)
+
+Triple = tuple[float, float, float]
+IMAGENET_MEAN: Triple = (123.675, 116.28, 103.53)
+IMAGENET_STD: Triple = (58.395, 57.12, 57.375)
+HALF: Triple = (127.5, 127.5, 127.5)
+
+_RELEASES = "https://github.com/czczup/ViT-Adapter/releases/download"
+_HUB = "https://huggingface.co/czczup/ViT-Adapter"
+_DEIT = "https://dl.fbaipublicfiles.com/deit"
+_AUGREG = "https://storage.googleapis.com/vit_models/augreg"
+
+DEIT_T = ("DeiT-T", f"{_DEIT}/deit_tiny_patch16_224-a1311bcf.pth")
+DEIT_S = ("DeiT-S", f"{_DEIT}/deit_small_patch16_224-cd65a155.pth")
+DEIT_B = ("DeiT-B", f"{_DEIT}/deit_base_patch16_224-b5f2ef4d.pth")
+UNIPERCEIVER_B = (
+    "Uni-Perceiver-B",
+    f"{_RELEASES}/v0.3.1/uni-perceiver-base-L12-H768-224size-torch-pretrained_converted.pth",
+)
+AUGREG_L = (
+    "AugReg-L",
+    f"{_AUGREG}/L_16-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.1-sd_0.1"
+    "--imagenet2012-steps_20k-lr_0.01-res_384.npz",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One published checkpoint with everything the tables say of it.
+
+    Attributes:
+        name: the load name, as in ``vitadapter_zoo.load(name)``.
+        backbone: as printed, ``ViT-Adapter-T`` for instance.
+        size: T, S, B or L.
+        pretraining: name and URL of the weights that training started from.
+        schedule: ``1x`` or ``3x+MS`` (36 epochs, multi-scale).
+        fpn: whether the neck is an FPN (else a channel mapper).
+        box_ap: published box AP on COCO val2017, 0..100.
+        mask_ap: published mask AP on COCO val2017, 0..100.
+        parameters: published number of parameters in millions, rounded as printed.
+        config: the original config file's name.
+        checkpoint_url: where the weights are published.
+        log_url: the training log, where there is one.
+        input_size: (longest, shortest) side of the resized image in pixels.
+        mean: RGB mean of the input normalisation, 0..255.
+        std: RGB standard deviation of the input normalisation, 0..255.
+        license: SPDX identifier of the repository that publishes the weights.
+        paper: URL.
+        tables: the tables that print the row: 1 (results), 2 (without FPN), or both.
+        sha256: of the published file, where it is known.
+        notes: what a user of the row should know.
+    """
+
+    name: str
+    backbone: str
+    size: str
+    pretraining: tuple[str, str]
+    schedule: str
+    fpn: bool = True
+    box_ap: float
+    mask_ap: float
+    parameters: int
+    config: str
+    checkpoint_url: str
+    log_url: str | None = None
+    input_size: tuple[int, int] = INPUT_SIZE
+    mean: Triple = IMAGENET_MEAN
+    std: Triple = IMAGENET_STD
+    license: str = LICENSE
+    paper: str = PAPER
+    tables: tuple[int, ...] = (1,)
+    sha256: str | None = None
+    notes: str = ""
+
+    @property
+    def pretraining_name(self) -> str:
+        """Name of the pretraining, ``DeiT-T`` for instance."""
+        return self.pretraining[0]
+
+    @property
+    def pretraining_url(self) -> str:
+        """URL of the pretrained weights."""
+        return self.pretraining[1]
+
+    @property
+    def plain(self) -> "Row | None":
+        """The plain ViT of the same size, pretraining and schedule; None for plain rows."""
+        if not self.backbone.startswith("ViT-Adapter"):
+            return None
+        for row in ROWS:
+            same = (row.pretraining, row.schedule) == (self.pretraining, self.schedule)
+            if same and not row.backbone.startswith("ViT-Adapter"):
+                return row
+        return None
+
+    @property
+    def box_gain(self) -> float | None:
+        """Box AP above the plain ViT's, in points; None where there is no plain row to compare."""
+        return round(self.box_ap - self.plain.box_ap, 1) if self.plain else None
+
+    @property
+    def mask_gain(self) -> float | None:
+        """Mask AP above the plain ViT's, in points; None where there is no plain row to compare."""
+        return round(self.mask_ap - self.plain.mask_ap, 1) if self.plain else None
+
+
+ROWS: tuple[Row, ...] = (
+    Row(
+        name="adapter-t-deit-1x", backbone="ViT-Adapter-T", size="T", pretraining=DEIT_T,
+        schedule="1x", box_ap=41.1, mask_ap=37.5, parameters=28,
+        config="mask_rcnn_deit_adapter_tiny_fpn_1x_coco.py",
+        checkpoint_url=f"{_HUB}/resolve/main/mask_rcnn_deit_adapter_tiny_fpn_1x_coco.pth",
+        log_url=f"{_HUB}/resolve/main/mask_rcnn_deit_adapter_tiny_fpn_1x_coco.log",
+        sha256="09b2e00ce57775522de77b2399cab824ba4d4768ca5925037f5bd2376d5d3553",
+        notes="Trained without layer scale: absent gamma1/gamma2 are filled with ones, "
+        "which computes the same.",
+    ),
+    Row(
+        name="vit-t-deit-3x", backbone="ViT-T", size="T", pretraining=DEIT_T,
+        schedule="3x+MS", box_ap=40.2, mask_ap=37.0, parameters=26,
+        config="mask_rcnn_deit_tiny_fpn_3x_coco.py",
+        checkpoint_url=f"{_RELEASES}/v0.3.1/mask_rcnn_deit_tiny_fpn_3x_coco.pth.tar",
+    ),
+    Row(
+        name="adapter-t-deit-3x", backbone="ViT-Adapter-T", size="T", pretraining=DEIT_T,
+        schedule="3x+MS", box_ap=46.0, mask_ap=41.0, parameters=28,
+        config="mask_rcnn_deit_adapter_tiny_fpn_3x_coco.py",
+        checkpoint_url=f"{_RELEASES}/v0.1.2/mask_rcnn_deit_adapter_tiny_fpn_3x_coco.pth.tar",
+    ),
+    Row(
+        name="vit-s-deit-3x", backbone="ViT-S", size="S", pretraining=DEIT_S,
+        schedule="3x+MS", box_ap=44.0, mask_ap=39.9, parameters=42,
+        config="mask_rcnn_deit_small_fpn_3x_coco.py",
+        checkpoint_url=f"{_RELEASES}/v0.3.1/mask_rcnn_deit_small_fpn_3x_coco.pth.tar",
+        notes="Published as 42M parameters; the network has 43.75M.",
+    ),
+    Row(
+        name="adapter-s-deit-3x", backbone="ViT-Adapter-S", size="S", pretraining=DEIT_S,
+        schedule="3x+MS", box_ap=48.2, mask_ap=42.8, parameters=48, tables=(1, 2),
+        config="mask_rcnn_deit_adapter_small_fpn_3x_coco.py",
+        checkpoint_url=f"{_RELEASES}/v0.1.2/mask_rcnn_deit_adapter_small_fpn_3x_coco.pth.tar",
+    ),
+    Row(
+        name="vit-b-deit-3x", backbone="ViT-B", size="B", pretraining=DEIT_B,
+        schedule="3x+MS", box_ap=45.8, mask_ap=41.3, parameters=114,
+        config="mask_rcnn_deit_base_fpn_3x_coco.py",
+        checkpoint_url=f"{_RELEASES}/v0.3.1/mask_rcnn_deit_base_fpn_3x_coco.pth.tar",
+    ),
+    Row(
+        name="adapter-b-deit-3x", backbone="ViT-Adapter-B", size="B", pretraining=DEIT_B,
+        schedule="3x+MS", box_ap=49.6, mask_ap=43.6, parameters=120,
+        config="mask_rcnn_deit_adapter_base_fpn_3x_coco.py",
+        checkpoint_url=f"{_RELEASES}/v0.1.6/mask_rcnn_deit_adapter_base_fpn_3x_coco.pth.tar",
+    ),
+    Row(
+        name="adapter-b-uniperceiver-3x", backbone="ViT-Adapter-B", size="B",
+        pretraining=UNIPERCEIVER_B, schedule="3x+MS", box_ap=51.2, mask_ap=45.3, parameters=120,
+        config="mask_rcnn_uniperceiver_adapter_base_fpn_3x_coco.py",
+        checkpoint_url=f"{_RELEASES}/v0.3.1/mask_rcnn_uniperceiver_adapter_base_fpn_3x_coco.pth",
+        log_url=f"{_HUB}/raw/main/mask_rcnn_uniperceiver_adapter_base_fpn_3x_coco.log",
+    ),
+    Row(
+        name="vit-l-augreg-3x", backbone="ViT-L", size="L", pretraining=AUGREG_L,
+        schedule="3x+MS", box_ap=48.3, mask_ap=43.3, parameters=337, mean=HALF, std=HALF,
+        config="mask_rcnn_augreg_large_fpn_3x_coco.py",
+        checkpoint_url=f"{_RELEASES}/v0.3.1/mask_rcnn_augreg_large_fpn_3x_coco.pth.tar",
+    ),
+    Row(
+        name="adapter-l-augreg-3x", backbone="ViT-Adapter-L", size="L", pretraining=AUGREG_L,
+        schedule="3x+MS", box_ap=52.1, mask_ap=46.0, parameters=348, mean=HALF, std=HALF,
+        config="mask_rcnn_augreg_adapter_large_fpn_3x_coco.py",
+        checkpoint_url=f"{_RELEASES}/v0.3.1/mask_rcnn_augreg_adapter_large_fpn_3x_coco.pth",
+        log_url=f"{_HUB}/raw/main/mask_rcnn_augreg_adapter_large_fpn_3x_coco.log",
+    ),
+    Row(
+        name="adapter-s-deit-3x-nofpn", backbone="ViT-Adapter-S", size="S", pretraining=DEIT_S,
+        schedule="3x+MS", fpn=False, box_ap=48.2, mask_ap=42.7, parameters=45, tables=(2,),
+        config="mask_rcnn_deit_adapter_small_3x_coco.py",
+        checkpoint_url=f"{_RELEASES}/v0.1.6/mask_rcnn_deit_adapter_small_3x_coco.pth.tar",
+    ),
+)  # fmt: skip
+
+
+def list_models(
+    filter: str | None = None,  # noqa: A002  timm's name for the same argument
+    *,
+    backbone: str | None = None,
+    size: str | None = None,
+    pretraining: str | None = None,
+    schedule: str | None = None,
+    fpn: bool | None = None,
+    table: int | None = None,
+) -> list[str]:
+    """Load names in the order of the tables, all or those that fit every criterion.
+
+    Args:
+        filter: shell pattern on the name, ``"adapter-*"`` or ``"*-l-*"``.
+        backbone: ``"ViT-Adapter-S"``, as printed in the tables; case does not matter.
+        size: ``"T"``, ``"S"``, ``"B"`` or ``"L"``; case does not matter.
+        pretraining: ``"DeiT-T"``, or its family ``"DeiT"``; case does not matter.
+        schedule: ``"1x"`` or ``"3x+MS"``; case does not matter.
+        fpn: with or without an FPN.
+        table: 1 (results) or 2 (without FPN).
+    """
+
+    def same(wanted: str | None, value: str) -> bool:
+        return wanted is None or wanted.casefold() == value.casefold()
+
+    return [
+        row.name
+        for row in ROWS
+        if (filter is None or fnmatch.fnmatchcase(row.name, filter))
+        and same(backbone, row.backbone)
+        and same(size, row.size)
+        and (
+            same(pretraining, row.pretraining_name)
+            or same(pretraining, row.pretraining_name.rpartition("-")[0])
+        )
+        and same(schedule, row.schedule)
+        and (fpn is None or fpn == row.fpn)
+        and (table is None or table in row.tables)
+    ]
+
+
+def get_row(name: str) -> Row:
+    """The catalog's row of that load name.
+
+    Raises:
+        UnknownModelError: no such row; the message offers the nearest names.
+    """
+    for row in ROWS:
+        if row.name == name:
+            return row
+    near = difflib.get_close_matches(name.casefold(), [row.name for row in ROWS], n=3, cutoff=0.4)
+    hint = f"did you mean {', '.join(near)}? " if near else ""
+    raise UnknownModelError(
+        f"unknown model {name!r}: {hint}`vitadapter-zoo list` shows all {len(ROWS)}"
+    )

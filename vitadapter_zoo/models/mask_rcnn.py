@@ -1,0 +1,141 @@
+"""Mask R-CNN: backbone, neck and heads put together."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from vitadapter_zoo.catalog import Row
+from vitadapter_zoo.coco import COCO_CLASSES
+from vitadapter_zoo.detections import Detections
+from vitadapter_zoo.images import ImageInput, NetworkInput, network_input
+from vitadapter_zoo.models.boxes import ROI_STRIDES, paste_masks
+from vitadapter_zoo.models.heads import RoIHead, RPNHead
+
+MASK_THRESHOLD = 0.5
+SCORE_THRESHOLD = 0.05  # as the published AP was measured
+
+
+class MaskRCNN(nn.Module):
+    """A detector with its catalog row, which says how images are to be prepared.
+
+    ``model.backbone(x)`` gives four maps at strides 4, 8, 16 and 32, ``model.neck(maps)`` five
+    of 256 channels at strides 4 to 64.
+
+    Args:
+        row: the catalog row that the network belongs to.
+        backbone: ``[N, 3, H, W]`` to four maps.
+        neck: four maps to five.
+        categories: names of the classes, in the order of the outputs.
+    """
+
+    def __init__(
+        self,
+        row: Row,
+        backbone: nn.Module,
+        neck: nn.Module,
+        categories: tuple[str, ...] = COCO_CLASSES,
+    ) -> None:
+        super().__init__()
+        self.row = row
+        self.categories = categories
+        self.backbone = backbone
+        self.neck = neck
+        self.rpn_head = RPNHead()
+        self.roi_head = RoIHead(len(categories))
+
+    def preprocess(self, image: ImageInput) -> NetworkInput:
+        """Decode, resize, normalise and pad one image as the row's evaluation did.
+
+        Args:
+            image: a path, the bytes of an image file, a PIL image or a uint8 RGB array.
+
+        Raises:
+            ImageError: not an image.
+        """
+        return network_input(image, self.row.input_size, self.row.mean, self.row.std)
+
+    def forward(
+        self, inputs: Sequence[NetworkInput], score_threshold: float = SCORE_THRESHOLD
+    ) -> list[Detections]:
+        """Detect on prepared images whose tensors have one common shape.
+
+        Args:
+            inputs: from ``preprocess``.
+            score_threshold: lowest score kept, 0..1.
+
+        Raises:
+            ValueError: the tensors' shapes differ; ``predict`` sorts that out.
+        """
+        shapes = {tuple(item.tensor.shape) for item in inputs}
+        if len(shapes) != 1:
+            raise ValueError(f"a batch needs images of one padded shape, got {sorted(shapes)}")
+        weights = next(self.parameters())
+        x = torch.cat([item.tensor for item in inputs]).to(weights.device, weights.dtype)
+        sizes = [item.resized for item in inputs]
+        scales = [item.scale for item in inputs]
+        maps: list[Tensor] = self.neck(self.backbone(x))
+        proposals = self.rpn_head.propose(maps, sizes)
+        roi_maps = maps[: len(ROI_STRIDES)]
+        found = self.roi_head.detect_boxes(roi_maps, proposals, sizes, scales, score_threshold)
+        masks = self.roi_head.predict_masks(roi_maps, found, scales)
+        return [
+            Detections(
+                boxes=boxes.cpu(),
+                scores=scores.cpu(),
+                labels=labels.cpu(),
+                masks=paste_masks(probabilities, boxes, item.original, MASK_THRESHOLD).cpu(),
+                categories=self.categories,
+            )
+            for item, (boxes, scores, labels), probabilities in zip(
+                inputs, found, masks, strict=True
+            )
+        ]
+
+    @torch.inference_mode()
+    def predict(
+        self,
+        images: ImageInput | Sequence[ImageInput],
+        score_threshold: float = SCORE_THRESHOLD,
+        *,
+        batch_size: int = 1,
+    ) -> list[Detections]:
+        """Detect objects in one or several images.
+
+        Args:
+            images: paths, bytes of image files, PIL images or uint8 RGB arrays; or one of them.
+            score_threshold: lowest score kept, 0..1.
+            batch_size: how many images may share a forward pass. Only neighbours of the same
+                padded size do, so that no image's result depends on its company.
+
+        Returns:
+            One ``Detections`` per image, in order.
+
+        Raises:
+            ImageError: one of the inputs is not an image.
+            ValueError: ``batch_size`` below 1 or ``score_threshold`` outside 0..1.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if not 0 <= score_threshold <= 1:
+            raise ValueError(f"score_threshold must lie in 0..1, got {score_threshold}")
+        # A list or tuple holds images; everything else is one.
+        several = images if isinstance(images, (list, tuple)) else [images]
+        inputs = (self.preprocess(image) for image in several)
+        return [
+            detections
+            for batch in _batches(inputs, batch_size)
+            for detections in self(batch, score_threshold)
+        ]
+
+
+def _batches(inputs: Iterator[NetworkInput], batch_size: int) -> Iterator[list[NetworkInput]]:
+    """Neighbours of one shape, at most ``batch_size`` together."""
+    batch: list[NetworkInput] = []
+    for item in inputs:
+        if batch and (len(batch) == batch_size or item.tensor.shape != batch[0].tensor.shape):
+            yield batch
+            batch = []
+        batch.append(item)
+    if batch:
+        yield batch
