@@ -89,9 +89,7 @@ def compare(model: MaskRCNN) -> Parity:
         if name != "input"
     }
     reference = torch.from_numpy(stored["proposals"])
-    proposal_matches = matches(
-        proposals.boxes, proposals.scores, reference[:, :4], reference[:, 4]
-    )
+    proposal_matches = matches(proposals.boxes, proposals.scores, reference[:, :4], reference[:, 4])
     # Matched within the class: shifting each class far away keeps classes apart.
     apart = 1e4
     found = matches(

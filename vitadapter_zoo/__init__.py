@@ -1,3 +1,58 @@
-"""vitadapter-zoo: ViT-Adapter + Mask R-CNN checkpoints on current PyTorch."""
+"""vitadapter-zoo: ViT-Adapter + Mask R-CNN checkpoints on current PyTorch.
+
+Importing the package does not import torch: what needs it is imported when it is first used.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from vitadapter_zoo.catalog import Row, get_row, list_models
+from vitadapter_zoo.errors import (
+    CheckpointError,
+    DownloadError,
+    ImageError,
+    UnknownModelError,
+    UnsafeCheckpointError,
+    ZooError,
+)
+
+if TYPE_CHECKING:
+    from vitadapter_zoo.detections import Detections
+    from vitadapter_zoo.loader import load
+    from vitadapter_zoo.models import MaskRCNN
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "CheckpointError",
+    "Detections",
+    "DownloadError",
+    "ImageError",
+    "MaskRCNN",
+    "Row",
+    "UnknownModelError",
+    "UnsafeCheckpointError",
+    "ZooError",
+    "get_row",
+    "list_models",
+    "load",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "load":
+        from vitadapter_zoo.loader import load
+
+        return load
+    if name == "MaskRCNN":
+        from vitadapter_zoo.models import MaskRCNN
+
+        return MaskRCNN
+    if name == "Detections":
+        from vitadapter_zoo.detections import Detections
+
+        return Detections
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

@@ -226,9 +226,7 @@ class SpatialPrior(nn.Module):
         return [self.fc1(c1), self.fc2(c2), self.fc3(c3), self.fc4(c4)]
 
 
-def interactions(
-    dim: int, heads: int, ratio: float, eps: float, drop_path: float
-) -> nn.ModuleList:
+def interactions(dim: int, heads: int, ratio: float, eps: float, drop_path: float) -> nn.ModuleList:
     """The four interaction blocks; only the last has extra extractors."""
     return nn.ModuleList(
         InteractionBlock(dim, heads, ratio, eps, drop_path, last=index == 3) for index in range(4)
@@ -302,9 +300,7 @@ class ViTAdapter(VisionTransformer):
         super().__init__(dim, heads, windows, pretrain_grid, drop_path)
         self.level_embed = nn.Parameter(torch.zeros(3, dim))
         self.spm = SpatialPrior(dim)
-        self.interactions = interactions(
-            dim, deform_heads, deform_ratio, LAYER_NORM_EPS, drop_path
-        )
+        self.interactions = interactions(dim, deform_heads, deform_ratio, LAYER_NORM_EPS, drop_path)
         self.up = nn.ConvTranspose2d(dim, dim, 2, 2)
         self.norm1 = nn.BatchNorm2d(dim)
         self.norm2 = nn.BatchNorm2d(dim)

@@ -143,7 +143,11 @@ class RoIHead(nn.Module):
         scores = logits.float().softmax(-1)[:, :-1]
         detections = []
         for proposal, image_scores, image_deltas, size, scale in zip(
-            proposals, scores.split(counts), deltas.float().split(counts), sizes, scales,
+            proposals,
+            scores.split(counts),
+            deltas.float().split(counts),
+            sizes,
+            scales,
             strict=True,
         ):
             # Only what passes the threshold is decoded: a few hundred of 80,000 pairs.

@@ -117,14 +117,11 @@ class UniPerceiverAdapter(nn.Module):
         self.level_embed = nn.Parameter(torch.zeros(3, dim))
         rates = drop_path_rates(drop_path, len(windows))
         self.layers = nn.ModuleList(
-            Layer(dim, heads, windowed, rate)
-            for windowed, rate in zip(windows, rates, strict=True)
+            Layer(dim, heads, windowed, rate) for windowed, rate in zip(windows, rates, strict=True)
         )
         self.visual_embed = VisualEmbed(dim, pretrain_grid)
         self.spm = SpatialPrior(dim)
-        self.interactions = interactions(
-            dim, deform_heads, deform_ratio, LAYER_NORM_EPS, drop_path
-        )
+        self.interactions = interactions(dim, deform_heads, deform_ratio, LAYER_NORM_EPS, drop_path)
         self.up = nn.ConvTranspose2d(dim, dim, 2, 2)
         self.norm1 = nn.BatchNorm2d(dim)
         self.norm2 = nn.BatchNorm2d(dim)

@@ -134,8 +134,7 @@ class VisionTransformer(nn.Module):
         self.patch_embed = PatchEmbed(dim)
         rates = drop_path_rates(drop_path, len(windows))
         self.blocks = nn.ModuleList(
-            Block(dim, heads, windowed, rate)
-            for windowed, rate in zip(windows, rates, strict=True)
+            Block(dim, heads, windowed, rate) for windowed, rate in zip(windows, rates, strict=True)
         )
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
