@@ -72,7 +72,7 @@ def compare(model: MaskRCNN) -> Parity:
     shapes = all(list(x.shape) == stored[f"{name}.shape"].tolist() for name, x in named.items())
     shapes &= list(prepared.resized) == stored["meta.img_shape"][:2].tolist()
     shapes &= list(prepared.original) == stored["meta.ori_shape"][:2].tolist()
-    shapes &= np.array_equal(np.float32(prepared.scale), stored["meta.scale_factor"])
+    shapes &= np.array_equal(np.array(prepared.scale, np.float32), stored["meta.scale_factor"])
 
     def sampled(name: str) -> float:
         values = named[name].flatten()[torch.from_numpy(stored[f"{name}.index"])].numpy()

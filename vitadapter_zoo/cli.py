@@ -16,6 +16,8 @@ from vitadapter_zoo import __version__, cache
 from vitadapter_zoo.catalog import Row, get_row, list_models
 from vitadapter_zoo.errors import UnknownModelError, ZooError
 
+WIDE = 120  # columns that the whole table takes
+
 if TYPE_CHECKING:
     from vitadapter_zoo.detections import Detections
 
@@ -212,40 +214,46 @@ def _cached_bytes(row: Row) -> int | None:
 
 
 def _print_table(rows: list[Row]) -> None:
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=WIDE)  # in a file or a pipe the table keeps all its columns
+    wide = console.width >= WIDE
     table = Table(
         title="ViT-Adapter + Mask R-CNN on COCO val2017, as published",
-        caption="gains: over the plain ViT of the same size and pretraining",
-        header_style="bold",
+        caption="in green: the gain over the plain ViT of the same size and pretraining",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+        collapse_padding=True,
     )
     table.add_column("name", style="cyan", no_wrap=True)
-    table.add_column("backbone", no_wrap=True)
-    table.add_column("pretraining")
-    table.add_column("schedule")
-    table.add_column("FPN", justify="center")
+    if wide:  # a narrow terminal loses what the name says as well
+        table.add_column("backbone", no_wrap=True)
+        table.add_column("pretraining", no_wrap=True)
+        table.add_column("FPN", justify="center")
+    table.add_column("sched.", no_wrap=True)
     table.add_column("box AP", justify="right", no_wrap=True)
     table.add_column("mask AP", justify="right", no_wrap=True)
-    table.add_column("params", justify="right")
-    table.add_column("in cache", justify="right")
+    table.add_column("params", justify="right", no_wrap=True)
+    table.add_column("cached", justify="right", no_wrap=True)
     for row in rows:
         cached = _cached_bytes(row)
+        extra = (row.backbone, row.pretraining_name, "yes" if row.fpn else "no") if wide else ()
         table.add_row(
             row.name,
-            row.backbone,
-            row.pretraining_name,
+            *extra,
             row.schedule,
-            "yes" if row.fpn else "no",
             _with_gain(row.box_ap, row.box_gain),
             _with_gain(row.mask_ap, row.mask_gain),
             f"{row.parameters}M",
             f"{cached / 1e6:.0f} MB" if cached else "-",
         )
-    console = Console()
-    # Piped into a file, the table keeps its columns rather than wrapping at 80.
-    console.print(table, width=None if console.is_terminal else 130)
+    console.print(table)
 
 
 def _with_gain(value: float, gain: float | None) -> str:
-    return f"{value:.1f}" if gain is None else f"{value:.1f} [green](+{gain:.1f})[/green]"
+    return f"{value:.1f}" if gain is None else f"{value:.1f} [green]+{gain:.1f}[/green]"

@@ -129,6 +129,6 @@ def _text(counts: bytes | str) -> str:
 
 
 def _drawable(boxes: Tensor) -> Tensor:
-    """torchvision refuses boxes whose rounded corners coincide: give those one pixel."""
+    """Torchvision refuses boxes whose rounded corners coincide: give those one pixel."""
     rounded = boxes.round()
     return torch.cat([rounded[:, :2], rounded[:, 2:].maximum(rounded[:, :2])], dim=1)

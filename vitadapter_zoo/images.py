@@ -150,8 +150,8 @@ def network_input(
     resized = cv2.resize(rgb, (new_width, new_height), interpolation=cv2.INTER_LINEAR)
     pixels = resized.astype(np.float32)
     # OpenCV's own arithmetic, to round as the original did.
-    cv2.subtract(pixels, np.float64([mean]), pixels)
-    cv2.multiply(pixels, 1 / np.float64([std]), pixels)
+    cv2.subtract(pixels, np.array([mean], np.float64), pixels)
+    cv2.multiply(pixels, 1 / np.array([std], np.float64), pixels)
     padded = torch.zeros(
         1, 3, new_height + -new_height % PAD_MULTIPLE, new_width + -new_width % PAD_MULTIPLE
     )

@@ -89,7 +89,7 @@ def _is_current(place: cache.Entry, origin: str) -> bool:
     provenance = place.read()
     if provenance is None or cache.is_url(origin):
         return provenance is not None
-    status = os.stat(origin)
+    status = Path(origin).stat()
     known = (provenance.source_size, provenance.source_mtime_ns)
     return known == (status.st_size, status.st_mtime_ns)
 

@@ -1,5 +1,6 @@
 """ViT-Adapter (arXiv:2205.08534, section 3): a spatial prior beside the trunk, joined by
-injectors and extractors of multi-scale deformable attention."""
+injectors and extractors of multi-scale deformable attention.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from vitadapter_zoo.models.vit import LAYER_NORM_EPS, PATCH, VisionTransformer, tokens_to_map
+from vitadapter_zoo.models.vit import LAYER_NORM_EPS, VisionTransformer, tokens_to_map
 from vitadapter_zoo.ops import ms_deform_attn
 
 POINTS = 4  # sampling points per head and level
@@ -70,7 +71,8 @@ class MSDeformAttn(nn.Module):
     ) -> Tensor:
         """Attend from ``query`` ``[N, Q, dim]`` at ``points`` ``[Q, 2]`` (0..1) to ``value``.
 
-        ``value`` is ``[N, S, dim]``, ``shapes`` its levels' (height, width). Returns ``[N, Q, dim]``.
+        ``value`` is ``[N, S, dim]``, ``shapes`` its levels' (height, width); the result is
+        ``[N, Q, dim]``.
         """
         values = self.value_proj(value).unflatten(-1, (self.heads, -1))
         grouped = (self.heads, self.levels, POINTS)
@@ -84,8 +86,7 @@ class MSDeformAttn(nn.Module):
         attended = ms_deform_attn(
             values, shapes, locations, weights.unflatten(-1, (self.levels, POINTS))
         )
-        projected: Tensor = self.output_proj(attended)
-        return projected
+        return self.output_proj(attended)
 
 
 class DWConv(nn.Module):
@@ -118,8 +119,7 @@ class ConvFFN(nn.Module):
 
     def forward(self, tokens: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
         """``[N, sum of H_l * W_l, dim]`` to the same."""
-        projected: Tensor = self.fc2(self.act(self.dwconv(self.fc1(tokens), shapes)))
-        return projected
+        return self.fc2(self.act(self.dwconv(self.fc1(tokens), shapes)))
 
 
 class Injector(nn.Module):
@@ -162,7 +162,7 @@ class Extractor(nn.Module):
 
 
 class InteractionBlock(nn.Module):
-    """An injector, a quarter of the trunk's blocks, an extractor; at the end two more extractors."""
+    """An injector, a quarter of the trunk's blocks, an extractor; at the end two more of them."""
 
     def __init__(
         self, dim: int, heads: int, ratio: float, eps: float, drop_path: float, *, last: bool
@@ -309,7 +309,7 @@ class ViTAdapter(VisionTransformer):
         nn.init.normal_(self.level_embed)
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        """``[N, 3, H, W]`` (multiples of 32) to four ``[N, dim, H / s, W / s]``, s = 4, 8, 16, 32."""
+        """``[N, 3, H, W]``, multiples of 32, to ``[N, dim, H / s, W / s]`` for s = 4, 8, 16, 32."""
         c1, *prior = self.spm(image)
         trunk, (c2, c3, c4) = interact(
             self.embed(image),

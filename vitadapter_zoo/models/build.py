@@ -43,10 +43,12 @@ def build_backbone(row: Row) -> nn.Module:
     trunk = (size.dim, size.heads, size.windows, size.pretrain_grid)
     if not row.backbone.startswith("ViT-Adapter"):
         return ViTBaseline(*trunk, size.plain_drop_path)
-    deform = {"deform_heads": size.deform_heads, "deform_ratio": size.deform_ratio}
-    if row.pretraining_name.startswith("Uni-Perceiver"):
-        return UniPerceiverAdapter(*trunk, UNIPERCEIVER_DROP_PATH, **deform)
-    return ViTAdapter(*trunk, size.drop_path, **deform)
+    uniperceiver = row.pretraining_name.startswith("Uni-Perceiver")
+    adapter = UniPerceiverAdapter if uniperceiver else ViTAdapter
+    drop_path = UNIPERCEIVER_DROP_PATH if uniperceiver else size.drop_path
+    return adapter(
+        *trunk, drop_path, deform_heads=size.deform_heads, deform_ratio=size.deform_ratio
+    )
 
 
 def build(row: Row) -> MaskRCNN:

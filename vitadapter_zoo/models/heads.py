@@ -51,7 +51,7 @@ class RPNHead(nn.Module):
         """The best 1000 boxes of each image; ``sizes`` are the resized images' (height, width)."""
         outputs = self(maps)
         grids = [
-            anchors(*logits.shape[2:], stride, logits.device)
+            anchors(logits.shape[2], logits.shape[3], stride, logits.device)
             for (logits, _), stride in zip(outputs, RPN_STRIDES, strict=True)
         ]
         return [
@@ -108,8 +108,7 @@ class MaskHead(nn.Module):
         x = pooled
         for conv in self.convs:
             x = F.relu(conv(x))
-        logits: Tensor = self.conv_logits(F.relu(self.upsample(x)))
-        return logits
+        return self.conv_logits(F.relu(self.upsample(x)))
 
 
 class RoIHead(nn.Module):

@@ -95,7 +95,7 @@ class MaskRCNN(nn.Module):
     @torch.inference_mode()
     def predict(
         self,
-        images: ImageInput | Sequence[ImageInput],
+        images: ImageInput | list[ImageInput] | tuple[ImageInput, ...],
         score_threshold: float = SCORE_THRESHOLD,
         *,
         batch_size: int = 1,
@@ -119,8 +119,7 @@ class MaskRCNN(nn.Module):
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if not 0 <= score_threshold <= 1:
             raise ValueError(f"score_threshold must lie in 0..1, got {score_threshold}")
-        # A list or tuple holds images; everything else is one.
-        several = images if isinstance(images, (list, tuple)) else [images]
+        several: Sequence[ImageInput] = images if isinstance(images, (list, tuple)) else [images]
         inputs = (self.preprocess(image) for image in several)
         return [
             detections

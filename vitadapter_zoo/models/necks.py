@@ -15,8 +15,7 @@ class Conv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, in_channels, H, W]`` to ``[N, 256, H, W]``."""
-        result: Tensor = self.conv(x)
-        return result
+        return self.conv(x)
 
 
 class FPN(nn.Module):

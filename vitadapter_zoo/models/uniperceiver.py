@@ -41,8 +41,7 @@ class SelfAttention(nn.Module):
             attended = merged[:, :height, :width].flatten(1, 2)
         else:
             attended = self_attention(self.in_proj(x), self.heads)
-        projected: Tensor = self.out_proj(attended)
-        return projected
+        return self.out_proj(attended)
 
 
 class Layer(nn.Module):
@@ -95,8 +94,7 @@ class VisualEmbed(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """``[N, 3, 16 H, 16 W]`` to ``[N, H * W, dim]``."""
-        tokens: Tensor = self.embeddings_norm(self.patch_embed(image))
-        return tokens
+        return self.embeddings_norm(self.patch_embed(image))
 
 
 class UniPerceiverAdapter(nn.Module):
@@ -130,7 +128,7 @@ class UniPerceiverAdapter(nn.Module):
         nn.init.normal_(self.level_embed)
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        """``[N, 3, H, W]`` (multiples of 32) to four ``[N, dim, H / s, W / s]``, s = 4, 8, 16, 32."""
+        """``[N, 3, H, W]``, multiples of 32, to ``[N, dim, H / s, W / s]`` for s = 4, 8, 16, 32."""
         c1, *prior = self.spm(image)
         trunk, (c2, c3, c4) = interact(
             self.visual_embed(image),

@@ -64,8 +64,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """``[N, 3, 16 H, 16 W]`` to ``[N, H * W, dim]``."""
-        tokens: Tensor = self.proj(image).flatten(2).transpose(1, 2)
-        return tokens
+        return self.proj(image).flatten(2).transpose(1, 2)
 
 
 class Attention(nn.Module):
@@ -90,8 +89,7 @@ class Attention(nn.Module):
             attended = merged[:, :height, :width].flatten(1, 2)
         else:
             attended = self_attention(qkv, self.heads)
-        projected: Tensor = self.proj(attended)
-        return projected
+        return self.proj(attended)
 
 
 class Block(nn.Module):
@@ -142,8 +140,7 @@ class VisionTransformer(nn.Module):
         """``[N, 3, 16 H, 16 W]`` to tokens with positions, ``[N, H * W, dim]``."""
         height, width = image.shape[2] // PATCH, image.shape[3] // PATCH
         positions = resized_position_embedding(self.pos_embed[0, 1:], height, width)
-        tokens: Tensor = self.patch_embed(image) + positions
-        return tokens
+        return self.patch_embed(image) + positions
 
 
 class ViTBaseline(VisionTransformer):
@@ -168,7 +165,7 @@ class ViTBaseline(VisionTransformer):
         self.up4 = nn.MaxPool2d(2, 2)
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        """``[N, 3, H, W]`` (multiples of 32) to four ``[N, dim, H / s, W / s]``, s = 4, 8, 16, 32."""
+        """``[N, 3, H, W]``, multiples of 32, to ``[N, dim, H / s, W / s]`` for s = 4, 8, 16, 32."""
         height, width = image.shape[2] // PATCH, image.shape[3] // PATCH
         x = self.embed(image)
         quarter = len(self.blocks) // 4
