@@ -16,7 +16,7 @@ from vitadapter_zoo import __version__, cache
 from vitadapter_zoo.catalog import Row, get_row, list_models
 from vitadapter_zoo.errors import UnknownModelError, ZooError
 
-WIDE = 120  # columns that the whole table takes
+WIDE = 110  # columns that the whole table takes
 
 if TYPE_CHECKING:
     from vitadapter_zoo.detections import Detections

@@ -226,58 +226,67 @@ class SpatialPrior(nn.Module):
         return [self.fc1(c1), self.fc2(c2), self.fc3(c3), self.fc4(c4)]
 
 
-def interactions(dim: int, heads: int, ratio: float, eps: float, drop_path: float) -> nn.ModuleList:
-    """The four interaction blocks; only the last has extra extractors."""
-    return nn.ModuleList(
-        InteractionBlock(dim, heads, ratio, eps, drop_path, last=index == 3) for index in range(4)
-    )
+class WithAdapter(nn.Module):
+    """The adapter's parts, for a trunk of any kind to inherit beside its own."""
 
-
-def interact(
-    x: Tensor,
-    prior: list[Tensor],
-    level_embed: Tensor,
-    interaction_blocks: nn.ModuleList,
-    trunk_blocks: nn.ModuleList,
-    geometry: Geometry,
-) -> tuple[Tensor, list[Tensor]]:
-    """Run trunk tokens ``x`` and the prior's stride 8, 16, 32 maps through the interactions.
-
-    Returns the trunk's map ``[N, dim, H / 16, W / 16]`` and the three prior maps.
-    """
-    c = torch.cat(
-        [
-            part.flatten(2).transpose(1, 2) + level
-            for part, level in zip(prior, level_embed, strict=True)
-        ],
-        dim=1,
-    )
-    quarter = len(trunk_blocks) // 4
-    for index, interaction in enumerate(interaction_blocks):
-        quarter_blocks = trunk_blocks[index * quarter : (index + 1) * quarter]
-        x, c = interaction(x, c, quarter_blocks, geometry)
-    areas = [height * width for height, width in geometry.prior]
-    maps = [
-        tokens_to_map(part, *shape)
-        for part, shape in zip(c.split(areas, dim=1), geometry.prior, strict=True)
-    ]
-    return tokens_to_map(x, *geometry.trunk), maps
-
-
-def add_trunk(prior: list[Tensor], trunk: Tensor) -> list[Tensor]:
-    """Add the trunk's stride-16 map to the prior's maps at strides 4, 8, 16 and 32."""
-    return [
-        part
-        + (
-            trunk
-            if scale == 1
-            else F.interpolate(trunk, scale_factor=scale, mode="bilinear", align_corners=False)
+    def add_adapter(self, dim: int, heads: int, ratio: float, eps: float, drop_path: float) -> None:
+        """Create the parts; ``heads`` and ``ratio`` are the deformable attention's."""
+        self.level_embed = nn.Parameter(torch.zeros(3, dim))
+        self.spm = SpatialPrior(dim)
+        self.interactions = nn.ModuleList(
+            InteractionBlock(dim, heads, ratio, eps, drop_path, last=index == 3)
+            for index in range(4)
         )
-        for part, scale in zip(prior, (4, 2, 1, 0.5), strict=True)
-    ]
+        self.up = nn.ConvTranspose2d(dim, dim, 2, 2)
+        self.norm1 = nn.BatchNorm2d(dim)
+        self.norm2 = nn.BatchNorm2d(dim)
+        self.norm3 = nn.BatchNorm2d(dim)
+        self.norm4 = nn.BatchNorm2d(dim)
+        nn.init.normal_(self.level_embed)
+
+    def adapted(self, image: Tensor, x: Tensor, blocks: nn.ModuleList) -> list[Tensor]:
+        """Run the trunk's tokens ``x`` through its ``blocks`` with the adapter around them.
+
+        Args:
+            image: ``[N, 3, H, W]``, sides multiples of 32.
+            x: the embedded patches, ``[N, H * W / 256, dim]``.
+            blocks: called as ``block(x, height, width)``.
+
+        Returns:
+            Four maps ``[N, dim, H / s, W / s]``, s = 4, 8, 16, 32.
+        """
+        geometry = Geometry.of(image)
+        c1, *prior = self.spm(image)
+        c = torch.cat(
+            [
+                part.flatten(2).transpose(1, 2) + level
+                for part, level in zip(prior, self.level_embed, strict=True)
+            ],
+            dim=1,
+        )
+        quarter = len(blocks) // 4
+        for index, interaction in enumerate(self.interactions):
+            x, c = interaction(x, c, blocks[index * quarter : (index + 1) * quarter], geometry)
+
+        trunk = tokens_to_map(x, *geometry.trunk)
+        areas = [height * width for height, width in geometry.prior]
+        c2, c3, c4 = (
+            tokens_to_map(part, *shape)
+            for part, shape in zip(c.split(areas, dim=1), geometry.prior, strict=True)
+        )
+        return [
+            self.norm1(c1 + self.up(c2) + _rescaled(trunk, 4)),
+            self.norm2(c2 + _rescaled(trunk, 2)),
+            self.norm3(c3 + trunk),
+            self.norm4(c4 + _rescaled(trunk, 0.5)),
+        ]
 
 
-class ViTAdapter(VisionTransformer):
+def _rescaled(x: Tensor, scale: float) -> Tensor:
+    return F.interpolate(x, scale_factor=scale, mode="bilinear", align_corners=False)
+
+
+class ViTAdapter(VisionTransformer, WithAdapter):
     """The plain ViT trunk with the adapter around it.
 
     Args:
@@ -298,26 +307,8 @@ class ViTAdapter(VisionTransformer):
         deform_ratio: float,
     ) -> None:
         super().__init__(dim, heads, windows, pretrain_grid, drop_path)
-        self.level_embed = nn.Parameter(torch.zeros(3, dim))
-        self.spm = SpatialPrior(dim)
-        self.interactions = interactions(dim, deform_heads, deform_ratio, LAYER_NORM_EPS, drop_path)
-        self.up = nn.ConvTranspose2d(dim, dim, 2, 2)
-        self.norm1 = nn.BatchNorm2d(dim)
-        self.norm2 = nn.BatchNorm2d(dim)
-        self.norm3 = nn.BatchNorm2d(dim)
-        self.norm4 = nn.BatchNorm2d(dim)
-        nn.init.normal_(self.level_embed)
+        self.add_adapter(dim, deform_heads, deform_ratio, LAYER_NORM_EPS, drop_path)
 
     def forward(self, image: Tensor) -> list[Tensor]:
         """``[N, 3, H, W]``, multiples of 32, to ``[N, dim, H / s, W / s]`` for s = 4, 8, 16, 32."""
-        c1, *prior = self.spm(image)
-        trunk, (c2, c3, c4) = interact(
-            self.embed(image),
-            prior,
-            self.level_embed,
-            self.interactions,
-            self.blocks,
-            Geometry.of(image),
-        )
-        c1, c2, c3, c4 = add_trunk([c1 + self.up(c2), c2, c3, c4], trunk)
-        return [self.norm1(c1), self.norm2(c2), self.norm3(c3), self.norm4(c4)]
+        return self.adapted(image, self.embed(image), self.blocks)

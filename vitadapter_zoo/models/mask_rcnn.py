@@ -1,6 +1,7 @@
 """Mask R-CNN: backbone, neck and heads put together."""
 
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -95,7 +96,7 @@ class MaskRCNN(nn.Module):
     @torch.inference_mode()
     def predict(
         self,
-        images: ImageInput | list[ImageInput] | tuple[ImageInput, ...],
+        images: ImageInput | Sequence[ImageInput],
         score_threshold: float = SCORE_THRESHOLD,
         *,
         batch_size: int = 1,
@@ -119,8 +120,8 @@ class MaskRCNN(nn.Module):
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if not 0 <= score_threshold <= 1:
             raise ValueError(f"score_threshold must lie in 0..1, got {score_threshold}")
-        several: Sequence[ImageInput] = images if isinstance(images, (list, tuple)) else [images]
-        inputs = (self.preprocess(image) for image in several)
+        several = images if isinstance(images, (list, tuple)) else [images]
+        inputs = (self.preprocess(image) for image in cast("Sequence[ImageInput]", several))
         return [
             detections
             for batch in _batches(inputs, batch_size)

@@ -4,7 +4,7 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from vitadapter_zoo.models.adapter import Geometry, SpatialPrior, add_trunk, interact, interactions
+from vitadapter_zoo.models.adapter import WithAdapter
 from vitadapter_zoo.models.vit import (
     PATCH,
     WINDOW,
@@ -97,7 +97,7 @@ class VisualEmbed(nn.Module):
         return self.embeddings_norm(self.patch_embed(image))
 
 
-class UniPerceiverAdapter(nn.Module):
+class UniPerceiverAdapter(WithAdapter):
     """The Uni-Perceiver trunk with the adapter around it; arguments as for ``ViTAdapter``."""
 
     def __init__(
@@ -112,31 +112,13 @@ class UniPerceiverAdapter(nn.Module):
         deform_ratio: float,
     ) -> None:
         super().__init__()
-        self.level_embed = nn.Parameter(torch.zeros(3, dim))
         rates = drop_path_rates(drop_path, len(windows))
         self.layers = nn.ModuleList(
             Layer(dim, heads, windowed, rate) for windowed, rate in zip(windows, rates, strict=True)
         )
         self.visual_embed = VisualEmbed(dim, pretrain_grid)
-        self.spm = SpatialPrior(dim)
-        self.interactions = interactions(dim, deform_heads, deform_ratio, LAYER_NORM_EPS, drop_path)
-        self.up = nn.ConvTranspose2d(dim, dim, 2, 2)
-        self.norm1 = nn.BatchNorm2d(dim)
-        self.norm2 = nn.BatchNorm2d(dim)
-        self.norm3 = nn.BatchNorm2d(dim)
-        self.norm4 = nn.BatchNorm2d(dim)
-        nn.init.normal_(self.level_embed)
+        self.add_adapter(dim, deform_heads, deform_ratio, LAYER_NORM_EPS, drop_path)
 
     def forward(self, image: Tensor) -> list[Tensor]:
         """``[N, 3, H, W]``, multiples of 32, to ``[N, dim, H / s, W / s]`` for s = 4, 8, 16, 32."""
-        c1, *prior = self.spm(image)
-        trunk, (c2, c3, c4) = interact(
-            self.visual_embed(image),
-            prior,
-            self.level_embed,
-            self.interactions,
-            self.layers,
-            Geometry.of(image),
-        )
-        c1, c2, c3, c4 = add_trunk([c1 + self.up(c2), c2, c3, c4], trunk)
-        return [self.norm1(c1), self.norm2(c2), self.norm3(c3), self.norm4(c4)]
+        return self.adapted(image, self.visual_embed(image), self.layers)
