@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -78,7 +78,7 @@ class Detections:
 
         # RLE runs down the columns, hence Fortran order.
         columns = np.asfortranarray(self.masks.permute(1, 2, 0).numpy().astype(np.uint8))
-        encoded: list[dict[str, Any]] = coco_mask.encode(columns) if len(self) else []
+        encoded = cast("list[dict[str, Any]]", coco_mask.encode(columns) if len(self) else [])
         x1, y1, x2, y2 = self.boxes.unbind(1)
         boxes = torch.stack([x1, y1, x2 - x1, y2 - y1], dim=1).tolist()
         return [

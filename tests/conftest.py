@@ -1,0 +1,52 @@
+"""Fixtures that several test modules share."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import standins
+import torch
+
+from vitadapter_zoo import MaskRCNN, get_row
+from vitadapter_zoo.models import build
+
+
+@pytest.fixture(autouse=True)
+def zoo_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Every test has a cache of its own."""
+    home = tmp_path / "zoo-home"
+    monkeypatch.setenv("VITADAPTER_ZOO_HOME", str(home))
+    return home
+
+
+@pytest.fixture(scope="session")
+def published_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Stand-in weights of a row in a file of the published format, made once per session."""
+    directory = tmp_path_factory.mktemp("published")
+
+    def make(row: str) -> Path:
+        path = directory / f"{row}.pth.tar"
+        if not path.exists():
+            torch.save(standins.checkpoint(row), path)
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def standin_model() -> Callable[[str], MaskRCNN]:
+    """The detector of a row with its stand-in weights."""
+
+    def make(name: str) -> MaskRCNN:
+        with torch.device("meta"):
+            model = build(get_row(name))
+        model.load_state_dict(standins.state_dict(name), assign=True)
+        return model.eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny(standin_model: Callable[[str], MaskRCNN]) -> MaskRCNN:
+    """The adapter-T detector with stand-in weights; tests must not change it."""
+    return standin_model("adapter-t-deit-3x")

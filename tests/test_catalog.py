@@ -1,0 +1,65 @@
+import pytest
+
+from vitadapter_zoo import UnknownModelError, get_row, list_models
+from vitadapter_zoo.catalog import ROWS
+
+# (name, box AP, mask AP, printed gains), read off the two tables by hand.
+TABLE_1 = [
+    ("adapter-t-deit-1x", 41.1, 37.5, None),
+    ("vit-t-deit-3x", 40.2, 37.0, None),
+    ("adapter-t-deit-3x", 46.0, 41.0, (5.8, 4.0)),
+    ("vit-s-deit-3x", 44.0, 39.9, None),
+    ("adapter-s-deit-3x", 48.2, 42.8, (4.2, 2.9)),
+    ("vit-b-deit-3x", 45.8, 41.3, None),
+    ("adapter-b-deit-3x", 49.6, 43.6, (3.8, 2.3)),
+    ("adapter-b-uniperceiver-3x", 51.2, 45.3, None),
+    ("vit-l-augreg-3x", 48.3, 43.3, None),
+    ("adapter-l-augreg-3x", 52.1, 46.0, (3.8, 2.7)),
+]
+TABLE_2 = ["adapter-s-deit-3x", "adapter-s-deit-3x-nofpn"]
+
+
+def test_the_tables_have_twelve_rows_of_eleven_checkpoints() -> None:
+    assert list_models(table=1) == [name for name, *_ in TABLE_1]
+    assert list_models(table=2) == TABLE_2
+    assert sum(len(row.tables) for row in ROWS) == 12
+    assert len(list_models()) == len({row.checkpoint_url for row in ROWS}) == 11
+
+
+@pytest.mark.parametrize(("name", "box", "mask", "gains"), TABLE_1)
+def test_figures_and_computed_gains_are_the_printed_ones(
+    name: str, box: float, mask: float, gains: tuple[float, float] | None
+) -> None:
+    row = get_row(name)
+    assert (row.box_ap, row.mask_ap) == (box, mask)
+    assert (row.box_gain, row.mask_gain) == (gains or (None, None))
+
+
+def test_every_row_says_where_its_files_are() -> None:
+    for row in ROWS:
+        stem = row.config.removesuffix(".py")
+        assert row.checkpoint_url.rpartition("/")[2].startswith(f"{stem}.pth")
+        assert row.log_url is None or row.log_url.endswith(f"{stem}.log")
+        assert row.pretraining_url.startswith("https://")
+
+
+def test_criteria_narrow_the_list() -> None:
+    assert list_models("vit-*") == [
+        "vit-t-deit-3x",
+        "vit-s-deit-3x",
+        "vit-b-deit-3x",
+        "vit-l-augreg-3x",
+    ]
+    assert list_models(schedule="1X") == ["adapter-t-deit-1x"]
+    assert list_models(fpn=False) == ["adapter-s-deit-3x-nofpn"]
+    assert list_models(size="l", backbone="vit-adapter-l") == ["adapter-l-augreg-3x"]
+    assert list_models(pretraining="Uni-Perceiver") == ["adapter-b-uniperceiver-3x"]
+    assert len(list_models(pretraining="DeiT")) == 8
+    assert list_models("nothing*") == []
+
+
+def test_an_unknown_name_offers_the_nearest() -> None:
+    with pytest.raises(UnknownModelError, match="did you mean adapter-l-augreg-3x"):
+        get_row("adapter-l-augreg")
+    with pytest.raises(UnknownModelError, match="`vitadapter-zoo list`"):
+        get_row("")

@@ -1,0 +1,424 @@
+import json
+import os
+import pickle
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import standins
+import torch
+from pytest_httpserver import HTTPServer
+from werkzeug import Request, Response
+
+import vitadapter_zoo
+from vitadapter_zoo import (
+    CheckpointError,
+    DownloadError,
+    UnknownModelError,
+    UnsafeCheckpointError,
+    ZooError,
+    cache,
+)
+from vitadapter_zoo.download import download
+
+NAME = "adapter-t-deit-3x"
+MakeFile = Callable[[str], Path]
+
+
+def same_weights(model: vitadapter_zoo.MaskRCNN, row: str = NAME) -> bool:
+    expected = standins.state_dict(row)
+    state = model.state_dict()
+    return all(torch.equal(state[name], value) for name, value in expected.items())
+
+
+def left_behind(home: Path) -> list[str]:
+    """Every file in the cache but the locks."""
+    files = (path for path in home.rglob("*") if path.is_file() and path.suffix != ".lock")
+    return sorted(path.name for path in files)
+
+
+def test_a_published_file_loads_converts_and_is_reused(
+    published_file: MakeFile, zoo_home: Path
+) -> None:
+    source = published_file(NAME)
+    before = source.read_bytes()
+    model = vitadapter_zoo.load(NAME, checkpoint=source)
+    assert same_weights(model)
+    assert not model.training
+    assert not any(value.is_meta for value in model.state_dict().values())
+    assert source.read_bytes() == before
+
+    (weights,) = zoo_home.rglob("*.safetensors")
+    (record,) = zoo_home.rglob("*.json")
+    provenance = json.loads(record.read_text())
+    assert provenance["source"] == str(source)
+    assert provenance["container"] == "torch zip"
+    assert provenance["size"] == weights.stat().st_size
+    assert provenance["metadata"]["epoch"] == 36
+    assert left_behind(zoo_home) == sorted([weights.name, record.name])
+
+    written = weights.stat().st_mtime_ns
+    assert same_weights(vitadapter_zoo.load(NAME, checkpoint=str(source)))
+    assert weights.stat().st_mtime_ns == written
+
+
+def test_mapped_weights_can_be_trained_without_touching_the_cache(
+    published_file: MakeFile, zoo_home: Path
+) -> None:
+    model = vitadapter_zoo.load(NAME, checkpoint=published_file(NAME))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    assert same_weights(vitadapter_zoo.load(NAME, checkpoint=published_file(NAME)))
+
+
+def test_a_changed_local_file_is_converted_again(published_file: MakeFile, tmp_path: Path) -> None:
+    path = tmp_path / "mine.pth"
+    path.write_bytes(published_file(NAME).read_bytes())
+    vitadapter_zoo.load(NAME, checkpoint=path)
+    state = standins.state_dict(NAME)
+    state["rpn_head.rpn_cls.bias"] += 1
+    torch.save(state, path)
+    loaded = vitadapter_zoo.load(NAME, checkpoint=path).state_dict()
+    assert torch.equal(loaded["rpn_head.rpn_cls.bias"], state["rpn_head.rpn_cls.bias"])
+
+
+def test_a_damaged_cache_entry_is_made_anew(published_file: MakeFile, zoo_home: Path) -> None:
+    vitadapter_zoo.load(NAME, checkpoint=published_file(NAME))
+    (weights,) = zoo_home.rglob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert same_weights(vitadapter_zoo.load(NAME, checkpoint=published_file(NAME)))
+    (record,) = zoo_home.rglob("*.json")
+    record.write_text("{")
+    assert same_weights(vitadapter_zoo.load(NAME, checkpoint=published_file(NAME)))
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_containers_prefixes_optimizers_and_half_precision(tmp_path: Path, legacy: bool) -> None:
+    state = standins.state_dict(NAME)
+    content: dict[str, Any] = {
+        "meta": {"epoch": 12, "CLASSES": ("person",), "hook_msgs": {"best": np.float32(0.4)}},
+        "state_dict": {
+            f"module.{name}": value.half() if value.is_floating_point() else value
+            for name, value in state.items()
+        },
+        "optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": [{"lr": 1e-4}]},
+    }
+    path = tmp_path / "weights.pth"
+    torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+    model = vitadapter_zoo.load(NAME, checkpoint=path)
+    for name, value in model.state_dict().items():
+        expected = state[name]
+        if expected.is_floating_point():
+            expected = expected.half().float()
+        assert value.dtype == expected.dtype
+        assert torch.equal(value, expected)
+
+
+def test_numpy_1_scalars_in_the_metadata(tmp_path: Path) -> None:
+    # numpy 1.x pickled its scalars under numpy.core; the name is of the same length when padded,
+    # so a zip member is rewritten with the old name.
+    new, old = tmp_path / "new.pth", tmp_path / "old.pth"
+    torch.save(standins.checkpoint(NAME), new)
+    with zipfile.ZipFile(new) as source, zipfile.ZipFile(old, "w", zipfile.ZIP_STORED) as target:
+        for member in source.infolist():
+            data = source.read(member)
+            if member.filename.endswith("data.pkl"):
+                assert b"numpy._core.multiarray" in data
+                data = data.replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
+            target.writestr(member, data)
+    assert same_weights(vitadapter_zoo.load(NAME, checkpoint=old))
+
+
+def test_safetensors_are_used_in_place(tmp_path: Path, zoo_home: Path) -> None:
+    path = tmp_path / "mine.safetensors"
+    safetensors.torch.save_file(standins.state_dict(NAME), path)
+    assert same_weights(vitadapter_zoo.load(NAME, checkpoint=path))
+    assert left_behind(zoo_home) == []
+
+
+def test_layer_scales_are_filled_for_the_one_row_and_reported(
+    tmp_path: Path, zoo_home: Path
+) -> None:
+    name = "adapter-t-deit-1x"
+    state = standins.state_dict(name)
+    scales = [key for key in state if ".blocks." in key and "gamma" in key]
+    assert len(scales) == 24
+    path = tmp_path / "1x.pth"
+    torch.save({key: value for key, value in state.items() if key not in scales}, path)
+    loaded = vitadapter_zoo.load(name, checkpoint=path).state_dict()
+    assert all((loaded[key] == 1).all() for key in scales)
+    (record,) = zoo_home.rglob("*.json")
+    assert json.loads(record.read_text())["filled"] == scales
+    # Part of them absent is a wrong file, and so is any absence in another row.
+    state.pop(scales[0])
+    torch.save(state, path)
+    for wrong in (name, NAME):
+        with pytest.raises(CheckpointError, match=r"1 missing:\n    backbone\.blocks\.0\.gamma1"):
+            vitadapter_zoo.load(wrong, checkpoint=path)
+
+
+def test_uniperceiver_layer_scales_are_never_filled(tmp_path: Path) -> None:
+    name = "adapter-b-uniperceiver-3x"
+    path = tmp_path / "uni.pth"
+    state = {key: torch.zeros(shape) for key, shape in standins.contract(name).items()}
+    torch.save({k: v for k, v in state.items() if not k.endswith(("gamma_1", "gamma_2"))}, path)
+    with pytest.raises(CheckpointError, match="24 missing"):
+        vitadapter_zoo.load(name, checkpoint=path)
+
+
+def test_absent_batch_counters_are_zero(tmp_path: Path) -> None:
+    state = standins.state_dict(NAME)
+    path = tmp_path / "old.pth"
+    torch.save({k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}, path)
+    assert same_weights(vitadapter_zoo.load(NAME, checkpoint=path))
+
+
+def test_options_for_device_dtype_and_fresh_weights(published_file: MakeFile) -> None:
+    half = vitadapter_zoo.load(NAME, checkpoint=published_file(NAME), dtype=torch.bfloat16)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    assert len(half.predict(standins.PHOTO)) == 1
+    fresh = vitadapter_zoo.load(NAME, pretrained=False)
+    assert not any(p.is_meta for p in fresh.parameters())
+    assert not same_weights(fresh)
+    with pytest.raises(ValueError, match="leave one of them out"):
+        vitadapter_zoo.load(NAME, pretrained=False, checkpoint="x.pth")
+
+
+class RunsCode:
+    """A pickle that creates a file when it is loaded."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.target}",)
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", "bare pickle"])
+def test_a_pickle_that_runs_code_is_refused(tmp_path: Path, zoo_home: Path, kind: str) -> None:
+    proof, path = tmp_path / "it-ran", tmp_path / "evil.pth"
+    content = {"state_dict": standins.state_dict("vit-t-deit-3x"), "meta": RunsCode(proof)}
+    if kind == "bare pickle":
+        path.write_bytes(pickle.dumps(RunsCode(proof)))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=kind == "zip")
+    with pytest.raises(UnsafeCheckpointError, match="Nothing in it was run"):
+        vitadapter_zoo.load(NAME, checkpoint=path)
+    assert not proof.exists()
+    assert left_behind(zoo_home) == []
+    if kind == "legacy":  # the file does run code where it is read without care
+        torch.load(path, weights_only=False)
+        assert proof.exists()
+
+
+def damaged(kind: str, path: Path, good: Path) -> str:
+    """Write a bad file of that kind; return what its error must say."""
+    data = good.read_bytes()
+    state = standins.state_dict(NAME)
+    messages = {
+        "truncated": "damaged or truncated torch file",
+        "truncated safetensors": "damaged or truncated safetensors file",
+        "html": "is a web page",
+        "text": "is not a checkpoint",
+        "empty": "is not a checkpoint",
+        "another row": "The file fits vit-t-deit-3x: load it under that name",
+        "one missing": r"1 missing:\n    roi_head\.mask_head\.upsample\.bias",
+        "one more": r"1 unexpected:\n    head\.weight",
+        "wrong shape": r"1 of another shape:\n    backbone\.level_embed \(file \[4, 192\], model",
+        "wrong kind": r"1 of another kind:\n    backbone\.level_embed \(file torch\.int32",
+        "old release": r"release v0\.1\.2",
+        "not tensors": "'epoch' is no tensor",
+        "a list": "holds no state_dict",
+    }
+    if kind == "truncated":
+        path.write_bytes(data[: len(data) // 2])
+    elif kind == "truncated safetensors":
+        path.write_bytes(safetensors.torch.save(state)[:-100])
+    elif kind in ("html", "text", "empty"):
+        content = {"html": "\n<!DOCTYPE html><html>", "text": "hello there", "empty": ""}
+        path.write_text(content[kind])
+    elif kind == "another row":
+        torch.save(standins.checkpoint("vit-t-deit-3x"), path)
+    elif kind == "a list":
+        torch.save([1, 2], path)
+    else:
+        if kind == "one missing":
+            state.pop("roi_head.mask_head.upsample.bias")
+        elif kind == "one more":
+            state["head.weight"] = torch.zeros(3)
+        elif kind == "wrong shape":
+            state["backbone.level_embed"] = torch.zeros(4, 192)
+        elif kind == "wrong kind":
+            state["backbone.level_embed"] = state["backbone.level_embed"].int()
+        elif kind == "old release":
+            state["neck.lateral_convs.0.bn.weight"] = torch.zeros(256)
+        content_to_save: dict[str, Any] = dict(state)
+        if kind == "not tensors":
+            content_to_save["epoch"] = 3
+        torch.save(content_to_save, path)
+    return messages[kind]
+
+
+BAD_FILES = [
+    "truncated",
+    "truncated safetensors",
+    "html",
+    "text",
+    "empty",
+    "another row",
+    "one missing",
+    "one more",
+    "wrong shape",
+    "wrong kind",
+    "old release",
+    "not tensors",
+    "a list",
+]
+
+
+@pytest.mark.parametrize("kind", BAD_FILES)
+def test_bad_files_have_one_clear_error_and_leave_nothing(
+    kind: str, tmp_path: Path, zoo_home: Path, published_file: MakeFile
+) -> None:
+    path = tmp_path / "bad.pth"
+    message = damaged(kind, path, published_file(NAME))
+    with pytest.raises(CheckpointError, match=message):
+        vitadapter_zoo.load(NAME, checkpoint=path)
+    assert left_behind(zoo_home) == []
+    assert path.exists()
+
+
+def test_missing_files_and_unknown_names(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="there is no checkpoint file"):
+        vitadapter_zoo.load(NAME, checkpoint=tmp_path / "none.pth")
+    with pytest.raises(UnknownModelError, match="did you mean"):
+        vitadapter_zoo.load("adapter-t-deit-2x")
+
+
+def test_an_unwritable_cache_is_said(published_file: MakeFile, tmp_path: Path) -> None:
+    blocked = tmp_path / "a-file"
+    blocked.write_text("")
+    with pytest.raises(ZooError, match="cannot write to .*VITADAPTER_ZOO_HOME"):
+        vitadapter_zoo.load(NAME, checkpoint=published_file(NAME), cache_dir=blocked / "cache")
+
+
+def test_a_full_disk_is_said(published_file: MakeFile, zoo_home: Path) -> None:
+    # A file-size limit makes the write fail as a full disk does, in a process of its own.
+    script = (
+        "import resource, signal, sys, vitadapter_zoo as zoo\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))\n"
+        "try:\n    zoo.load(sys.argv[1], checkpoint=sys.argv[2])\n"
+        "except zoo.ZooError as error:\n    print(error)\n"
+    )
+    command = [sys.executable, "-c", script, NAME, str(published_file(NAME))]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "cannot write" in result.stdout
+    assert left_behind(zoo_home) == []
+
+
+def test_download_from_a_server(
+    httpserver: HTTPServer, published_file: MakeFile, zoo_home: Path
+) -> None:
+    served = []
+
+    def serve(request: Request) -> Response:
+        served.append(request.path)
+        return Response(published_file(NAME).read_bytes(), mimetype="application/octet-stream")
+
+    httpserver.expect_request("/v0.1.2/weights.pth.tar").respond_with_handler(serve)
+    httpserver.expect_request("/latest").respond_with_response(
+        Response(status=302, headers={"Location": httpserver.url_for("/v0.1.2/weights.pth.tar")})
+    )
+    url = httpserver.url_for("/latest")
+    assert same_weights(vitadapter_zoo.load(NAME, checkpoint=url))
+    assert same_weights(vitadapter_zoo.load(NAME, checkpoint=url))
+    assert served == ["/v0.1.2/weights.pth.tar"]
+    provenance = cache.entry(NAME, url).read()
+    assert provenance is not None
+    assert provenance.source == url
+    assert len(left_behind(zoo_home)) == 2
+
+
+@pytest.mark.parametrize(
+    ("response", "message"),
+    [
+        (Response("no", status=404), "answers 404"),
+        (Response("<html>log in</html>", mimetype="text/html"), "sends a web page"),
+        (Response("<html>log in</html>", mimetype="application/zip"), "is a web page"),
+        (
+            Response(b"PK\x03\x04", headers={"Content-Length": "900"}),
+            "Connection broken|ended after",
+        ),
+        (Response("", status=302, headers={"Location": "/file.pth"}), "Exceeded 30 redirects"),
+    ],
+)
+def test_bad_answers_leave_nothing(
+    httpserver: HTTPServer, response: Response, message: str, zoo_home: Path
+) -> None:
+    httpserver.expect_request("/file.pth").respond_with_response(response)
+    with pytest.raises(ZooError, match=message) as caught:
+        vitadapter_zoo.load(NAME, checkpoint=httpserver.url_for("/file.pth"))
+    assert isinstance(caught.value, (DownloadError, CheckpointError))
+    assert left_behind(zoo_home) == []
+
+
+def test_an_unreachable_server_is_said(zoo_home: Path) -> None:
+    with pytest.raises(DownloadError, match="cannot download http://127.0.0.1:9/x.pth: .*refused"):
+        vitadapter_zoo.load(NAME, checkpoint="http://127.0.0.1:9/x.pth")
+    assert left_behind(zoo_home) == []
+
+
+def test_a_busy_server_is_asked_again(httpserver: HTTPServer, tmp_path: Path) -> None:
+    httpserver.expect_ordered_request("/busy").respond_with_data("later", status=503)
+    httpserver.expect_ordered_request("/busy").respond_with_data("content")
+    digest = download(httpserver.url_for("/busy"), tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "content"
+    with pytest.raises(DownloadError, match=rf"sha256 {digest}, expected 00"):
+        httpserver.expect_ordered_request("/busy").respond_with_data("content")
+        download(httpserver.url_for("/busy"), tmp_path / "file", sha256="00")
+
+
+PEAK = """
+import resource, sys
+from pathlib import Path
+import torch, vitadapter_zoo
+from vitadapter_zoo.loader import load
+
+def resident(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+load("adapter-t-deit-3x", pretrained=False)
+Path("/proc/self/clear_refs").write_text("5")  # start the peak anew
+before = resident("VmRSS")
+model = load("adapter-l-augreg-3x", checkpoint=sys.argv[1])
+if sys.argv[2] == "touch":
+    print(sum(float(value.double().sum()) for value in model.state_dict().values()))
+print((resident("VmHWM") - before) / 1e6)
+"""
+
+
+def test_loading_the_largest_model_peaks_below_1_3_of_its_weights(tmp_path: Path) -> None:
+    contract = standins.contract("adapter-l-augreg-3x")
+    state = {
+        name: torch.ones(shape, dtype=torch.int64 if name.endswith("tracked") else torch.float32)
+        for name, shape in contract.items()
+    }
+    path = tmp_path / "large.pth"
+    torch.save({"state_dict": state, "meta": {}}, path)
+    weights = sum(value.nbytes for value in state.values()) / 1e6
+    del state
+    for mode in ("load", "touch"):  # the first converts, the second finds the cache warm
+        command = [sys.executable, "-c", PEAK, str(path), mode]
+        result = subprocess.run(command, capture_output=True, text=True, check=True)
+        peak = float(result.stdout.split()[-1])
+        print(f"{mode}: peak {peak:.0f} MB, weights {weights:.0f} MB, ratio {peak / weights:.2f}")
+        assert peak < 1.3 * weights

@@ -1,0 +1,152 @@
+from collections.abc import Callable
+
+import parity
+import pytest
+import standins
+import torch
+from torch import Tensor, nn
+from torchvision.ops import box_iou
+
+from vitadapter_zoo import MaskRCNN, get_row
+from vitadapter_zoo.catalog import ROWS
+from vitadapter_zoo.models import build, uniperceiver, vit
+
+NAMES = [row.name for row in ROWS]
+WITH_OUTPUTS = [
+    "adapter-t-deit-3x",
+    "vit-t-deit-3x",
+    "adapter-s-deit-3x-nofpn",
+    "adapter-b-uniperceiver-3x",
+]
+# Millions of numbers in a file's state dict, from ../shared/design/published-files.md.
+MILLIONS = {
+    "vit-t-deit-3x": 26.08,
+    "adapter-t-deit-1x": 28.07,
+    "adapter-t-deit-3x": 28.07,
+    "vit-s-deit-3x": 43.75,
+    "adapter-s-deit-3x": 47.81,
+    "adapter-s-deit-3x-nofpn": 45.44,
+    "vit-b-deit-3x": 113.59,
+    "adapter-b-deit-3x": 120.19,
+    "vit-l-augreg-3x": 337.29,
+    "adapter-l-augreg-3x": 347.94,
+}
+
+
+def on_meta(name: str) -> MaskRCNN:
+    with torch.device("meta"):
+        return build(get_row(name))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_state_dict_is_the_contract(name: str) -> None:
+    state = {key: list(value.shape) for key, value in on_meta(name).state_dict().items()}
+    assert state == standins.contract(name)
+
+
+@pytest.mark.parametrize(("name", "millions"), MILLIONS.items())
+def test_parameter_counts(name: str, millions: float) -> None:
+    numbers = sum(value.numel() for value in on_meta(name).state_dict().values())
+    assert numbers / 1e6 == pytest.approx(millions, abs=0.01)
+
+
+@pytest.mark.parametrize("name", WITH_OUTPUTS)
+def test_computes_what_the_original_computed(
+    name: str, standin_model: Callable[[str], MaskRCNN]
+) -> None:
+    result = parity.compare(standin_model(name))
+    assert result.shapes
+    assert result.input < 1e-6
+    assert max(result.features.values()) < 1e-4
+    assert max(result.moments.values()) < 1e-4
+    assert result.proposals >= 0.99
+    assert result.unmatched == 0
+    assert result.mask_iou > 0.99
+
+
+def windowed_by_loops(
+    project: nn.Module, heads: int, x: Tensor, size: int, project_first: bool
+) -> Tensor:
+    """14x14 windowed attention with explicit softmax, one window at a time."""
+    height, width = x.shape[1:3]
+    dim = x.shape[3]
+    padded_shape = (-(-height // size) * size, -(-width // size) * size)
+    source = project(x) if project_first else x
+    padded = source.new_zeros(x.shape[0], *padded_shape, source.shape[-1])
+    padded[:, :height, :width] = source
+    result = x.new_zeros(x.shape[0], *padded_shape, dim)
+    for top in range(0, padded_shape[0], size):
+        for left in range(0, padded_shape[1], size):
+            window = padded[:, top : top + size, left : left + size].flatten(1, 2)
+            q, k, v = (window if project_first else project(window)).split(dim, dim=-1)
+            parts = []
+            for head in range(heads):
+                own = slice(head * dim // heads, (head + 1) * dim // heads)
+                logits = q[..., own] @ k[..., own].transpose(1, 2) / (dim / heads) ** 0.5
+                parts.append(logits.softmax(-1) @ v[..., own])
+            attended = torch.cat(parts, dim=-1).unflatten(1, (size, size))
+            result[:, top : top + size, left : left + size] = attended
+    return result[:, :height, :width].flatten(1, 2)
+
+
+@pytest.mark.parametrize(("height", "width"), [(5, 30), (14, 14), (29, 3)])
+def test_padded_tokens_take_part_in_windowed_attention(height: int, width: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, height, width, 12)
+    plain = vit.Attention(12, 3, windowed=True)
+    expected = plain.proj(windowed_by_loops(plain.qkv, 3, x, 14, project_first=True))
+    torch.testing.assert_close(plain(x.flatten(1, 2), height, width), expected)
+    uni = uniperceiver.SelfAttention(12, 3, windowed=True)
+    expected = uni.out_proj(windowed_by_loops(uni.in_proj, 3, x, 14, project_first=False))
+    torch.testing.assert_close(uni(x.flatten(1, 2), height, width), expected)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", ["adapter-t-deit-3x", "vit-t-deit-3x"])
+def test_an_image_does_not_depend_on_its_batch(
+    name: str, standin_model: Callable[[str], MaskRCNN]
+) -> None:
+    backbone = standin_model(name).backbone
+    images = torch.randn(2, 3, 96, 160)
+    for together, alone in zip(backbone(images), backbone(images[1:]), strict=True):
+        torch.testing.assert_close(together[1:], alone, rtol=1e-4, atol=1e-4)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", WITH_OUTPUTS)
+def test_compiles_without_graph_breaks(name: str) -> None:
+    torch._dynamo.reset()
+    model = build(get_row(name)).eval()
+    image = torch.randn(1, 3, 64, 96)
+
+    def features(x: Tensor) -> list[Tensor]:
+        levels: list[Tensor] = model.neck(model.backbone(x))
+        return levels
+
+    compiled = torch.compile(features, fullgraph=True, backend="aot_eager")
+    for ours, expected in zip(compiled(image), features(image), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_autocast_finds_the_same_objects(tiny: MaskRCNN) -> None:
+    exact = tiny.predict(standins.PHOTO)[0].filter(0.5)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = tiny.predict(standins.PHOTO)[0]
+    assert rounded.boxes.dtype == rounded.scores.dtype == torch.float32
+    # Stand-in weights know no objects, so scores are volatile: most, not all, must survive.
+    ious = box_iou(exact.boxes, rounded.boxes)
+    ious[exact.labels[:, None] != rounded.labels] = 0
+    assert (ious.max(dim=1).values > 0.8).double().mean() > 0.5
+
+
+def test_training_mode_has_gradients_everywhere() -> None:
+    model = build(get_row("adapter-t-deit-3x")).train()
+    levels = model.neck(model.backbone(torch.randn(2, 3, 64, 64)))
+    sum(level.square().mean() for level in levels).backward()
+    without = [
+        name
+        for name, parameter in model.named_parameters()
+        if name.startswith(("backbone", "neck")) and parameter.grad is None
+    ]
+    assert without == []
