@@ -36,6 +36,20 @@ class Parity:
     mask_iou: float
     rle_equal: float
 
+    def failures(self) -> list[str]:
+        """What lies outside the tolerances of the project; empty when the networks are equal."""
+        checks = {
+            "shapes, sizes and scale factors differ": self.shapes,
+            f"input differs by {self.input:.1e}": self.input < 1e-6,
+            f"only {self.proposals:.1%} of the proposals match": self.proposals >= 0.99,
+            f"{self.unmatched} detections have no counterpart": self.unmatched == 0,
+            f"a mask has IoU {self.mask_iou:.4f}": self.mask_iou > 0.99,
+        }
+        for kind, values in (("values", self.features), ("moments", self.moments)):
+            for name, difference in values.items():
+                checks[f"{kind} of {name} differ by {difference:.1e}"] = difference < 1e-4
+        return [failure for failure, passed in checks.items() if not passed]
+
 
 def matches(boxes: Tensor, scores: Tensor, reference: Tensor, reference_scores: Tensor) -> Tensor:
     """For each reference box the index of its counterpart (IoU > 0.99, score within 1e-3), or -1.

@@ -62,13 +62,10 @@ def test_info() -> None:
     assert "did you mean vit-t-deit-3x" in failure("info", "vit-t-deit")
 
 
-@pytest.mark.parametrize(
-    "code",
-    [
-        "import vitadapter_zoo",
-        "from vitadapter_zoo import cli; cli.main(['list'], standalone_mode=False)",
-    ],
-)
+LIST = "from vitadapter_zoo.cli import main; main(['list'], standalone_mode=False)"
+
+
+@pytest.mark.parametrize("code", ["import vitadapter_zoo", LIST])
 def test_neither_import_nor_list_imports_torch(code: str) -> None:
     command = [sys.executable, "-X", "importtime", "-c", code]
     imported = subprocess.run(command, capture_output=True, text=True, check=True).stderr
@@ -83,22 +80,17 @@ def test_predict_writes_overlays_and_json(
     other = tmp_path / "other" / "rocket.jpg"
     other.parent.mkdir()
     shutil.copy(standins.PHOTO, other)
-    weights = str(published_file("vit-t-deit-3x"))
+    weights = str(published_file("adapter-t-deit-3x"))
     arguments = [
-        "--model",
-        "vit-t-deit-3x",
-        "--checkpoint",
-        weights,
-        "--out",
-        str(tmp_path / "out"),
+        *("--model", "adapter-t-deit-3x"),
+        *("--checkpoint", weights),
+        *("--out", str(tmp_path / "out")),
     ]
     result = run("predict", str(standins.PHOTO), str(other), *arguments, "--json")
     assert result.returncode == 0, result.stderr
     first, second = json.loads(result.stdout)
-    assert [Path(item["overlay"]).name for item in (first, second)] == [
-        "rocket.png",
-        "rocket-2.png",
-    ]
+    overlays = [Path(item["overlay"]).name for item in (first, second)]
+    assert overlays == ["rocket.png", "rocket-2.png"]
     assert first["detections"]
     assert {found["score"] >= 0.3 for found in first["detections"]} == {True}
     drawn = Image.open(first["overlay"])

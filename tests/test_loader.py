@@ -3,8 +3,10 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
 import zipfile
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -305,7 +307,7 @@ def test_missing_files_and_unknown_names(tmp_path: Path) -> None:
 def test_an_unwritable_cache_is_said(published_file: MakeFile, tmp_path: Path) -> None:
     blocked = tmp_path / "a-file"
     blocked.write_text("")
-    with pytest.raises(ZooError, match="cannot write to .*VITADAPTER_ZOO_HOME"):
+    with pytest.raises(ZooError, match=r"cannot write to .*VITADAPTER_ZOO_HOME"):
         vitadapter_zoo.load(NAME, checkpoint=published_file(NAME), cache_dir=blocked / "cache")
 
 
@@ -353,10 +355,6 @@ def test_download_from_a_server(
         (Response("no", status=404), "answers 404"),
         (Response("<html>log in</html>", mimetype="text/html"), "sends a web page"),
         (Response("<html>log in</html>", mimetype="application/zip"), "is a web page"),
-        (
-            Response(b"PK\x03\x04", headers={"Content-Length": "900"}),
-            "Connection broken|ended after",
-        ),
         (Response("", status=302, headers={"Location": "/file.pth"}), "Exceeded 30 redirects"),
     ],
 )
@@ -370,8 +368,26 @@ def test_bad_answers_leave_nothing(
     assert left_behind(zoo_home) == []
 
 
+def test_a_connection_that_ends_early_is_said(published_file: MakeFile, zoo_home: Path) -> None:
+    class CutShort(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            data = published_file(NAME).read_bytes()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data[:100_000])
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), CutShort) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/file.pth"
+        with pytest.raises(DownloadError, match=r"cannot download http://.*100000 bytes read"):
+            vitadapter_zoo.load(NAME, checkpoint=url)
+        server.shutdown()
+    assert left_behind(zoo_home) == []
+
+
 def test_an_unreachable_server_is_said(zoo_home: Path) -> None:
-    with pytest.raises(DownloadError, match="cannot download http://127.0.0.1:9/x.pth: .*refused"):
+    with pytest.raises(DownloadError, match=r"download http://127\.0\.0\.1:9/x\.pth: .*refused"):
         vitadapter_zoo.load(NAME, checkpoint="http://127.0.0.1:9/x.pth")
     assert left_behind(zoo_home) == []
 
@@ -381,8 +397,8 @@ def test_a_busy_server_is_asked_again(httpserver: HTTPServer, tmp_path: Path) ->
     httpserver.expect_ordered_request("/busy").respond_with_data("content")
     digest = download(httpserver.url_for("/busy"), tmp_path / "file")
     assert (tmp_path / "file").read_text() == "content"
-    with pytest.raises(DownloadError, match=rf"sha256 {digest}, expected 00"):
-        httpserver.expect_ordered_request("/busy").respond_with_data("content")
+    httpserver.expect_ordered_request("/busy").respond_with_data("content")
+    with pytest.raises(DownloadError, match=f"sha256 {digest}, expected 00"):
         download(httpserver.url_for("/busy"), tmp_path / "file", sha256="00")
 
 

@@ -54,14 +54,16 @@ def test_parameter_counts(name: str, millions: float) -> None:
 def test_computes_what_the_original_computed(
     name: str, standin_model: Callable[[str], MaskRCNN]
 ) -> None:
-    result = parity.compare(standin_model(name))
-    assert result.shapes
-    assert result.input < 1e-6
-    assert max(result.features.values()) < 1e-4
-    assert max(result.moments.values()) < 1e-4
-    assert result.proposals >= 0.99
-    assert result.unmatched == 0
-    assert result.mask_iou > 0.99
+    assert parity.compare(standin_model(name)).failures() == []
+
+
+def test_parity_notices_a_wrong_network(standin_model: Callable[[str], MaskRCNN]) -> None:
+    model = standin_model("vit-t-deit-3x")
+    with torch.no_grad():
+        model.get_parameter("neck.fpn_convs.2.conv.bias").add_(0.01)
+    failures = parity.compare(model).failures()
+    assert any(failure.startswith("values of neck.2 differ") for failure in failures)
+    assert not any("backbone" in failure for failure in failures)
 
 
 def windowed_by_loops(

@@ -60,51 +60,58 @@ def is_safetensors(path: Path) -> bool:
     Raises:
         CheckpointError: the file cannot be read.
     """
-    head = _head(path)
+    return _is_safetensors(_head(path, str(path)))
+
+
+def _is_safetensors(head: bytes) -> bool:
     return head[8:9] == b"{" and int.from_bytes(head[:8], "little") < LARGEST_HEADER
 
 
-def read(path: Path) -> Checkpoint:
+def read(path: Path, origin: str) -> Checkpoint:
     """Read a torch zip, a legacy torch pickle or a safetensors file; the content decides which.
 
     Zip and safetensors files are memory-mapped: pages are read when they are used.
+
+    Args:
+        path: the file.
+        origin: what errors call it: the path, or the URL that it came from.
 
     Raises:
         CheckpointError: missing, truncated, or not a checkpoint.
         UnsafeCheckpointError: a pickle that asks for anything but tensors and plain data.
     """
-    if is_safetensors(path):
+    head = _head(path, origin)
+    if _is_safetensors(head):
         try:
             return Checkpoint(safetensors.torch.load_file(path), "safetensors")
         except safetensors.SafetensorError as error:
             raise CheckpointError(
-                f"{path} is a damaged or truncated safetensors file ({error}); download it again"
+                f"{origin} is a damaged or truncated safetensors file ({error}); download it again"
             ) from error
-    head = _head(path)
     if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
         raise CheckpointError(
-            f"{path} is a web page (HTML), not weights: a login or error page saved under the "
+            f"{origin} is a web page (HTML), not weights: a login or error page saved under the "
             "file's name; open the address in a browser and download the file itself"
         )
     zipped = head.startswith(b"PK\x03\x04")
     if not zipped and not head.startswith(b"\x80"):
         raise CheckpointError(
-            f"{path} is not a checkpoint: neither a torch file (.pth, .pth.tar) nor safetensors"
+            f"{origin} is not a checkpoint: neither a torch file (.pth, .pth.tar) nor safetensors"
         )
-    loaded = _load_pickle(path, mapped=zipped)
+    loaded = _load_pickle(path, origin, mapped=zipped)
     container = "torch zip" if zipped else "legacy torch pickle"
-    return Checkpoint(_state_dict(loaded, path), container, _plain_metadata(loaded))
+    return Checkpoint(_state_dict(loaded, origin), container, _plain_metadata(loaded))
 
 
-def _head(path: Path) -> bytes:
+def _head(path: Path, origin: str) -> bytes:
     try:
         with path.open("rb") as file:
             return file.read(512)
     except OSError as error:
-        raise CheckpointError(f"cannot read the checkpoint {path}: {error.strerror}") from error
+        raise CheckpointError(f"cannot read the checkpoint {origin}: {error.strerror}") from error
 
 
-def _load_pickle(path: Path, *, mapped: bool) -> object:
+def _load_pickle(path: Path, origin: str, *, mapped: bool) -> object:
     try:
         with torch.serialization.safe_globals(NUMPY_SCALARS):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped or None)
@@ -116,24 +123,24 @@ def _load_pickle(path: Path, *, mapped: bool) -> object:
         if wanted or "weights_only" in str(error) or "Weights only" in str(error):
             what = f" for {wanted[1]!r}" if wanted else ""
             raise UnsafeCheckpointError(
-                f"{path} was refused: it asks{what} for code that a file of weights has no need "
+                f"{origin} was refused: it asks{what} for code that a file of weights has no need "
                 "of. Nothing in it was run. Get the file from its publisher again"
             ) from error
         raise CheckpointError(
-            f"{path} is a damaged or truncated torch file "
+            f"{origin} is a damaged or truncated torch file "
             f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no detail'})"
             "; download it again"
         ) from error
 
 
-def _state_dict(loaded: object, path: Path) -> dict[str, Tensor]:
+def _state_dict(loaded: object, origin: str) -> dict[str, Tensor]:
     state = loaded.get("state_dict", loaded) if isinstance(loaded, Mapping) else loaded
     if not isinstance(state, Mapping) or not state:
-        raise CheckpointError(f"{path} holds no state_dict, so it is not a checkpoint of a network")
+        raise CheckpointError(f"{origin} holds no state_dict: it is not a checkpoint of a network")
     strange = [key for key, value in state.items() if not isinstance(value, Tensor)]
     if strange:
         raise CheckpointError(
-            f"{path} is not a checkpoint of a network: {strange[0]!r} is no tensor"
+            f"{origin} is not a checkpoint of a network: {strange[0]!r} is no tensor"
         )
     return {str(name).removeprefix("module."): value for name, value in state.items()}
 

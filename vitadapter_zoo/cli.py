@@ -152,13 +152,19 @@ def predict(
             found = detections.to_coco(index)
             results.append({"image": image, "overlay": str(target), "detections": found})
         else:
-            click.echo(f"{image}: {len(detections)} detections, {target}")
-            for label, value in zip(
-                detections.class_names, detections.scores.tolist(), strict=True
-            ):
-                click.echo(f"  {value:.3f} {label}")
+            click.echo(f"{image}: {len(detections)} detections, drawn in {target}")
+            for line in _by_class(detections):
+                click.echo(f"  {line}")
     if as_json:
         click.echo(json.dumps(results))
+
+
+def _by_class(detections: Detections) -> list[str]:
+    """One line per class: how many, and the best score; the best class first."""
+    scores: dict[str, list[float]] = {}
+    for name, score in zip(detections.class_names, detections.scores.tolist(), strict=True):
+        scores.setdefault(name, []).append(score)
+    return [f"{len(found):4d} {name} (best score {found[0]:.2f})" for name, found in scores.items()]
 
 
 def _device(name: str) -> Any:

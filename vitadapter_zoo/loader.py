@@ -74,14 +74,14 @@ def _weights(
         if not path.is_file():
             raise CheckpointError(f"there is no checkpoint file {path}")
         if checkpoint.is_safetensors(path):
-            return _fit(checkpoint.read(path), row, model, path.name).tensors
+            return _fit(checkpoint.read(path, origin), row, model, origin).tensors
         origin = str(path)
     place = cache.entry(row.name, origin, cache_dir)
     if not _is_current(place, origin):
         with place.locked():
             if not _is_current(place, origin):  # another process may have made it meanwhile
                 _convert(row, model, origin, place)
-    return _fit(checkpoint.read(place.weights), row, model, place.weights.name).tensors
+    return _fit(checkpoint.read(place.weights, str(place.weights)), row, model, origin).tensors
 
 
 def _is_current(place: cache.Entry, origin: str) -> bool:
@@ -111,7 +111,7 @@ def _convert_file(
     row: Row, model: MaskRCNN, origin: str, path: Path, digest: str, place: cache.Entry
 ) -> None:
     status = path.stat()
-    loaded = checkpoint.read(path)
+    loaded = checkpoint.read(path, origin)
     fitted = _fit(loaded, row, model, origin)
     with cache.replacing(place.weights) as partial:
         try:

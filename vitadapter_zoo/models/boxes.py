@@ -84,7 +84,8 @@ def pool_rois(maps: list[Tensor], rois: Tensor, size: int) -> Tensor:
     for level, (x, stride) in enumerate(zip(maps, ROI_STRIDES, strict=True)):
         chosen = (levels == level).nonzero().squeeze(1)
         if len(chosen):
-            aligned = roi_align(x, rois[chosen].to(x.dtype), size, 1 / stride, -1, aligned=True)
+            # In float32 whatever the maps' type: rounded boxes would pool from elsewhere.
+            aligned = roi_align(x.float(), rois[chosen], size, 1 / stride, -1, aligned=True)
             pooled = pooled.index_copy(0, chosen, aligned.to(pooled.dtype))
     return pooled
 
