@@ -172,6 +172,7 @@ ROWS: tuple[Row, ...] = (
         config="mask_rcnn_uniperceiver_adapter_base_fpn_3x_coco.py",
         checkpoint_url=f"{_RELEASES}/v0.3.1/mask_rcnn_uniperceiver_adapter_base_fpn_3x_coco.pth",
         log_url=f"{_HUB}/raw/main/mask_rcnn_uniperceiver_adapter_base_fpn_3x_coco.log",
+        notes="An older file (release v0.1.1, .pth.tar, 50.7 / 44.9 AP) is still in circulation.",
     ),
     Row(
         name="vit-l-augreg-3x", backbone="ViT-L", size="L", pretraining=AUGREG_L,
@@ -185,6 +186,8 @@ ROWS: tuple[Row, ...] = (
         config="mask_rcnn_augreg_adapter_large_fpn_3x_coco.py",
         checkpoint_url=f"{_RELEASES}/v0.3.1/mask_rcnn_augreg_adapter_large_fpn_3x_coco.pth",
         log_url=f"{_HUB}/raw/main/mask_rcnn_augreg_adapter_large_fpn_3x_coco.log",
+        notes="An older file (release v0.1.2, .pth.tar, 50.9 / 44.8 AP) is still in circulation; "
+        "it has BatchNorm in neck and heads and does not fit.",
     ),
     Row(
         name="adapter-s-deit-3x-nofpn", backbone="ViT-Adapter-S", size="S", pretraining=DEIT_S,

@@ -3,6 +3,7 @@
 Pickles are read with ``weights_only=True``, which builds tensors and plain data and nothing else.
 """
 
+import pickle
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -117,14 +118,14 @@ def _load_pickle(path: Path, origin: str, *, mapped: bool) -> object:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped or None)
     # A damaged or hostile file can make the reader fail in any way; each of them means the same.
     except Exception as error:
-        wanted = re.search(
-            r"(?:GLOBAL|Unsupported (?:class|operand|function)) ([\w.]+)", str(error)
-        )
-        if wanted or "weights_only" in str(error) or "Weights only" in str(error):
-            what = f" for {wanted[1]!r}" if wanted else ""
+        if isinstance(error, pickle.UnpicklingError):
+            wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
+            detail = (
+                f"it names {wanted[1]!r}" if wanted else "its instructions are not those of one"
+            )
             raise UnsafeCheckpointError(
-                f"{origin} was refused: it asks{what} for code that a file of weights has no need "
-                "of. Nothing in it was run. Get the file from its publisher again"
+                f"{origin} was refused: a checkpoint is a pickle of tensors and plain data, and this "
+                f"is not ({detail}). Nothing in it was run. Get the file from its publisher again"
             ) from error
         raise CheckpointError(
             f"{origin} is a damaged or truncated torch file "

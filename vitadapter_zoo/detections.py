@@ -15,10 +15,10 @@ from vitadapter_zoo.coco import COCO_CATEGORY_IDS, COCO_CLASSES
 from vitadapter_zoo.errors import ZooError
 from vitadapter_zoo.images import ImageInput, read_image
 
-# Distinct hues that stay readable on photographs, taken in turn by label.
+# Distinct hues, light enough for black text on them; taken in turn by label.
 PALETTE = (
-    "#e6194b", "#3cb44b", "#ffe119", "#4363d8", "#f58231", "#911eb4",
-    "#42d4f4", "#f032e6", "#bfef45", "#fabed4", "#469990", "#9a6324",
+    "#ff6b6b", "#51cf66", "#ffd43b", "#74a9ff", "#ff922b", "#da77f2",
+    "#66d9e8", "#f783ac", "#c0eb75", "#ffc9c9", "#63e6be", "#e0b080",
 )  # fmt: skip
 
 
@@ -119,7 +119,14 @@ class Detections:
             ]
             canvas = draw_segmentation_masks(canvas, self.masks, alpha=0.5, colors=colors)
             canvas = draw_bounding_boxes(
-                canvas, _drawable(self.boxes), names, colors=colors, width=2
+                canvas,
+                _drawable(self.boxes),
+                names,
+                colors=colors,
+                width=2,
+                label_colors="black",
+                label_background_colors=colors,
+                fill_labels=True,
             )
         return Image.fromarray(canvas.permute(1, 2, 0).numpy())
 

@@ -2,6 +2,7 @@
 
 import datetime
 import hashlib
+import logging
 import os
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from vitadapter_zoo import __version__, cache, checkpoint
 from vitadapter_zoo.catalog import ROWS, Row, get_row
 from vitadapter_zoo.errors import CheckpointError, ZooError
 from vitadapter_zoo.models import MaskRCNN, build
+
+logger = logging.getLogger(__name__)
 
 
 def load(
@@ -161,10 +164,18 @@ def _fit(
 ) -> checkpoint.Fitted:
     """``checkpoint.fit`` with the catalog's knowledge in its error: which row would fit."""
     try:
-        return checkpoint.fit(loaded.tensors, model.state_dict(), row.name)
+        fitted = checkpoint.fit(loaded.tensors, model.state_dict(), row.name)
     except CheckpointError as error:
         hint = _what_it_is(loaded.tensors)
         raise CheckpointError(f"{origin}: {error}{hint}") from error
+    if fitted.filled:
+        logger.warning(
+            "%s lacks %d parameters that change nothing (%s, ...): filled",
+            origin,
+            len(fitted.filled),
+            fitted.filled[0],
+        )
+    return fitted
 
 
 def _what_it_is(tensors: dict[str, Tensor]) -> str:
