@@ -5,6 +5,7 @@ Pickles are read with ``weights_only=True``, which builds tensors and plain data
 
 import pickle
 import re
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -114,7 +115,9 @@ def _head(path: Path, origin: str) -> bytes:
 
 def _load_pickle(path: Path, origin: str, *, mapped: bool) -> object:
     try:
-        with torch.serialization.safe_globals(NUMPY_SCALARS):
+        with torch.serialization.safe_globals(NUMPY_SCALARS), warnings.catch_warnings():
+            # torch remarks on unusual pickle protocols, right before it refuses or reads them.
+            warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped or None)
     # A damaged or hostile file can make the reader fail in any way; each of them means the same.
     except Exception as error:
