@@ -118,22 +118,19 @@ def _load_pickle(path: Path, origin: str, *, mapped: bool) -> object:
         with torch.serialization.safe_globals(NUMPY_SCALARS), warnings.catch_warnings():
             # torch remarks on unusual pickle protocols, right before it refuses or reads them.
             warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped or None)
-    # A damaged or hostile file can make the reader fail in any way; each of them means the same.
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError as error:
+        wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
+        detail = f"it names {wanted[1]!r}" if wanted else "its instructions are not those of one"
+        raise UnsafeCheckpointError(
+            f"{origin} was refused: a checkpoint is a pickle of tensors and plain data, and this "
+            f"is not ({detail}). Nothing in it was run. Get the file from its publisher again"
+        ) from error
+    # A damaged file can make the reader fail in any way; each of them means the same.
     except Exception as error:
-        if isinstance(error, pickle.UnpicklingError):
-            wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
-            detail = (
-                f"it names {wanted[1]!r}" if wanted else "its instructions are not those of one"
-            )
-            raise UnsafeCheckpointError(
-                f"{origin} was refused: a checkpoint is a pickle of tensors and plain data, and this "
-                f"is not ({detail}). Nothing in it was run. Get the file from its publisher again"
-            ) from error
+        detail = str(error).partition("\n")[0] or type(error).__name__
         raise CheckpointError(
-            f"{origin} is a damaged or truncated torch file "
-            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no detail'})"
-            "; download it again"
+            f"{origin} is a damaged or truncated torch file ({detail}); download it again"
         ) from error
 
 
