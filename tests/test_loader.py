@@ -3,10 +3,8 @@ import os
 import pickle
 import subprocess
 import sys
-import threading
 import zipfile
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -15,34 +13,18 @@ import pytest
 import safetensors.torch
 import standins
 import torch
-from pytest_httpserver import HTTPServer
-from werkzeug import Request, Response
+from helpers import left_behind, same_weights
 
 import vitadapter_zoo
 from vitadapter_zoo import (
     CheckpointError,
-    DownloadError,
     UnknownModelError,
     UnsafeCheckpointError,
     ZooError,
-    cache,
 )
-from vitadapter_zoo.download import download
 
 NAME = "adapter-t-deit-3x"
 MakeFile = Callable[[str], Path]
-
-
-def same_weights(model: vitadapter_zoo.MaskRCNN, row: str = NAME) -> bool:
-    expected = standins.state_dict(row)
-    state = model.state_dict()
-    return all(torch.equal(state[name], value) for name, value in expected.items())
-
-
-def left_behind(home: Path) -> list[str]:
-    """Every file in the cache but the locks."""
-    files = (path for path in home.rglob("*") if path.is_file() and path.suffix != ".lock")
-    return sorted(path.name for path in files)
 
 
 def test_a_published_file_loads_converts_and_is_reused(
@@ -51,7 +33,7 @@ def test_a_published_file_loads_converts_and_is_reused(
     source = published_file(NAME)
     before = source.read_bytes()
     model = vitadapter_zoo.load(NAME, checkpoint=source)
-    assert same_weights(model)
+    assert same_weights(model, NAME)
     assert not model.training
     assert not any(value.is_meta for value in model.state_dict().values())
     assert source.read_bytes() == before
@@ -66,7 +48,7 @@ def test_a_published_file_loads_converts_and_is_reused(
     assert left_behind(zoo_home) == sorted([weights.name, record.name])
 
     written = weights.stat().st_mtime_ns
-    assert same_weights(vitadapter_zoo.load(NAME, checkpoint=str(source)))
+    assert same_weights(vitadapter_zoo.load(NAME, checkpoint=str(source)), NAME)
     assert weights.stat().st_mtime_ns == written
 
 
@@ -77,7 +59,7 @@ def test_mapped_weights_can_be_trained_without_touching_the_cache(
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(1)
-    assert same_weights(vitadapter_zoo.load(NAME, checkpoint=published_file(NAME)))
+    assert same_weights(vitadapter_zoo.load(NAME, checkpoint=published_file(NAME)), NAME)
 
 
 def test_a_changed_local_file_is_converted_again(published_file: MakeFile, tmp_path: Path) -> None:
@@ -95,10 +77,10 @@ def test_a_damaged_cache_entry_is_made_anew(published_file: MakeFile, zoo_home: 
     vitadapter_zoo.load(NAME, checkpoint=published_file(NAME))
     (weights,) = zoo_home.rglob("*.safetensors")
     weights.write_bytes(weights.read_bytes()[:1000])
-    assert same_weights(vitadapter_zoo.load(NAME, checkpoint=published_file(NAME)))
+    assert same_weights(vitadapter_zoo.load(NAME, checkpoint=published_file(NAME)), NAME)
     (record,) = zoo_home.rglob("*.json")
     record.write_text("{")
-    assert same_weights(vitadapter_zoo.load(NAME, checkpoint=published_file(NAME)))
+    assert same_weights(vitadapter_zoo.load(NAME, checkpoint=published_file(NAME)), NAME)
 
 
 @pytest.mark.parametrize("legacy", [False, True])
@@ -135,13 +117,13 @@ def test_numpy_1_scalars_in_the_metadata(tmp_path: Path) -> None:
                 assert b"numpy._core.multiarray" in data
                 data = data.replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
             target.writestr(member, data)
-    assert same_weights(vitadapter_zoo.load(NAME, checkpoint=old))
+    assert same_weights(vitadapter_zoo.load(NAME, checkpoint=old), NAME)
 
 
 def test_safetensors_are_used_in_place(tmp_path: Path, zoo_home: Path) -> None:
     path = tmp_path / "mine.safetensors"
     safetensors.torch.save_file(standins.state_dict(NAME), path)
-    assert same_weights(vitadapter_zoo.load(NAME, checkpoint=path))
+    assert same_weights(vitadapter_zoo.load(NAME, checkpoint=path), NAME)
     assert left_behind(zoo_home) == []
 
 
@@ -180,7 +162,7 @@ def test_absent_batch_counters_are_zero(tmp_path: Path) -> None:
     state = standins.state_dict(NAME)
     path = tmp_path / "old.pth"
     torch.save({k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}, path)
-    assert same_weights(vitadapter_zoo.load(NAME, checkpoint=path))
+    assert same_weights(vitadapter_zoo.load(NAME, checkpoint=path), NAME)
 
 
 def test_options_for_device_dtype_and_fresh_weights(published_file: MakeFile) -> None:
@@ -189,7 +171,7 @@ def test_options_for_device_dtype_and_fresh_weights(published_file: MakeFile) ->
     assert len(half.predict(standins.PHOTO)) == 1
     fresh = vitadapter_zoo.load(NAME, pretrained=False)
     assert not any(p.is_meta for p in fresh.parameters())
-    assert not same_weights(fresh)
+    assert not same_weights(fresh, NAME)
     with pytest.raises(ValueError, match="leave one of them out"):
         vitadapter_zoo.load(NAME, pretrained=False, checkpoint="x.pth")
 
@@ -325,82 +307,6 @@ def test_a_full_disk_is_said(published_file: MakeFile, zoo_home: Path) -> None:
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "cannot write" in result.stdout
     assert left_behind(zoo_home) == []
-
-
-def test_download_from_a_server(
-    httpserver: HTTPServer, published_file: MakeFile, zoo_home: Path
-) -> None:
-    served = []
-
-    def serve(request: Request) -> Response:
-        served.append(request.path)
-        return Response(published_file(NAME).read_bytes(), mimetype="application/octet-stream")
-
-    httpserver.expect_request("/v0.1.2/weights.pth.tar").respond_with_handler(serve)
-    httpserver.expect_request("/latest").respond_with_response(
-        Response(status=302, headers={"Location": httpserver.url_for("/v0.1.2/weights.pth.tar")})
-    )
-    url = httpserver.url_for("/latest")
-    assert same_weights(vitadapter_zoo.load(NAME, checkpoint=url))
-    assert same_weights(vitadapter_zoo.load(NAME, checkpoint=url))
-    assert served == ["/v0.1.2/weights.pth.tar"]
-    provenance = cache.entry(NAME, url).read()
-    assert provenance is not None
-    assert provenance.source == url
-    assert len(left_behind(zoo_home)) == 2
-
-
-@pytest.mark.parametrize(
-    ("response", "message"),
-    [
-        (Response("no", status=404), "answers 404"),
-        (Response("<html>log in</html>", mimetype="text/html"), "sends a web page"),
-        (Response("<html>log in</html>", mimetype="application/zip"), "is a web page"),
-        (Response("", status=302, headers={"Location": "/file.pth"}), "Exceeded 30 redirects"),
-    ],
-)
-def test_bad_answers_leave_nothing(
-    httpserver: HTTPServer, response: Response, message: str, zoo_home: Path
-) -> None:
-    httpserver.expect_request("/file.pth").respond_with_response(response)
-    with pytest.raises(ZooError, match=message) as caught:
-        vitadapter_zoo.load(NAME, checkpoint=httpserver.url_for("/file.pth"))
-    assert isinstance(caught.value, (DownloadError, CheckpointError))
-    assert left_behind(zoo_home) == []
-
-
-def test_a_connection_that_ends_early_is_said(published_file: MakeFile, zoo_home: Path) -> None:
-    class CutShort(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            data = published_file(NAME).read_bytes()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data[:100_000])
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), CutShort) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}/file.pth"
-        with pytest.raises(DownloadError, match=r"cannot download http://.*100000 bytes read"):
-            vitadapter_zoo.load(NAME, checkpoint=url)
-        server.shutdown()
-    assert left_behind(zoo_home) == []
-
-
-def test_an_unreachable_server_is_said(zoo_home: Path) -> None:
-    with pytest.raises(DownloadError, match=r"download http://127\.0\.0\.1:9/x\.pth: .*refused"):
-        vitadapter_zoo.load(NAME, checkpoint="http://127.0.0.1:9/x.pth")
-    assert left_behind(zoo_home) == []
-
-
-def test_a_busy_server_is_asked_again(httpserver: HTTPServer, tmp_path: Path) -> None:
-    httpserver.expect_ordered_request("/busy").respond_with_data("later", status=503)
-    httpserver.expect_ordered_request("/busy").respond_with_data("content")
-    digest = download(httpserver.url_for("/busy"), tmp_path / "file")
-    assert (tmp_path / "file").read_text() == "content"
-    httpserver.expect_ordered_request("/busy").respond_with_data("content")
-    with pytest.raises(DownloadError, match=f"sha256 {digest}, expected 00"):
-        download(httpserver.url_for("/busy"), tmp_path / "file", sha256="00")
 
 
 PEAK = """

@@ -97,13 +97,18 @@ class Row:
         return self.pretraining[1]
 
     @property
+    def has_adapter(self) -> bool:
+        """Whether the backbone is a ViT-Adapter, rather than a plain ViT."""
+        return self.backbone.startswith("ViT-Adapter")
+
+    @property
     def plain(self) -> "Row | None":
         """The plain ViT of the same size, pretraining and schedule; None for plain rows."""
-        if not self.backbone.startswith("ViT-Adapter"):
+        if not self.has_adapter:
             return None
         for row in ROWS:
             same = (row.pretraining, row.schedule) == (self.pretraining, self.schedule)
-            if same and not row.backbone.startswith("ViT-Adapter"):
+            if same and not row.has_adapter:
                 return row
         return None
 

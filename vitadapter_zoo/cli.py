@@ -16,10 +16,10 @@ from vitadapter_zoo import __version__, cache
 from vitadapter_zoo.catalog import Row, get_row, list_models
 from vitadapter_zoo.errors import UnknownModelError, ZooError
 
-WIDE = 110  # columns that the whole table takes
-
 if TYPE_CHECKING:
     from vitadapter_zoo.detections import Detections
+
+WIDE = 110  # columns that the whole table takes
 
 
 class _ZooGroup(click.Group):
@@ -65,17 +65,10 @@ def list_command(pattern: str | None, as_json: bool, as_csv: bool) -> None:
     rows = [get_row(name) for name in list_models(pattern)]
     if not rows:
         raise UnknownModelError(f"no model fits {pattern!r}; `vitadapter-zoo list` shows them all")
-    records = [_record(row) for row in rows]
     if as_json:
-        click.echo(json.dumps(records, indent=2))
+        click.echo(json.dumps([_record(row) for row in rows], indent=2))
     elif as_csv:
-        writer = csv.DictWriter(sys.stdout, fieldnames=list(records[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(
-            {key: json.dumps(value) if isinstance(value, (list, tuple)) else value
-             for key, value in record.items()}
-            for record in records
-        )  # fmt: skip
+        _print_csv([_record(row) for row in rows])
     else:
         _print_table(rows)
 
@@ -217,6 +210,19 @@ def _cached_bytes(row: Row) -> int | None:
     """Size of the converted published weights in the cache, None where they are not there."""
     provenance = cache.entry(row.name, row.checkpoint_url).read()
     return provenance.size if provenance else None
+
+
+def _print_csv(records: list[dict[str, Any]]) -> None:
+    """Comma-separated values with a header; lists are written as JSON."""
+    writer = csv.DictWriter(sys.stdout, fieldnames=list(records[0]), lineterminator="\n")
+    writer.writeheader()
+    for record in records:
+        writer.writerow(
+            {
+                key: json.dumps(value) if isinstance(value, (list, tuple)) else value
+                for key, value in record.items()
+            }
+        )
 
 
 def _print_table(rows: list[Row]) -> None:

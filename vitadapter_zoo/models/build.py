@@ -41,7 +41,7 @@ def build_backbone(row: Row) -> nn.Module:
     """The row's backbone, with fresh weights on the current default device."""
     size = SIZES[row.size]
     trunk = (size.dim, size.heads, size.windows, size.pretrain_grid)
-    if not row.backbone.startswith("ViT-Adapter"):
+    if not row.has_adapter:
         return ViTBaseline(*trunk, size.plain_drop_path)
     uniperceiver = row.pretraining_name.startswith("Uni-Perceiver")
     adapter = UniPerceiverAdapter if uniperceiver else ViTAdapter
