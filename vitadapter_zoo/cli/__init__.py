@@ -1,0 +1,41 @@
+"""The command ``vitadapter-zoo``. torch and rich are imported only where they are used."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from vitadapter_zoo import __version__
+from vitadapter_zoo.cli.models import info, list_command
+from vitadapter_zoo.cli.predict import predict
+from vitadapter_zoo.errors import ZooError
+
+
+class _ZooGroup(click.Group):
+    """Turns the zoo's errors into one line on stderr and exit status 1, without a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ZooError as error:
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(
+    cls=_ZooGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="""\b
+Examples:
+  vitadapter-zoo list --filter 'adapter-*'
+  vitadapter-zoo info adapter-l-augreg-3x
+  vitadapter-zoo predict photo.jpg --model adapter-t-deit-3x --out overlays
+""",
+)
+@click.version_option(__version__, prog_name="vitadapter-zoo")
+def main() -> None:
+    """ViT-Adapter + Mask R-CNN checkpoints on current PyTorch."""
+
+
+for command in (list_command, info, predict):
+    main.add_command(command)
