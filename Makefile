@@ -23,8 +23,9 @@ benchmark: .venv/.current
 clean:
 	rm -rf .venv build dist demo-output *.egg-info
 
-.venv/.current: pyproject.toml
+.venv/.current: pyproject.toml setup.py vitadapter_zoo/build_op.py $(wildcard csrc/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	VITADAPTER_ZOO_BUILD_OP=1 $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--editable ".[dev]"
 	touch $@

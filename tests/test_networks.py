@@ -4,6 +4,7 @@ import parity
 import pytest
 import standins
 import torch
+from operators import switched_to
 from torch import Tensor, nn
 from torchvision.ops import box_iou
 
@@ -55,6 +56,13 @@ def test_computes_what_the_original_computed(
     name: str, standin_model: Callable[[str], MaskRCNN]
 ) -> None:
     assert parity.compare(standin_model(name)).failures() == []
+
+
+def test_computes_what_the_original_computed_without_the_compiled_operator(
+    standin_model: Callable[[str], MaskRCNN], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with switched_to("reference", monkeypatch):
+        assert parity.compare(standin_model("adapter-t-deit-3x")).failures() == []
 
 
 def test_parity_notices_a_wrong_network(standin_model: Callable[[str], MaskRCNN]) -> None:

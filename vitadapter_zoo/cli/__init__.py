@@ -8,6 +8,7 @@ import click
 
 from vitadapter_zoo import __version__
 from vitadapter_zoo.cli.models import info, list_command
+from vitadapter_zoo.cli.op import build_op_command, env_command
 from vitadapter_zoo.cli.predict import predict
 from vitadapter_zoo.errors import ZooError
 
@@ -37,5 +38,5 @@ def main() -> None:
     """ViT-Adapter + Mask R-CNN checkpoints on current PyTorch."""
 
 
-for command in (list_command, info, predict):
+for command in (list_command, info, predict, env_command, build_op_command):
     main.add_command(command)

@@ -34,12 +34,16 @@ class Geometry:
         prior: (height, width) at strides 8, 16 and 32.
         trunk_points: reference points of the trunk's tokens, ``[H * W, 2]`` in 0..1.
         prior_points: reference points of the prior's tokens, ``[sum of H_l * W_l, 2]``.
+        trunk_shapes: ``trunk`` as the operator takes it, int64 ``[1, 2]`` on the image's device.
+        prior_shapes: ``prior`` likewise, ``[3, 2]``.
     """
 
     trunk: tuple[int, int]
     prior: list[tuple[int, int]]
     trunk_points: Tensor
     prior_points: Tensor
+    trunk_shapes: Tensor
+    prior_shapes: Tensor
 
     @classmethod
     def of(cls, image: Tensor) -> "Geometry":
@@ -47,7 +51,8 @@ class Geometry:
         height, width = image.shape[2:]
         prior = [(height // stride, width // stride) for stride in (8, 16, 32)]
         points = [cell_centres(*grid, image.device) for grid in prior]
-        return cls(prior[1], prior, points[1], torch.cat(points))
+        shapes = torch.tensor(prior, device=image.device)
+        return cls(prior[1], prior, points[1], torch.cat(points), shapes[1:2], shapes)
 
 
 class MSDeformAttn(nn.Module):
@@ -66,21 +71,17 @@ class MSDeformAttn(nn.Module):
         self.value_proj = nn.Linear(dim, value_dim)
         self.output_proj = nn.Linear(value_dim, dim)
 
-    def forward(
-        self, query: Tensor, points: Tensor, value: Tensor, shapes: list[tuple[int, int]]
-    ) -> Tensor:
+    def forward(self, query: Tensor, points: Tensor, value: Tensor, shapes: Tensor) -> Tensor:
         """Attend from ``query`` ``[N, Q, dim]`` at ``points`` ``[Q, 2]`` (0..1) to ``value``.
 
-        ``value`` is ``[N, S, dim]``, ``shapes`` its levels' (height, width); the result is
-        ``[N, Q, dim]``.
+        ``value`` is ``[N, S, dim]``, ``shapes`` ``[levels, 2]`` its levels' (height, width), int64;
+        the result is ``[N, Q, dim]``.
         """
         values = self.value_proj(value).unflatten(-1, (self.heads, -1))
         grouped = (self.heads, self.levels, POINTS)
         # Locations are always float32: half precision misses by up to a third of a pixel near 1.
         offsets = self.sampling_offsets(query).float().unflatten(-1, (*grouped, 2))
-        sizes = torch.tensor(
-            [(width, height) for height, width in shapes], dtype=torch.float32, device=query.device
-        )
+        sizes = shapes.flip(-1).to(offsets.dtype)  # (width, height), as locations are (x, y)
         locations = points[:, None, None, None] + offsets / sizes[:, None]
         weights = self.attention_weights(query).unflatten(-1, (self.heads, -1)).softmax(-1)
         attended = ms_deform_attn(
@@ -135,7 +136,7 @@ class Injector(nn.Module):
     def forward(self, x: Tensor, c: Tensor, geometry: Geometry) -> Tensor:
         """Trunk tokens ``x`` and prior tokens ``c`` to new trunk tokens."""
         attended = self.attn(
-            self.query_norm(x), geometry.trunk_points, self.feat_norm(c), geometry.prior
+            self.query_norm(x), geometry.trunk_points, self.feat_norm(c), geometry.prior_shapes
         )
         return x + self.gamma * attended
 
@@ -155,7 +156,7 @@ class Extractor(nn.Module):
     def forward(self, c: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
         """Prior tokens ``c`` and trunk tokens ``x`` to new prior tokens."""
         c = c + self.attn(
-            self.query_norm(c), geometry.prior_points, self.feat_norm(x), [geometry.trunk]
+            self.query_norm(c), geometry.prior_points, self.feat_norm(x), geometry.trunk_shapes
         )
         c = c + self.drop_path(self.ffn(self.ffn_norm(c), geometry.prior))
         return c

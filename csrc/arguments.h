@@ -1,0 +1,96 @@
+// The operator's arguments, checked: whatever Python lets through, the kernels stay in bounds.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <limits>
+#include <stdexcept>
+#include <string>
+
+namespace vitadapter_zoo {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline void require(bool condition, const std::string& message) {
+  if (!condition) throw std::runtime_error("ms_deform_attn: " + message);
+}
+
+template <typename T>
+const T* data(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+template <typename T>
+T* mutable_data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+struct Arguments {
+  Tensor value, spatial_shapes, locations, weights;  // contiguous
+  std::int64_t batch, pixels, heads, channels, queries, levels, points;
+  ScalarType type, weights_type, sums_type;
+
+  Arguments(const Tensor& v, const Tensor& s, const Tensor& l, const Tensor& w)
+      : value(torch::stable::contiguous(v)),
+        spatial_shapes(torch::stable::contiguous(s)),
+        locations(torch::stable::contiguous(l)),
+        weights(torch::stable::contiguous(w)) {
+    require(
+        value.dim() == 4 && spatial_shapes.dim() == 2 && locations.dim() == 6 &&
+            weights.dim() == 5,
+        "wrong number of dimensions");
+    batch = value.size(0);
+    pixels = value.size(1);
+    heads = value.size(2);
+    channels = value.size(3);
+    queries = locations.size(1);
+    levels = spatial_shapes.size(0);
+    points = locations.size(4);
+    type = value.scalar_type();
+    weights_type = weights.scalar_type();
+    sums_type = type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+
+    const std::int64_t grouped[5] = {batch, queries, heads, levels, points};
+    bool fits = spatial_shapes.size(1) == 2 && locations.size(5) == 2;
+    for (int i = 0; i < 5; ++i)
+      fits = fits && locations.size(i) == grouped[i] && weights.size(i) == grouped[i];
+    require(fits, "the shapes of the arguments do not fit each other");
+    require(spatial_shapes.scalar_type() == ScalarType::Long, "spatial_shapes must be int64");
+    require(
+        locations.scalar_type() == sums_type,
+        "sampling_locations must be float32, or float64 with values of float64");
+    require(
+        weights_type == type || weights_type == sums_type,
+        "attention_weights must have the dtype of value or of sampling_locations");
+    for (const Tensor* other : {&spatial_shapes, &locations, &weights})
+      require(
+          other->device() == value.device(), "all arguments must be on the device of value");
+    require(
+        heads == 0 || pixels <= std::numeric_limits<int>::max() / heads,
+        "value has more pixels * heads than int32 can count");
+  }
+
+  // No output elements, or nothing to add up for them.
+  bool empty() const {
+    return value.numel() == 0 || locations.numel() == 0;
+  }
+
+  Tensor new_output() const {
+    const std::int64_t size[3] = {batch, queries, heads * channels};
+    return torch::stable::new_empty(value, {size, 3});
+  }
+
+  void check_grad_output(const Tensor& grad_output) const {
+    require(
+        grad_output.dim() == 3 && grad_output.size(0) == batch &&
+            grad_output.size(1) == queries && grad_output.size(2) == heads * channels &&
+            grad_output.scalar_type() == type && grad_output.device() == value.device(),
+        "the gradient's shape, dtype or device is not that of the output");
+  }
+};
+
+}  // namespace vitadapter_zoo

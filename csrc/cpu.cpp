@@ -1,0 +1,152 @@
+// The operator on the CPU: arguments, choice of the instruction set, threads.
+
+#include <cstdlib>
+#include <string_view>
+#include <tuple>
+#include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "arguments.h"
+#include "cpu_kernels.h"
+
+namespace vitadapter_zoo {
+namespace {
+
+// The best that this processor has, or the one that VITADAPTER_ZOO_CPU names.
+const InstructionSet& choose() {
+#if defined(__x86_64__)
+  const char* variable = std::getenv("VITADAPTER_ZOO_CPU");
+  const std::string_view most = variable ? variable : "";
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl");
+  if (has_avx512 && most != "portable" && most != "avx2") return avx512;
+  if (has_avx2 && most != "portable") return avx2;
+#endif
+  return portable;
+}
+
+const InstructionSet& instruction_set() {
+  static const InstructionSet& chosen = choose();
+  return chosen;
+}
+
+// Calls `run` with the kernels for the types of these arguments.
+template <typename F>
+void dispatch(const Arguments& a, const F& run) {
+  const InstructionSet& set = instruction_set();
+  switch (a.type) {
+    case ScalarType::Float:
+      return run(set.float32);
+    case ScalarType::Double:
+      return run(set.float64);
+    case ScalarType::BFloat16:
+      if (a.weights_type == ScalarType::Float) return run(set.bfloat16_float_weights);
+      return run(set.bfloat16);
+    default:
+      require(false, "on the CPU value must be float32, float64 or bfloat16");
+  }
+}
+
+std::vector<Level> read_levels(const Arguments& a) {
+  const std::int64_t* sizes = data<std::int64_t>(a.spatial_shapes);
+  std::vector<Level> levels;
+  std::int64_t start = 0;
+  for (std::int64_t l = 0; l < a.levels; ++l) {
+    const std::int64_t height = sizes[2 * l], width = sizes[2 * l + 1];
+    // Compared by division: the product of two wrong numbers might overflow.
+    require(
+        height > 0 && width > 0 && height <= (a.pixels - start) / width,
+        "spatial_shapes do not add up to the pixels of value");
+    levels.push_back({int(height), int(width), start});
+    start += height * width;
+  }
+  require(start == a.pixels, "spatial_shapes do not add up to the pixels of value");
+  return levels;
+}
+
+Shape shape_of(const Arguments& a, const std::vector<Level>& levels) {
+  return {a.batch, a.pixels, a.heads, a.channels, a.queries, a.levels, a.points, levels.data()};
+}
+
+// Beyond 32 MB, C libraries take memory from the system and give it back with each call: to page
+// such an output in by 4 KB took longer than to compute it.
+void use_huge_pages(const Tensor& output) {
+#if defined(__linux__)
+  constexpr std::size_t FRESH = 32 << 20, HUGE = 2 << 20;
+  const std::size_t bytes = output.numel() * output.element_size();
+  if (bytes <= FRESH) return;
+  const std::size_t begin = reinterpret_cast<std::size_t>(output.mutable_data_ptr());
+  const std::size_t first = (begin + HUGE - 1) / HUGE * HUGE;
+  // Only advice: where the system does not take it, pages stay small.
+  madvise(reinterpret_cast<void*>(first), begin + bytes - first, MADV_HUGEPAGE);
+#endif
+}
+
+constexpr std::int64_t GRAIN = 64;  // queries that are worth a thread
+
+Tensor forward(
+    const Tensor& value, const Tensor& spatial_shapes, const Tensor& sampling_locations,
+    const Tensor& attention_weights) {
+  const Arguments a(value, spatial_shapes, sampling_locations, attention_weights);
+  const std::vector<Level> levels = read_levels(a);
+  const Shape shape = shape_of(a, levels);
+  Tensor output = a.new_output();
+  if (a.empty()) return torch::stable::zero_(output);
+  use_huge_pages(output);
+  dispatch(a, [&]<typename V, typename W, typename A>(const Kernels<V, W, A>& kernels) {
+    torch::stable::parallel_for(
+        0, a.batch * a.queries, GRAIN, [&](std::int64_t begin, std::int64_t end) {
+          kernels.forward(
+              shape, data<V>(a.value), data<A>(a.locations), data<W>(a.weights),
+              mutable_data<V>(output), begin, end);
+        });
+  });
+  return output;
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(
+    const Tensor& grad_output, const Tensor& value, const Tensor& spatial_shapes,
+    const Tensor& sampling_locations, const Tensor& attention_weights) {
+  const Arguments a(value, spatial_shapes, sampling_locations, attention_weights);
+  a.check_grad_output(grad_output);
+  const std::vector<Level> levels = read_levels(a);
+  const Shape shape = shape_of(a, levels);
+  const Tensor grad = torch::stable::contiguous(grad_output);
+  Tensor grad_value = torch::stable::new_zeros(a.value, a.value.sizes(), a.sums_type);
+  Tensor grad_locations = torch::stable::empty_like(a.locations);
+  Tensor grad_weights = torch::stable::empty_like(a.weights);
+  if (!a.empty())
+    dispatch(a, [&]<typename V, typename W, typename A>(const Kernels<V, W, A>& kernels) {
+      torch::stable::parallel_for(
+          0, a.batch * a.heads, 1, [&](std::int64_t begin, std::int64_t end) {
+            kernels.backward(
+                shape, data<V>(grad), data<V>(a.value), data<A>(a.locations), data<W>(a.weights),
+                mutable_data<A>(grad_value), mutable_data<A>(grad_locations),
+                mutable_data<W>(grad_weights), begin, end);
+          });
+    });
+  else {
+    torch::stable::zero_(grad_locations);
+    torch::stable::zero_(grad_weights);
+  }
+  return {torch::stable::to(grad_value, a.type), grad_locations, grad_weights};
+}
+
+}  // namespace
+}  // namespace vitadapter_zoo
+
+extern "C" __attribute__((visibility("default"))) const char* vitadapter_zoo_instruction_set() {
+  return vitadapter_zoo::instruction_set().name;
+}
+
+// Declared in Python (ops/deform_attn.py), where the public operator calls them once they have
+// passed its check.
+STABLE_TORCH_LIBRARY_IMPL(vitadapter_zoo, CPU, m) {
+  m.impl("_ms_deform_attn", TORCH_BOX(&vitadapter_zoo::forward));
+  m.impl("_ms_deform_attn_backward", TORCH_BOX(&vitadapter_zoo::backward));
+}

@@ -1,0 +1,55 @@
+// The CPU kernels, compiled once for each instruction set and chosen at run time.
+#pragma once
+
+#include <cstdint>
+
+namespace vitadapter_zoo {
+
+struct BFloat16 {
+  std::uint16_t bits;
+};
+
+// One level of the feature pyramid as it lies in `value`.
+struct Level {
+  int height, width;
+  std::int64_t start;  // its first pixel
+};
+
+// value [batch, pixels, heads, channels], locations [batch, queries, heads, levels, points, 2],
+// weights [batch, queries, heads, levels, points], output [batch, queries, heads, channels].
+struct Shape {
+  std::int64_t batch, pixels, heads, channels, queries, levels, points;
+  const Level* level;  // `levels` of them
+};
+
+// V is the type of value and output, W that of the weights, A that of the locations and of every
+// sum: float, or double where the values are double.
+template <typename V, typename W, typename A>
+struct Kernels {
+  // Output of the queries begin <= batch * queries + query < end.
+  void (*forward)(
+      const Shape&, const V* value, const A* locations, const W* weights, V* output,
+      std::int64_t begin, std::int64_t end);
+  // Gradients of the heads begin <= batch * heads + head < end: one head's sums are made by one
+  // thread in the order of its queries, so they do not depend on the number of threads.
+  // grad_value arrives as zeros.
+  void (*backward)(
+      const Shape&, const V* grad_output, const V* value, const A* locations, const W* weights,
+      A* grad_value, A* grad_locations, W* grad_weights, std::int64_t begin, std::int64_t end);
+};
+
+struct InstructionSet {
+  const char* name;
+  Kernels<float, float, float> float32;
+  Kernels<double, double, double> float64;
+  Kernels<BFloat16, BFloat16, float> bfloat16;
+  Kernels<BFloat16, float, float> bfloat16_float_weights;
+};
+
+extern const InstructionSet portable;
+#if defined(__x86_64__)
+extern const InstructionSet avx2;
+extern const InstructionSet avx512;
+#endif
+
+}  // namespace vitadapter_zoo

@@ -1,0 +1,354 @@
+// The body of the CPU kernels, included by one translation unit per instruction set, which names
+// it (ZOO_INSTRUCTION_SET), gives its vector width in bytes (ZOO_VECTOR_BYTES), and tells the
+// compiler to use it for what follows, after cpu_includes.h: not for the standard library's code.
+//
+// Work goes in two steps over blocks of a few hundred sampling points that stay in the first
+// cache: `locate` turns locations into offsets and weights, a vector of points at a time; then
+// each head's output is gathered, a vector of channels at a time. Everything is in an anonymous
+// namespace, so that no other translation unit can end up calling code for a newer processor.
+
+#include "sampling.h"
+
+namespace vitadapter_zoo {
+namespace {
+
+template <typename T>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(ZOO_VECTOR_BYTES)));
+};
+template <typename T>
+using Vector = typename VectorOf<T>::type;
+template <typename T>
+constexpr int lanes = ZOO_VECTOR_BYTES / sizeof(T);
+
+typedef std::uint16_t HalfVector __attribute__((vector_size(ZOO_VECTOR_BYTES / 2)));
+
+// One value, or a vector of neighbours, as F: the type of the sums or a vector of it.
+template <typename F, typename T>
+ZOO_INLINE F load(const T* from) {
+  F value;
+  std::memcpy(&value, from, sizeof value);
+  return value;
+}
+
+template <typename F>
+ZOO_INLINE F load(const BFloat16* from) {
+  constexpr bool scalar = std::is_same_v<F, float>;
+  using Half = std::conditional_t<scalar, std::uint16_t, HalfVector>;
+  using Bits = std::conditional_t<scalar, std::uint32_t, Vector<std::uint32_t>>;
+  const Bits bits = convert<Bits>(load<Half>(&from->bits)) << 16;
+  return load<F>(&bits);
+}
+
+template <typename F, typename T>
+ZOO_INLINE void store(T* to, F value) {
+  static_assert(sizeof value % sizeof *to == 0);
+  std::memcpy(to, &value, sizeof value);
+}
+
+// To the nearest, ties to even, as PyTorch rounds.
+template <typename F>
+ZOO_INLINE void store(BFloat16* to, F value) {
+  constexpr bool scalar = std::is_same_v<F, float>;
+  using Half = std::conditional_t<scalar, std::uint16_t, HalfVector>;
+  using Bits = std::conditional_t<scalar, std::uint32_t, Vector<std::uint32_t>>;
+  const Bits bits = load<Bits>(&value);
+  const Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  store(&to->bits, convert<Half>(value == value ? rounded : Bits{} + 0x7fc0));
+}
+
+// Integers as wide as the type of the sums, to be converted lane by lane.
+template <typename A>
+using Index = std::conditional_t<sizeof(A) == 8, std::int64_t, std::int32_t>;
+
+constexpr int BLOCK = 256;  // sampling points in a block, if a query does not have more
+constexpr int AHEAD = 16;   // points whose pixels are fetched before their turn
+
+// What `locate` needs of each point of a block besides its location: its level and its head.
+template <typename A>
+struct Plan {
+  std::int64_t queries;                  // in a block
+  std::int64_t points;                   // of a query: heads * levels * points
+  std::vector<Index<A>> width, height;   // of the point's level
+  std::vector<Index<A>> start;           // of the level's first pixel, and
+  std::vector<Index<A>> stride;          // from a row to the next, in vectors of channels
+
+  explicit Plan(const Shape& s) {
+    points = s.heads * s.levels * s.points;
+    queries = std::max<std::int64_t>(1, BLOCK / points);
+    for (std::int64_t query = 0; query < queries; ++query)
+      for (std::int64_t h = 0; h < s.heads; ++h)
+        for (std::int64_t l = 0; l < s.levels; ++l)
+          for (std::int64_t p = 0; p < s.points; ++p) {
+            width.push_back(s.level[l].width);
+            height.push_back(s.level[l].height);
+            start.push_back(Index<A>(s.level[l].start * s.heads + h));
+            stride.push_back(Index<A>(s.level[l].width * s.heads));
+          }
+  }
+};
+
+// The four corners of a block's sampling points: how much each counts, and where it is.
+template <typename A>
+struct Corners {
+  std::vector<A> weight[4];
+  std::vector<Index<A>> offset[4];  // in vectors of channels; the first is -1 outside the level
+
+  explicit Corners(std::size_t points) {
+    for (int corner = 0; corner < 4; ++corner) {
+      weight[corner].resize(points);
+      offset[corner].resize(points + AHEAD);
+    }
+  }
+};
+
+// Coordinates x and y of as many points as F has lanes, from x, y, x, y, ...
+template <typename A>
+ZOO_INLINE void load_points(const A* from, A& x, A& y) {
+  x = from[0];
+  y = from[1];
+}
+
+template <typename A, int... LANE>
+ZOO_INLINE void load_points(
+    const A* from, Vector<A>& x, Vector<A>& y, std::integer_sequence<int, LANE...>) {
+  const Vector<A> low = load<Vector<A>>(from), high = load<Vector<A>>(from + lanes<A>);
+  x = __builtin_shufflevector(low, high, (2 * LANE)...);
+  y = __builtin_shufflevector(low, high, (2 * LANE + 1)...);
+}
+
+template <typename A>
+ZOO_INLINE void load_points(const A* from, Vector<A>& x, Vector<A>& y) {
+  load_points<A>(from, x, y, std::make_integer_sequence<int, lanes<A>>());
+}
+
+// F and I are A and Index<A> for one point, or vectors of them for as many as they have lanes.
+template <typename F, typename I, typename A, typename W>
+ZOO_INLINE void locate_points(
+    const Plan<A>& plan, Index<A> heads, const A* locations, const W* weights, std::int64_t i,
+    Corners<A>& corners) {
+  F location_x, location_y;
+  load_points<A>(locations + 2 * i, location_x, location_y);
+  const Axis<F, I> x = axis(location_x, load<I>(&plan.width[i]));
+  const Axis<F, I> y = axis(location_y, load<I>(&plan.height[i]));
+  const I start = load<I>(&plan.start[i]), stride = load<I>(&plan.stride[i]);
+  const I left = start + x.near_index * heads, right = start + x.far_index * heads;
+  const I upper = y.near_index * stride, lower = y.far_index * stride;
+  const auto inside = x.inside & y.inside;
+  store(&corners.offset[0][i], inside ? upper + left : I{} - 1);
+  store(&corners.offset[1][i], upper + right);
+  store(&corners.offset[2][i], lower + left);
+  store(&corners.offset[3][i], lower + right);
+  const F weight = load<F>(weights + i);
+  const F top = weight * y.near_weight, bottom = weight * y.far_weight;
+  store(&corners.weight[0][i], top * x.near_weight);
+  store(&corners.weight[1][i], top * x.far_weight);
+  store(&corners.weight[2][i], bottom * x.near_weight);
+  store(&corners.weight[3][i], bottom * x.far_weight);
+}
+
+template <typename A, typename W>
+void locate(
+    const Plan<A>& plan, Index<A> heads, std::int64_t points, const A* locations,
+    const W* weights, Corners<A>& corners) {
+  std::int64_t i = 0;
+  for (; i + lanes<A> <= points; i += lanes<A>)
+    locate_points<Vector<A>, Vector<Index<A>>>(plan, heads, locations, weights, i, corners);
+  for (; i < points; ++i)
+    locate_points<A, Index<A>>(plan, heads, locations, weights, i, corners);
+}
+
+// N vectors of channels of one head's output: the sum over its points, kept in registers.
+template <int N, typename V, typename A>
+ZOO_INLINE void gather(
+    const Corners<A>& corners, std::int64_t first, std::int64_t points, const V* value,
+    std::int64_t channels, V* output) {
+  Vector<A> sum[N] = {};
+  for (std::int64_t i = first; i < first + points; ++i) {
+    for (int corner = 0; corner < 4; ++corner) {
+      const V* later = value + std::int64_t(corners.offset[corner][i + AHEAD]) * channels;
+      for (int n = 0; n < N; ++n) __builtin_prefetch(later + n * lanes<A>);
+    }
+    if (corners.offset[0][i] < 0) continue;
+    for (int corner = 0; corner < 4; ++corner) {
+      const V* pixel = value + std::int64_t(corners.offset[corner][i]) * channels;
+      const A weight = corners.weight[corner][i];
+      for (int n = 0; n < N; ++n) sum[n] += weight * load<Vector<A>>(pixel + n * lanes<A>);
+    }
+  }
+  for (int n = 0; n < N; ++n) store(output + n * lanes<A>, sum[n]);
+}
+
+// C is the number of channels of a head, or 0 for any.
+template <int C, typename V, typename A>
+ZOO_INLINE void gather_head(
+    const Corners<A>& corners, std::int64_t first, std::int64_t points, const V* value,
+    std::int64_t channels, V* output) {
+  if constexpr (C != 0) {
+    gather<C / lanes<A>>(corners, first, points, value, std::int64_t(C), output);
+    return;
+  }
+  std::int64_t c = 0;
+  for (; c + lanes<A> <= channels; c += lanes<A>)
+    gather<1>(corners, first, points, value + c, channels, output + c);
+  for (; c < channels; ++c) {
+    A sum = 0;
+    for (std::int64_t i = first; i < first + points; ++i) {
+      if (corners.offset[0][i] < 0) continue;
+      for (int corner = 0; corner < 4; ++corner)
+        sum += corners.weight[corner][i] *
+            load<A>(value + std::int64_t(corners.offset[corner][i]) * channels + c);
+    }
+    store(output + c, sum);
+  }
+}
+
+template <int C, typename V, typename W, typename A>
+void forward_queries(
+    const Shape& s, const V* value, const A* locations, const W* weights, V* output,
+    std::int64_t begin, std::int64_t end) {
+  const Plan<A> plan(s);
+  Corners<A> corners(plan.width.size());
+  const std::int64_t per_head = s.levels * s.points;
+  for (std::int64_t first = begin; first < end;) {
+    const std::int64_t image = first / s.queries;
+    const std::int64_t last = std::min({end, first + plan.queries, (image + 1) * s.queries});
+    const std::int64_t point = first * plan.points;
+    locate(
+        plan, Index<A>(s.heads), (last - first) * plan.points, locations + 2 * point, weights + point,
+        corners);
+    const V* pixels = value + image * s.pixels * s.heads * s.channels;
+        for (std::int64_t index = 0; index < (last - first) * s.heads; ++index)
+      gather_head<C>(
+          corners, index * per_head, per_head, pixels, s.channels,
+          output + (first * s.heads + index) * s.channels);
+    first = last;
+  }
+}
+
+template <typename V, typename W, typename A>
+void forward(
+    const Shape& s, const V* value, const A* locations, const W* weights, V* output,
+    std::int64_t begin, std::int64_t end) {
+  switch (s.channels) {
+    case 32:
+      return forward_queries<32>(s, value, locations, weights, output, begin, end);
+    case 64:
+      return forward_queries<64>(s, value, locations, weights, output, begin, end);
+    default:
+      return forward_queries<0>(s, value, locations, weights, output, begin, end);
+  }
+}
+
+// The sum of a vector's lanes, by halves.
+template <typename F, int... LANE>
+ZOO_INLINE auto sum_lanes(F v, std::integer_sequence<int, LANE...>) {
+  constexpr int half = sizeof...(LANE);
+  const auto sums = __builtin_shufflevector(v, v, LANE...) +
+      __builtin_shufflevector(v, v, (LANE + half)...);
+  if constexpr (half == 1)
+    return sums[0];
+  else
+    return sum_lanes(sums, std::make_integer_sequence<int, half / 2>());
+}
+
+// One sampling point's four corners: adds `share[corner] * grad` to their gradients, and gives the
+// products `dot[corner]` of their values with `grad`. C as in gather_head.
+template <int C, typename V, typename A>
+ZOO_INLINE void scatter(
+    const V* const value[4], A* const grad_value[4], const A share[4], const V* grad,
+    std::int64_t channels, A dot[4]) {
+  Vector<A> products[4] = {};
+  std::int64_t c = 0;
+  for (; c + lanes<A> <= (C ? C : channels); c += lanes<A>) {
+    const Vector<A> g = load<Vector<A>>(grad + c);
+    for (int corner = 0; corner < 4; ++corner) {
+      products[corner] += g * load<Vector<A>>(value[corner] + c);
+      A* to = grad_value[corner] + c;
+      store(to, load<Vector<A>>(to) + share[corner] * g);
+    }
+  }
+  for (int corner = 0; corner < 4; ++corner)
+    dot[corner] = sum_lanes(products[corner], std::make_integer_sequence<int, lanes<A> / 2>());
+  if constexpr (C == 0)
+    for (; c < channels; ++c)
+      for (int corner = 0; corner < 4; ++corner) {
+        const A g = load<A>(grad + c);
+        dot[corner] += g * load<A>(value[corner] + c);
+        grad_value[corner][c] += share[corner] * g;
+      }
+}
+
+template <int C, typename V, typename W, typename A>
+void backward_heads(
+    const Shape& s, const V* grad_output, const V* value, const A* locations, const W* weights,
+    A* grad_value, A* grad_locations, W* grad_weights, std::int64_t begin, std::int64_t end) {
+  for (std::int64_t index = begin; index < end; ++index) {
+    const std::int64_t image = index / s.heads, head = index % s.heads;
+    const std::int64_t base = (image * s.pixels * s.heads + head) * s.channels;
+    for (std::int64_t query = 0; query < s.queries; ++query) {
+      const std::int64_t row = (image * s.queries + query) * s.heads + head;
+      const V* grad = grad_output + row * s.channels;
+      std::int64_t point = row * s.levels * s.points;
+      for (std::int64_t l = 0; l < s.levels; ++l)
+        for (std::int64_t p = 0; p < s.points; ++p, ++point) {
+          const Level& level = s.level[l];
+          const Axis<A, int> x = axis(locations[2 * point], level.width);
+          const Axis<A, int> y = axis(locations[2 * point + 1], level.height);
+          PointGradient<A> gradient{0, 0, 0};
+          if (x.inside && y.inside) {
+            const A weight = load<A>(weights + point);
+            const A by_row[2] = {weight * y.near_weight, weight * y.far_weight};
+            const A share[4] = {
+                by_row[0] * x.near_weight, by_row[0] * x.far_weight, by_row[1] * x.near_weight,
+                by_row[1] * x.far_weight};
+            const std::int64_t stride = s.heads * s.channels;
+            const std::int64_t top =
+                base + (level.start + std::int64_t(y.near_index) * level.width) * stride;
+            const std::int64_t bottom =
+                base + (level.start + std::int64_t(y.far_index) * level.width) * stride;
+            const std::int64_t offset[4] = {
+                top + x.near_index * stride, top + x.far_index * stride,
+                bottom + x.near_index * stride, bottom + x.far_index * stride};
+            const V* values[4];
+            A* grads[4];
+            for (int corner = 0; corner < 4; ++corner) {
+              values[corner] = value + offset[corner];
+              grads[corner] = grad_value + offset[corner];
+            }
+            A dot[4];
+            scatter<C>(values, grads, share, grad, s.channels, dot);
+            gradient = point_gradient(x, y, dot, weight, level.width, level.height);
+          }
+          store(grad_weights + point, gradient.weight);
+          grad_locations[2 * point] = gradient.x;
+          grad_locations[2 * point + 1] = gradient.y;
+        }
+    }
+  }
+}
+
+template <typename V, typename W, typename A>
+void backward(
+    const Shape& s, const V* grad_output, const V* value, const A* locations, const W* weights,
+    A* grad_value, A* grad_locations, W* grad_weights, std::int64_t begin, std::int64_t end) {
+  const auto run = s.channels == 32 ? backward_heads<32, V, W, A>
+      : s.channels == 64            ? backward_heads<64, V, W, A>
+                                    : backward_heads<0, V, W, A>;
+  run(s, grad_output, value, locations, weights, grad_value, grad_locations, grad_weights, begin,
+      end);
+}
+
+}  // namespace
+
+#define ZOO_TEXT(name) #name
+#define ZOO_NAME(name) ZOO_TEXT(name)
+extern const InstructionSet ZOO_INSTRUCTION_SET = {
+    ZOO_NAME(ZOO_INSTRUCTION_SET),
+    {forward<float, float, float>, backward<float, float, float>},
+    {forward<double, double, double>, backward<double, double, double>},
+    {forward<BFloat16, BFloat16, float>, backward<BFloat16, BFloat16, float>},
+    {forward<BFloat16, float, float>, backward<BFloat16, float, float>},
+};
+
+}  // namespace vitadapter_zoo

@@ -1,0 +1,85 @@
+// Where a sampling location falls, and what each pixel around it counts: the arithmetic that the
+// CPU and the CUDA kernels share, forward and backward.
+#pragma once
+
+#include <type_traits>
+
+#if defined(__CUDACC__)
+#define ZOO_INLINE __host__ __device__ __forceinline__
+#else
+// Inlined by force: the translation units for different instruction sets must not share a copy.
+#define ZOO_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace vitadapter_zoo {
+
+// T(value), lane by lane where they are vectors.
+template <typename T, typename From>
+ZOO_INLINE T convert(From value) {
+#if !defined(__CUDACC__)
+  if constexpr (!std::is_arithmetic_v<From>) return __builtin_convertvector(value, T);
+  else
+#endif
+    return static_cast<T>(value);
+}
+
+// One coordinate of a sampling location on a level of `size` pixels, between two pixels; F is a
+// floating-point type or a vector of one, I an integer type or a vector of as many.
+//
+// Location 0..1 lies at pixel `location * size - 0.5`. A neighbour beyond the border counts as
+// zero: its weight and slope are 0, and its index is that of the other neighbour, which may be
+// read safely. Beyond both borders, and for NaN, `inside` is false and nothing else means anything,
+// but the indices are still those of pixels.
+template <typename F, typename I>
+struct Axis {
+  I near_index, far_index;
+  F near_weight, far_weight;  // 1 - distance to the pixel
+  F near_slope, far_slope;    // what a weight gains for each pixel that the location moves
+  decltype(F() < F()) inside;
+};
+
+template <typename F, typename I>
+ZOO_INLINE Axis<F, I> axis(F location, I size) {
+  const F zero{}, one = zero + 1;
+  const I first{}, next = first + 1;
+  const F extent = convert<F>(size);
+  F pixel = location * extent - 0.5f;
+  Axis<F, I> a;
+  a.inside = (pixel > -one) & (pixel < extent);  // false for NaN
+  pixel = a.inside ? pixel : zero;               // now it converts to an integer without overflow
+  I floor = convert<I>(pixel);
+  floor = pixel < convert<F>(floor) ? floor - next : floor;  // converted towards zero
+  const F fraction = pixel - convert<F>(floor);
+  const auto has_near = floor >= first;
+  const auto has_far = floor + next < size;
+  a.near_index = has_near ? floor : first;
+  a.far_index = has_far ? floor + next : size - next;
+  a.near_weight = has_near ? one - fraction : zero;
+  a.far_weight = has_far ? fraction : zero;
+  a.near_slope = has_near ? -one : zero;
+  a.far_slope = has_far ? one : zero;
+  return a;
+}
+
+// The gradients that one sampling point passes on, from the sums `dot[corner]` of output gradient
+// times value at its four corners (top left, top right, bottom left, bottom right).
+template <typename T>
+struct PointGradient {
+  T weight, x, y;  // x and y per unit of location, 0..1
+};
+
+template <typename T>
+ZOO_INLINE PointGradient<T> point_gradient(
+    const Axis<T, int>& x, const Axis<T, int>& y, const T dot[4], T weight, int width, int height) {
+  const T top = x.near_weight * dot[0] + x.far_weight * dot[1];
+  const T bottom = x.near_weight * dot[2] + x.far_weight * dot[3];
+  const T left = y.near_weight * dot[0] + y.far_weight * dot[2];
+  const T right = y.near_weight * dot[1] + y.far_weight * dot[3];
+  PointGradient<T> g;
+  g.weight = y.near_weight * top + y.far_weight * bottom;
+  g.x = weight * T(width) * (x.near_slope * left + x.far_slope * right);
+  g.y = weight * T(height) * (y.near_slope * top + y.far_slope * bottom);
+  return g;
+}
+
+}  // namespace vitadapter_zoo
