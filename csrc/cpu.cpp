@@ -73,17 +73,16 @@ Shape shape_of(const Arguments& a, const std::vector<Level>& levels) {
   return {a.batch, a.pixels, a.heads, a.channels, a.queries, a.levels, a.points, levels.data()};
 }
 
-// Beyond 32 MB, C libraries take memory from the system and give it back with each call: to page
-// such an output in by 4 KB took longer than to compute it.
+// A large output is often fresh from the system: to page it in by 4 KB can take longer than to
+// compute it.
 void use_huge_pages(const Tensor& output) {
 #if defined(__linux__)
-  constexpr std::size_t FRESH = 32 << 20, HUGE = 2 << 20;
-  const std::size_t bytes = output.numel() * output.element_size();
-  if (bytes <= FRESH) return;
+  constexpr std::size_t PAGE = 2 << 20;
   const std::size_t begin = reinterpret_cast<std::size_t>(output.mutable_data_ptr());
-  const std::size_t first = (begin + HUGE - 1) / HUGE * HUGE;
+  const std::size_t end = begin + output.numel() * output.element_size();
+  const std::size_t first = (begin + PAGE - 1) / PAGE * PAGE, last = end / PAGE * PAGE;
   // Only advice: where the system does not take it, pages stay small.
-  madvise(reinterpret_cast<void*>(first), begin + bytes - first, MADV_HUGEPAGE);
+  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #endif
 }
 

@@ -160,10 +160,13 @@ def build() -> list[Path]:
 
 
 def compile_into(folder: Path) -> None:
-    """Compile the operator against the installed torch and put its libraries into ``folder``.
+    """Compile the operator against the installed torch, into ``folder / "vitadapter_zoo"``.
 
-    Runs in this process; what the compiler says goes to stdout and stderr.
+    For a process of its own: it changes the working directory, whose pyproject.toml setuptools
+    would read, and what the compiler says goes to stdout and stderr.
     """
+    folder = folder.resolve()
+    os.chdir(folder)
     from setuptools import setup
     from torch.utils.cpp_extension import BuildExtension
 

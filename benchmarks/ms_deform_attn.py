@@ -1,0 +1,153 @@
+"""Deformable attention beside its peers, at the shapes of the four sizes for an 800 x 1216 image.
+
+    python benchmarks/ms_deform_attn.py [--runs 9]
+
+Every implementation takes its turn in every round, so that a busy machine is busy for all; medians
+over the rounds are printed, and how many times longer than ours the others take. ``composed`` is
+the same sum made of grid_sample, what PyTorch users have without an extension (mmcv's and
+transformers' own fallbacks do the same and are measured where they are installed).
+
+Bandwidth is what the sums read: four corners of every point. Beside it stands what plain loading
+reaches here, the sum of a tensor as large as the values: its share says how far from free it is.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from vitadapter_zoo.ops import ms_deform_attn, reference
+from vitadapter_zoo.ops.library import implementation
+
+GRIDS = [(100, 152), (50, 76), (25, 38)]  # strides 8, 16 and 32
+HEADS = {"T": (6, 32), "S": (6, 64), "B": (12, 32), "L": (16, 32)}  # and channels of each
+POINTS = 4
+# Pixels that a location lies away from its query: what training starts from is 1 to 4.
+SPREAD = 3.0
+
+Operator = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def arguments(size: str, kind: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Value, shapes, locations and weights of the injectors or the extractors of ``size``."""
+    heads, channels = HEADS[size]
+    levels, of_queries = (GRIDS, GRIDS[1:2]) if kind == "injector" else (GRIDS[1:2], GRIDS)
+    centres = torch.cat([_centres(*grid) for grid in of_queries])
+    pixels = sum(height * width for height, width in levels)
+    shapes = torch.tensor(levels)
+    grouped = (1, len(centres), heads, len(levels), POINTS)
+    offsets = torch.randn(*grouped, 2) * SPREAD / shapes.flip(-1)[:, None]
+    weights = torch.randn(grouped).flatten(3).softmax(-1).view(grouped)
+    return (
+        torch.randn(1, pixels, heads, channels).to(dtype),
+        shapes,
+        centres[:, None, None, None] + offsets,
+        weights.to(dtype),
+    )
+
+
+def _centres(height: int, width: int) -> Tensor:
+    y, x = torch.meshgrid(
+        (torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width, indexing="ij"
+    )
+    return torch.stack((x, y), -1).view(-1, 2)
+
+
+def implementations() -> dict[str, Operator]:
+    """Ours first, then what there is to compare with."""
+    found: dict[str, Operator] = {"ours": ms_deform_attn, "composed": reference.ms_deform_attn}
+    try:
+        from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch
+
+        found["mmcv"] = multi_scale_deformable_attn_pytorch
+    except ImportError:
+        print("mmcv is not installed")
+    try:
+        from transformers.models.deformable_detr.modeling_deformable_detr import (
+            MultiScaleDeformableAttention,
+        )
+
+        module = MultiScaleDeformableAttention()
+        found["transformers"] = lambda v, s, loc, w: module(
+            v, s, [(h, wide) for h, wide in s.tolist()], None, loc, w, 64
+        )
+    except ImportError:
+        print("transformers is not installed")
+    return found
+
+
+def seconds_in_turn(calls: dict[str, Callable[[], object]], runs: int) -> dict[str, float]:
+    """The median time of each, called in turn ``runs`` times after one call to warm up."""
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(runs + 1):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if turn:
+                taken[name].append(time.perf_counter() - start)
+    return {name: statistics.median(times) for name, times in taken.items()}
+
+
+def load_bandwidth(size: int) -> float:
+    """Bytes per second that summing ``size`` bytes of float32 reads."""
+    tensor = torch.ones(size // 4)
+    return size / seconds_in_turn({"sum": tensor.sum}, 25)["sum"]
+
+
+def measure(size: str, kind: str, dtype: torch.dtype, runs: int) -> dict[str, float]:
+    """One line of the table for each direction; the forward's ratio to ``composed`` by name."""
+    given = arguments(size, kind, dtype)
+    # The composition computes in the dtype of its locations; peers need them in the values'.
+    forward: dict[str, Callable[[], object]] = {}
+    backward: dict[str, Callable[[], object]] = {}
+    for name, operator in implementations_found.items():
+        value, shapes, locations, weights = given
+        if name not in ("ours", "composed"):
+            locations = locations.to(dtype)
+        forward[name] = lambda o=operator, a=(value, shapes, locations, weights): o(*a)  # type: ignore[misc]
+        leaves = [tensor.clone().requires_grad_() for tensor in (value, locations, weights)]
+        output = operator(leaves[0], shapes, leaves[1], leaves[2])
+        grad = torch.randn_like(output)
+        backward[name] = lambda o=output, i=leaves, g=grad: torch.autograd.grad(  # type: ignore[misc]
+            o, i, g, retain_graph=True
+        )
+    read = given[3].numel() * 4 * given[0].shape[3] * given[0].element_size()
+    plain = load_bandwidth(given[0].numel() * given[0].element_size())
+    ratios = {}
+    for direction, calls in (("forward", forward), ("backward", backward)):
+        with torch.set_grad_enabled(direction == "backward"):
+            taken = seconds_in_turn(calls, runs)
+        line = f"{size} {kind:<9} {str(dtype)[6:]:<8} {direction:<8} {taken['ours'] * 1e3:7.2f} ms"
+        for name, time_taken in taken.items():
+            if name != "ours":
+                line += f"  {name} {time_taken * 1e3:7.1f} ms = {time_taken / taken['ours']:5.1f}x"
+        if direction == "forward":
+            rate = read / taken["ours"]
+            line += f"  {rate / 1e9:5.1f} GB/s, {rate / plain:4.2f} of plain loading"
+        print(line, flush=True)
+        ratios[direction] = taken["composed"] / taken["ours"]
+    return ratios
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=int, default=9, help="rounds of which the median is taken")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    print(f"{implementation('cpu').why}; {torch.get_num_threads()} threads")
+    implementations_found = implementations()
+    for dtype in (torch.float32, torch.bfloat16):
+        found = {
+            (size, kind): measure(size, kind, dtype, options.runs)
+            for size in HEADS
+            for kind in ("injector", "extractor")
+        }
+        for direction in ("forward", "backward"):
+            ratios = [ratio[direction] for ratio in found.values()]
+            print(
+                f"{str(dtype)[6:]} {direction}: composed takes {min(ratios):.1f}x to "
+                f"{max(ratios):.1f}x as long, median {statistics.median(ratios):.1f}x"
+            )
