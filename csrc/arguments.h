@@ -34,7 +34,9 @@ struct Arguments {
   std::int64_t batch, pixels, heads, channels, queries, levels, points;
   ScalarType type, weights_type, sums_type;
 
-  Arguments(const Tensor& v, const Tensor& s, const Tensor& l, const Tensor& w)
+  // With `fused`, locations are offsets and weights are logits, of one dtype.
+  Arguments(
+      const Tensor& v, const Tensor& s, const Tensor& l, const Tensor& w, bool fused = false)
       : value(torch::stable::contiguous(v)),
         spatial_shapes(torch::stable::contiguous(s)),
         locations(torch::stable::contiguous(l)),
@@ -61,8 +63,9 @@ struct Arguments {
     require(fits, "the shapes of the arguments do not fit each other");
     require(spatial_shapes.scalar_type() == ScalarType::Long, "spatial_shapes must be int64");
     require(
-        locations.scalar_type() == sums_type,
-        "sampling_locations must be float32, or float64 with values of float64");
+        locations.scalar_type() == (fused ? weights_type : sums_type),
+        fused ? "sampling_offsets and attention_logits must have one dtype"
+              : "sampling_locations must be float32, or float64 with values of float64");
     require(
         weights_type == type || weights_type == sums_type,
         "attention_weights must have the dtype of value or of sampling_locations");
@@ -82,6 +85,14 @@ struct Arguments {
   Tensor new_output() const {
     const std::int64_t size[3] = {batch, queries, heads * channels};
     return torch::stable::new_empty(value, {size, 3});
+  }
+
+  Tensor check_reference_points(const Tensor& points) const {
+    require(
+        points.dim() == 2 && points.size(0) == queries && points.size(1) == 2 &&
+            points.scalar_type() == sums_type && points.device() == value.device(),
+        "reference_points must be [queries, 2], of the dtype of the sums, on value's device");
+    return torch::stable::contiguous(points);
   }
 
   void check_grad_output(const Tensor& grad_output) const {

@@ -108,6 +108,27 @@ Tensor forward(
   return output;
 }
 
+Tensor forward_fused(
+    const Tensor& value, const Tensor& spatial_shapes, const Tensor& reference_points,
+    const Tensor& sampling_offsets, const Tensor& attention_logits) {
+  const Arguments a(value, spatial_shapes, sampling_offsets, attention_logits, true);
+  const Tensor points = a.check_reference_points(reference_points);
+  const std::vector<Level> levels = read_levels(a);
+  const Shape shape = shape_of(a, levels);
+  Tensor output = a.new_output();
+  if (a.empty()) return torch::stable::zero_(output);
+  use_huge_pages(output);
+  dispatch(a, [&]<typename V, typename W, typename A>(const Kernels<V, W, A>& kernels) {
+    torch::stable::parallel_for(
+        0, a.batch * a.queries, GRAIN, [&](std::int64_t begin, std::int64_t end) {
+          kernels.forward_fused(
+              shape, data<V>(a.value), data<A>(points), data<W>(a.locations), data<W>(a.weights),
+              mutable_data<V>(output), begin, end);
+        });
+  });
+  return output;
+}
+
 std::tuple<Tensor, Tensor, Tensor> backward(
     const Tensor& grad_output, const Tensor& value, const Tensor& spatial_shapes,
     const Tensor& sampling_locations, const Tensor& attention_weights) {
@@ -147,5 +168,6 @@ extern "C" __attribute__((visibility("default"))) const char* vitadapter_zoo_ins
 // passed its check.
 STABLE_TORCH_LIBRARY_IMPL(vitadapter_zoo, CPU, m) {
   m.impl("_ms_deform_attn", TORCH_BOX(&vitadapter_zoo::forward));
+  m.impl("_ms_deform_attn_fused", TORCH_BOX(&vitadapter_zoo::forward_fused));
   m.impl("_ms_deform_attn_backward", TORCH_BOX(&vitadapter_zoo::backward));
 }

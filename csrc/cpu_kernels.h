@@ -30,6 +30,12 @@ struct Kernels {
   void (*forward)(
       const Shape&, const V* value, const A* locations, const W* weights, V* output,
       std::int64_t begin, std::int64_t end);
+  // The same from reference_points [queries, 2], offsets [batch, queries, heads, levels, points, 2]
+  // in pixels and logits [batch, queries, heads, levels, points]: a point's location is
+  // `reference + offset / (width, height)`, its weight the softmax over levels and points.
+  void (*forward_fused)(
+      const Shape&, const V* value, const A* reference_points, const W* offsets, const W* logits,
+      V* output, std::int64_t begin, std::int64_t end);
   // Gradients of the heads begin <= batch * heads + head < end: one head's sums are made by one
   // thread in the order of its queries, so they do not depend on the number of threads.
   // grad_value arrives as zeros.

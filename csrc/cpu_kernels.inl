@@ -203,22 +203,21 @@ ZOO_INLINE void gather_head(
   }
 }
 
-template <int C, typename V, typename W, typename A>
-void forward_queries(
-    const Shape& s, const V* value, const A* locations, const W* weights, V* output,
-    std::int64_t begin, std::int64_t end) {
+// Output of the queries from begin to end; locate_block(plan, first, last, corners) fills in the
+// corners of a block of them.
+template <int C, typename V, typename A, typename F>
+void forward_blocks(
+    const Shape& s, const V* value, V* output, std::int64_t begin, std::int64_t end,
+    const F& locate_block) {
   const Plan<A> plan(s);
   Corners<A> corners(plan.width.size());
   const std::int64_t per_head = s.levels * s.points;
   for (std::int64_t first = begin; first < end;) {
     const std::int64_t image = first / s.queries;
     const std::int64_t last = std::min({end, first + plan.queries, (image + 1) * s.queries});
-    const std::int64_t point = first * plan.points;
-    locate(
-        plan, Index<A>(s.heads), (last - first) * plan.points, locations + 2 * point, weights + point,
-        corners);
+    locate_block(plan, first, last, corners);
     const V* pixels = value + image * s.pixels * s.heads * s.channels;
-        for (std::int64_t index = 0; index < (last - first) * s.heads; ++index)
+    for (std::int64_t index = 0; index < (last - first) * s.heads; ++index)
       gather_head<C>(
           corners, index * per_head, per_head, pixels, s.channels,
           output + (first * s.heads + index) * s.channels);
@@ -226,18 +225,108 @@ void forward_queries(
   }
 }
 
+template <typename V, typename A, typename F>
+void forward_queries(
+    const Shape& s, const V* value, V* output, std::int64_t begin, std::int64_t end,
+    const F& locate_block) {
+  switch (s.channels) {
+    case 32:
+      return forward_blocks<32, V, A>(s, value, output, begin, end, locate_block);
+    case 64:
+      return forward_blocks<64, V, A>(s, value, output, begin, end, locate_block);
+    default:
+      return forward_blocks<0, V, A>(s, value, output, begin, end, locate_block);
+  }
+}
+
 template <typename V, typename W, typename A>
 void forward(
     const Shape& s, const V* value, const A* locations, const W* weights, V* output,
     std::int64_t begin, std::int64_t end) {
-  switch (s.channels) {
-    case 32:
-      return forward_queries<32>(s, value, locations, weights, output, begin, end);
-    case 64:
-      return forward_queries<64>(s, value, locations, weights, output, begin, end);
-    default:
-      return forward_queries<0>(s, value, locations, weights, output, begin, end);
+  const auto locate_block = [&](const Plan<A>& plan, std::int64_t first, std::int64_t last,
+                                Corners<A>& corners) {
+    const std::int64_t point = first * plan.points;
+    locate(
+        plan, Index<A>(s.heads), (last - first) * plan.points, locations + 2 * point,
+        weights + point, corners);
+  };
+  forward_queries<V, A>(s, value, output, begin, end, locate_block);
+}
+
+// exp of numbers that are not above 0, to 2 units in the last place; below -87 it stays at 1e-38.
+template <typename F>
+ZOO_INLINE F exponential(F x) {
+  using I = std::conditional_t<std::is_same_v<F, float>, std::int32_t, Vector<std::int32_t>>;
+  const F lowest = F{} - 87.0f;
+  x = x < lowest ? lowest : x;
+  // x = n * log(2) + rest; adding 1.5 * 2^23 leaves n in the low bits.
+  const F shifted = x * 1.44269504f + 12582912.0f;
+  const F n = shifted - 12582912.0f;
+  const F rest = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  F sum = rest * (1.0f / 5040) + 1.0f / 720;  // the series of exp
+  sum = sum * rest + 1.0f / 120;
+  sum = sum * rest + 1.0f / 24;
+  sum = sum * rest + 1.0f / 6;
+  sum = sum * rest + 0.5f;
+  sum = sum * rest + 1.0f;
+  sum = sum * rest + 1.0f;
+  const I bits = load<I>(&sum) + (load<I>(&shifted) << 23);
+  return load<F>(&bits);
+}
+
+ZOO_INLINE void exponentials(float* values, std::int64_t count) {
+  std::int64_t i = 0;
+  for (; i + lanes<float> <= count; i += lanes<float>)
+    store(values + i, exponential(load<Vector<float>>(values + i)));
+  for (; i < count; ++i) values[i] = exponential(values[i]);
+}
+
+ZOO_INLINE void exponentials(double* values, std::int64_t count) {
+  for (std::int64_t i = 0; i < count; ++i) values[i] = std::exp(values[i]);
+}
+
+// The softmax of each group of neighbours.
+template <typename A, typename W>
+void softmax(const W* logits, std::int64_t groups, std::int64_t size, A* weights) {
+  for (std::int64_t first = 0; first < groups * size; first += size) {
+    A most = load<A>(logits + first);
+    for (std::int64_t i = first + 1; i < first + size; ++i)
+      most = std::max(most, load<A>(logits + i));
+    for (std::int64_t i = first; i < first + size; ++i) weights[i] = load<A>(logits + i) - most;
   }
+  exponentials(weights, groups * size);
+  for (std::int64_t first = 0; first < groups * size; first += size) {
+    A sum = 0;
+    for (std::int64_t i = first; i < first + size; ++i) sum += weights[i];
+    for (std::int64_t i = first; i < first + size; ++i) weights[i] /= sum;
+  }
+}
+
+// As forward, from what the network's layers give: a block's locations and weights are made where
+// they are used, and never leave the first cache.
+template <typename V, typename W, typename A>
+void forward_fused(
+    const Shape& s, const V* value, const A* reference_points, const W* offsets, const W* logits,
+    V* output, std::int64_t begin, std::int64_t end) {
+  std::vector<A> locations, weights;
+  const auto locate_block = [&](const Plan<A>& plan, std::int64_t first, std::int64_t last,
+                                Corners<A>& corners) {
+    const std::int64_t points = (last - first) * plan.points;
+    locations.resize(2 * points);
+    weights.resize(points);
+    const W* from = offsets + 2 * first * plan.points;
+    for (std::int64_t query = first, i = 0; query < last; ++query) {
+      const A* at = reference_points + 2 * (query % s.queries);
+      for (std::int64_t end_of_query = i + plan.points; i < end_of_query; ++i) {
+        locations[2 * i] = at[0] + load<A>(from + 2 * i) / A(plan.width[i]);
+        locations[2 * i + 1] = at[1] + load<A>(from + 2 * i + 1) / A(plan.height[i]);
+      }
+    }
+    const std::int64_t group = s.levels * s.points;
+    softmax(logits + first * plan.points, points / group, group, weights.data());
+    locate(plan, Index<A>(s.heads), points, locations.data(), weights.data(), corners);
+  };
+  forward_queries<V, A>(s, value, output, begin, end, locate_block);
 }
 
 // The sum of a vector's lanes, by halves.
@@ -345,10 +434,14 @@ void backward(
 #define ZOO_NAME(name) ZOO_TEXT(name)
 extern const InstructionSet ZOO_INSTRUCTION_SET = {
     ZOO_NAME(ZOO_INSTRUCTION_SET),
-    {forward<float, float, float>, backward<float, float, float>},
-    {forward<double, double, double>, backward<double, double, double>},
-    {forward<BFloat16, BFloat16, float>, backward<BFloat16, BFloat16, float>},
-    {forward<BFloat16, float, float>, backward<BFloat16, float, float>},
+    {forward<float, float, float>, forward_fused<float, float, float>,
+     backward<float, float, float>},
+    {forward<double, double, double>, forward_fused<double, double, double>,
+     backward<double, double, double>},
+    {forward<BFloat16, BFloat16, float>, forward_fused<BFloat16, BFloat16, float>,
+     backward<BFloat16, BFloat16, float>},
+    {forward<BFloat16, float, float>, forward_fused<BFloat16, float, float>,
+     backward<BFloat16, float, float>},
 };
 
 }  // namespace vitadapter_zoo

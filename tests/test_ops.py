@@ -11,7 +11,8 @@ from operators import Arguments, random_arguments, requiring_gradients, switched
 from torch import Tensor
 from torch.profiler import profile
 
-from vitadapter_zoo.ops import ms_deform_attn
+from vitadapter_zoo.ops import ms_deform_attn, ms_deform_attn_fused
+from vitadapter_zoo.ops.fused import locate
 
 # What a result may be off by, relative to the largest one, for each dtype of the values.
 TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-13, torch.bfloat16: 1e-2}
@@ -213,6 +214,76 @@ def test_operator_passes_opcheck() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         arguments = requiring_gradients(random_arguments(0, [(4, 6), (2, 3)], dtype=dtype))
         torch.library.opcheck(torch.ops.vitadapter_zoo.ms_deform_attn.default, arguments)
+
+
+def fused_arguments(
+    seed: int, shapes: list[tuple[int, int]], dtype: torch.dtype, channels: int = 32
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Value, shapes, reference points, offsets and logits of two images."""
+    value, sizes, locations, weights = random_arguments(
+        seed, shapes, batch=2, queries=11, channels=channels, dtype=dtype
+    )
+    points = locations[0, :, 0, 0, 0].clamp(0, 1)
+    return value, sizes, points, (locations * 4 - 2).to(dtype), weights * 12 - 6
+
+
+@random_cases
+@given(
+    seed=st.integers(0, 2**31),
+    shapes=sizes,
+    channels=st.sampled_from([3, 32, 64]),
+    dtype=st.sampled_from(list(TOLERANCES)),
+)
+def test_fused_operator_is_the_plain_one_after_its_softmax_and_scaling(
+    seed: int, shapes: list[tuple[int, int]], channels: int, dtype: torch.dtype
+) -> None:
+    value, sizes, points, offsets, logits = fused_arguments(seed, shapes, dtype, channels)
+    result = ms_deform_attn_fused(value, sizes, points, offsets, logits)
+    assert result.dtype == dtype
+    exact = locate(sizes, points.double(), offsets.double(), logits.double())
+    expected = by_hand(value, sizes, *exact)
+    assert furthest(result, expected) < TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("logit", [300.0, -300.0, float("-inf")])
+def test_fused_softmax_stands_extreme_logits(logit: float) -> None:
+    value, sizes, points, offsets, logits = fused_arguments(0, [(3, 4)], torch.float32)
+    logits[:, :, :, :, 1] = logit
+    locations, weights = locate(sizes, points, offsets, logits)
+    torch.testing.assert_close(
+        ms_deform_attn_fused(value, sizes, points, offsets, logits),
+        ms_deform_attn(value, sizes, locations, weights),
+    )
+
+
+def test_fused_gradients_are_those_of_the_function() -> None:
+    value, shapes, points, offsets, logits = fused_arguments(3, [(3, 4), (2, 1)], torch.float64, 3)
+    # As above: no step of gradcheck may cross from one cell into the next.
+    points = (points * 24).round() / 24 + 0.0037
+    sizes = shapes.flip(-1)[:, None]
+    offsets = (offsets / sizes * 24).round() / 24 * sizes
+    inputs = [tensor.requires_grad_() for tensor in (value, points, offsets, logits)]
+    assert torch.autograd.gradcheck(
+        lambda v, p, o, w: ms_deform_attn_fused(v, shapes, p, o, w), inputs, fast_mode=True
+    )
+    total = ms_deform_attn_fused(inputs[0], shapes, *inputs[1:]).sum()
+    with pytest.raises(NotImplementedError, match="no second derivatives"):
+        torch.autograd.grad(total, inputs[0], create_graph=True)
+    torch.library.opcheck(
+        torch.ops.vitadapter_zoo.ms_deform_attn_fused.default, (inputs[0], shapes, *inputs[1:])
+    )
+
+
+def test_wrong_fused_arguments_are_named() -> None:
+    value, shapes, points, offsets, logits = fused_arguments(0, [(3, 4)], torch.float32)
+    with pytest.raises(ValueError, match=r"reference_points must be \[11, 2\], got \[10, 2\]"):
+        ms_deform_attn_fused(value, shapes, points[1:], offsets, logits)
+    with pytest.raises(TypeError, match=r"must both be torch\.float32"):
+        ms_deform_attn_fused(value, shapes, points, offsets, logits.double())
+    with pytest.raises(TypeError, match=r"reference_points must be torch\.float32"):
+        ms_deform_attn_fused(value.bfloat16(), shapes, points.bfloat16(), offsets, logits)
+    with pytest.raises(NotImplementedError, match="does not go through vmap"):
+        torch.vmap(lambda v: ms_deform_attn_fused(v, shapes, points, offsets, logits))(value[None])
 
 
 def test_compiles_and_exports_without_graph_breaks() -> None:

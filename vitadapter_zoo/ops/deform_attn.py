@@ -13,15 +13,15 @@ from torch import Tensor
 from vitadapter_zoo.ops import reference
 from vitadapter_zoo.ops.library import implementation
 
-# Kept: what is registered through it goes when it goes. The two private operators are the compiled
+# Kept: what is registered through it goes when it goes. The private operators are the compiled
 # kernels, for the devices whose library is loaded.
-_LIBRARY = torch.library.Library("vitadapter_zoo", "FRAGMENT")
+LIBRARY = torch.library.Library("vitadapter_zoo", "FRAGMENT")
 _ARGUMENTS = (
     "Tensor value, Tensor spatial_shapes, Tensor sampling_locations, Tensor attention_weights"
 )
-_LIBRARY.define(f"ms_deform_attn({_ARGUMENTS}) -> Tensor")
-_LIBRARY.define(f"_ms_deform_attn({_ARGUMENTS}) -> Tensor")
-_LIBRARY.define(
+LIBRARY.define(f"ms_deform_attn({_ARGUMENTS}) -> Tensor")
+LIBRARY.define(f"_ms_deform_attn({_ARGUMENTS}) -> Tensor")
+LIBRARY.define(
     f"_ms_deform_attn_backward(Tensor grad_output, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)"
 )
 _NAME = "vitadapter_zoo::ms_deform_attn"
@@ -62,13 +62,14 @@ def ms_deform_attn(
     """
     if not torch.is_autocast_enabled(value.device.type):  # its rule may change dtypes first
         _check_types(value, spatial_shapes, sampling_locations, attention_weights)
-    _check_shapes(value, spatial_shapes, sampling_locations, attention_weights)
+    check_shapes(value, spatial_shapes, sampling_locations, attention_weights)
     return torch.ops.vitadapter_zoo.ms_deform_attn(
         value, spatial_shapes, sampling_locations, attention_weights
     )
 
 
-def _check_shapes(value: Tensor, shapes: Tensor, locations: Tensor, weights: Tensor) -> None:
+def check_shapes(value: Tensor, shapes: Tensor, locations: Tensor, weights: Tensor) -> None:
+    """Refuse tensors whose shapes or devices do not fit each other."""
     devices = {str(tensor.device) for tensor in (value, shapes, locations, weights)}
     if len(devices) > 1:
         raise ValueError(
@@ -102,14 +103,19 @@ def _check_shapes(value: Tensor, shapes: Tensor, locations: Tensor, weights: Ten
             )
 
 
-def _check_types(value: Tensor, shapes: Tensor, locations: Tensor, weights: Tensor) -> None:
+def check_value(value: Tensor, shapes: Tensor) -> torch.dtype:
+    """The dtype in which sums over ``value`` are made, and its sampling locations are given."""
     if value.dtype not in _VALUE_TYPES:
         raise TypeError(f"value must be a floating-point tensor, got {value.dtype}")
     if value.dtype == torch.float16 and value.device.type == "cpu":
         raise TypeError("float16 is not computed on the CPU; use bfloat16 or float32")
     if shapes.dtype != torch.int64:
         raise TypeError(f"spatial_shapes must be int64, got {shapes.dtype}")
-    wide = torch.float64 if value.dtype == torch.float64 else torch.float32
+    return torch.float64 if value.dtype == torch.float64 else torch.float32
+
+
+def _check_types(value: Tensor, shapes: Tensor, locations: Tensor, weights: Tensor) -> None:
+    wide = check_value(value, shapes)
     if locations.dtype != wide:
         raise TypeError(
             f"sampling_locations must be {wide} with a value of {value.dtype}, "
@@ -167,7 +173,7 @@ def _autocast(device_type: str) -> Callable[[Tensor, Tensor, Tensor, Tensor], Te
     """Under autocast values stay as they come, and what is too narrow for them is widened."""
 
     def rule(value: Tensor, shapes: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
-        wide = torch.float64 if value.dtype == torch.float64 else torch.float32
+        wide = check_value(value, shapes)
         if weights.dtype != value.dtype:
             weights = weights.to(wide)
         locations = locations.to(wide)
@@ -184,9 +190,9 @@ def _refuse_vmap(info: Any, in_dims: Any, *arguments: Tensor) -> Any:
     )
 
 
-_LIBRARY.impl("ms_deform_attn", _compute, "CompositeExplicitAutograd")
-_LIBRARY.impl("ms_deform_attn", _autocast("cpu"), "AutocastCPU")
-_LIBRARY.impl("ms_deform_attn", _autocast("cuda"), "AutocastCUDA")
+LIBRARY.impl("ms_deform_attn", _compute, "CompositeExplicitAutograd")
+LIBRARY.impl("ms_deform_attn", _autocast("cpu"), "AutocastCPU")
+LIBRARY.impl("ms_deform_attn", _autocast("cuda"), "AutocastCUDA")
 torch.library.register_fake(_NAME, _fake)
 torch.library.register_fake("vitadapter_zoo::_ms_deform_attn_backward", _fake_backward)
 torch.library.register_autograd(_NAME, _backward, setup_context=_save)
