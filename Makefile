@@ -4,7 +4,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 BIN := .venv/bin
 
-.PHONY: demo test lint benchmark wheel sanitize clean
+.PHONY: demo test lint benchmark wheel test-wheel sanitize clean
 
 demo: .venv/.current
 	$(BIN)/python demo/run.py
@@ -28,6 +28,20 @@ wheel: .venv/.current
 	VITADAPTER_ZOO_BUILD_OP=1 $(BIN)/python -m build --wheel --no-isolation --outdir build/dist
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist \
 		--exclude 'libtorch*' --exclude 'libcudart*' build/dist/*.whl
+
+# The wheel as it was built, on another Python and another torch: only the operator's tests, with
+# what they need. Outside of the sources, so that the installed package is tested.
+WHEEL_PYTHON ?= python3.12
+WHEEL_TORCH ?= torch==2.13.0
+test-wheel:
+	rm -rf build/wheel-test
+	$(WHEEL_PYTHON) -m venv build/wheel-test/venv
+	build/wheel-test/venv/bin/pip install --quiet $(WHEEL_TORCH) numpy pytest hypothesis \
+		filelock platformdirs click rich
+	build/wheel-test/venv/bin/pip install --quiet --no-deps dist/*.whl
+	cp tests/operators.py tests/test_ops.py tests/test_compat.py build/wheel-test
+	cd build/wheel-test && VITADAPTER_ZOO_OP=compiled venv/bin/python -m pytest \
+		-p no:cacheprovider test_ops.py test_compat.py
 
 # The operator's tests under AddressSanitizer and UndefinedBehaviorSanitizer, in a copy.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined

@@ -19,7 +19,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from vitadapter_zoo.ops import ms_deform_attn, reference
+from vitadapter_zoo.ops import ms_deform_attn, ms_deform_attn_fused, reference
+from vitadapter_zoo.ops.fused import locate
 from vitadapter_zoo.ops.library import implementation
 
 GRIDS = [(100, 152), (50, 76), (25, 38)]  # strides 8, 16 and 32
@@ -91,19 +92,47 @@ def seconds_in_turn(calls: dict[str, Callable[[], object]], runs: int) -> dict[s
     return {name: statistics.median(times) for name, times in taken.items()}
 
 
+def measure_fused(size: str, kind: str, dtype: torch.dtype, runs: int) -> None:
+    """One line for the fused operator, beside its first part composed of PyTorch's operators."""
+    value, shapes, locations, weights = arguments(size, kind, dtype)
+    points = locations[0, :, 0, 0, 0].contiguous()
+    offsets = (torch.randn(locations.shape) * SPREAD).to(dtype)
+    logits = weights.log()
+
+    def before(operator: Operator) -> Tensor:
+        at, shares = locate(shapes, points, offsets, logits)
+        return operator(value, shapes, at, shares.to(dtype))
+
+    with torch.no_grad():
+        taken = seconds_in_turn(
+            {
+                "ours": lambda: ms_deform_attn_fused(value, shapes, points, offsets, logits),
+                "not fused": lambda: before(ms_deform_attn),
+                "composed": lambda: before(reference.ms_deform_attn),
+            },
+            runs,
+        )
+    line = f"{size} {kind:<9} {str(dtype)[6:]:<8} fused    {taken['ours'] * 1e3:7.2f} ms"
+    for name in ("not fused", "composed"):
+        line += f"  {name} {taken[name] * 1e3:7.1f} ms = {taken[name] / taken['ours']:5.1f}x"
+    print(line, flush=True)
+
+
 def load_bandwidth(size: int) -> float:
     """Bytes per second that summing ``size`` bytes of float32 reads."""
     tensor = torch.ones(size // 4)
     return size / seconds_in_turn({"sum": tensor.sum}, 25)["sum"]
 
 
-def measure(size: str, kind: str, dtype: torch.dtype, runs: int) -> dict[str, float]:
-    """One line of the table for each direction; the forward's ratio to ``composed`` by name."""
+def measure(
+    size: str, kind: str, dtype: torch.dtype, runs: int, operators: dict[str, Operator]
+) -> dict[str, float]:
+    """One line of the table for each direction; the ratio of ``composed`` to ours for each."""
     given = arguments(size, kind, dtype)
     # The composition computes in the dtype of its locations; peers need them in the values'.
     forward: dict[str, Callable[[], object]] = {}
     backward: dict[str, Callable[[], object]] = {}
-    for name, operator in implementations_found.items():
+    for name, operator in operators.items():
         value, shapes, locations, weights = given
         if name not in ("ours", "composed"):
             locations = locations.to(dtype)
@@ -138,10 +167,10 @@ if __name__ == "__main__":
     options = parser.parse_args()
     torch.manual_seed(0)
     print(f"{implementation('cpu').why}; {torch.get_num_threads()} threads")
-    implementations_found = implementations()
+    operators = implementations()
     for dtype in (torch.float32, torch.bfloat16):
         found = {
-            (size, kind): measure(size, kind, dtype, options.runs)
+            (size, kind): measure(size, kind, dtype, options.runs, operators)
             for size in HEADS
             for kind in ("injector", "extractor")
         }
@@ -151,3 +180,6 @@ if __name__ == "__main__":
                 f"{str(dtype)[6:]} {direction}: composed takes {min(ratios):.1f}x to "
                 f"{max(ratios):.1f}x as long, median {statistics.median(ratios):.1f}x"
             )
+        for size in HEADS:
+            for kind in ("injector", "extractor"):
+                measure_fused(size, kind, dtype, options.runs)
