@@ -88,10 +88,9 @@ void use_huge_pages(const Tensor& output) {
 
 constexpr std::int64_t GRAIN = 64;  // queries that are worth a thread
 
-Tensor forward(
-    const Tensor& value, const Tensor& spatial_shapes, const Tensor& sampling_locations,
-    const Tensor& attention_weights) {
-  const Arguments a(value, spatial_shapes, sampling_locations, attention_weights);
+// run(kernels, shape, output, begin, end) computes the queries from begin to end.
+template <typename F>
+Tensor run_forward(const Arguments& a, const F& run) {
   const std::vector<Level> levels = read_levels(a);
   const Shape shape = shape_of(a, levels);
   Tensor output = a.new_output();
@@ -100,12 +99,23 @@ Tensor forward(
   dispatch(a, [&]<typename V, typename W, typename A>(const Kernels<V, W, A>& kernels) {
     torch::stable::parallel_for(
         0, a.batch * a.queries, GRAIN, [&](std::int64_t begin, std::int64_t end) {
-          kernels.forward(
-              shape, data<V>(a.value), data<A>(a.locations), data<W>(a.weights),
-              mutable_data<V>(output), begin, end);
+          run(kernels, shape, mutable_data<V>(output), begin, end);
         });
   });
   return output;
+}
+
+Tensor forward(
+    const Tensor& value, const Tensor& spatial_shapes, const Tensor& sampling_locations,
+    const Tensor& attention_weights) {
+  const Arguments a(value, spatial_shapes, sampling_locations, attention_weights);
+  return run_forward(
+      a, [&]<typename V, typename W, typename A>(
+             const Kernels<V, W, A>& kernels, const Shape& shape, V* output, std::int64_t begin,
+             std::int64_t end) {
+        kernels.forward(
+            shape, data<V>(a.value), data<A>(a.locations), data<W>(a.weights), output, begin, end);
+      });
 }
 
 Tensor forward_fused(
@@ -113,20 +123,14 @@ Tensor forward_fused(
     const Tensor& sampling_offsets, const Tensor& attention_logits) {
   const Arguments a(value, spatial_shapes, sampling_offsets, attention_logits, true);
   const Tensor points = a.check_reference_points(reference_points);
-  const std::vector<Level> levels = read_levels(a);
-  const Shape shape = shape_of(a, levels);
-  Tensor output = a.new_output();
-  if (a.empty()) return torch::stable::zero_(output);
-  use_huge_pages(output);
-  dispatch(a, [&]<typename V, typename W, typename A>(const Kernels<V, W, A>& kernels) {
-    torch::stable::parallel_for(
-        0, a.batch * a.queries, GRAIN, [&](std::int64_t begin, std::int64_t end) {
-          kernels.forward_fused(
-              shape, data<V>(a.value), data<A>(points), data<W>(a.locations), data<W>(a.weights),
-              mutable_data<V>(output), begin, end);
-        });
-  });
-  return output;
+  return run_forward(
+      a, [&]<typename V, typename W, typename A>(
+             const Kernels<V, W, A>& kernels, const Shape& shape, V* output, std::int64_t begin,
+             std::int64_t end) {
+        kernels.forward_fused(
+            shape, data<V>(a.value), data<A>(points), data<W>(a.locations), data<W>(a.weights),
+            output, begin, end);
+      });
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(
