@@ -165,8 +165,8 @@ def test_environment_is_printed_for_people_and_programs() -> None:
     assert found["machine"]["threads of torch"] >= 1
 
 
-def test_switches_of_other_values_are_refused() -> None:
+def test_switches_of_other_values_are_refused(tmp_path: Path) -> None:
     done = run("-c", COMPUTE, VITADAPTER_ZOO_OP="fast")
     assert "VITADAPTER_ZOO_OP is 'fast'; it may be 'compiled' or 'reference'" in done.stderr
-    done = run("-m", "vitadapter_zoo.build_op", "/nowhere", VITADAPTER_ZOO_CUDA="yes")
+    done = run("-m", "vitadapter_zoo.build_op", tmp_path, VITADAPTER_ZOO_CUDA="yes")
     assert "VITADAPTER_ZOO_CUDA is 'yes'; it may be 0 or 1" in done.stderr
