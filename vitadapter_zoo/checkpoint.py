@@ -105,6 +105,25 @@ def read(path: Path, origin: str) -> Checkpoint:
     return Checkpoint(_state_dict(loaded, origin), container, _plain_metadata(loaded))
 
 
+def read_all(paths: list[Path], origin: str) -> Checkpoint:
+    """Read one file as ``read`` does, or the shards of one checkpoint.
+
+    Raises:
+        CheckpointError: as ``read``, or a tensor stands in two shards.
+        UnsafeCheckpointError: as ``read``.
+    """
+    if len(paths) == 1:
+        return read(paths[0], origin)
+    tensors: dict[str, Tensor] = {}
+    for path in paths:
+        shard = read(path, f"{origin} ({path.name})").tensors
+        twice = tensors.keys() & shard.keys()
+        if twice:
+            raise CheckpointError(f"{origin}: {min(twice)} stands in more than one shard")
+        tensors |= shard
+    return Checkpoint(tensors, "safetensors")
+
+
 def _head(path: Path, origin: str) -> bytes:
     try:
         with path.open("rb") as file:

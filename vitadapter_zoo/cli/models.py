@@ -13,6 +13,7 @@ import click
 from vitadapter_zoo import cache
 from vitadapter_zoo.catalog import Row, get_row, list_models
 from vitadapter_zoo.errors import UnknownModelError
+from vitadapter_zoo.source import parse
 
 WIDE = 110  # columns that the whole table takes
 
@@ -70,7 +71,7 @@ def _record(row: Row) -> dict[str, Any]:
 
 def _cached_bytes(row: Row) -> int | None:
     """Size of the converted published weights in the cache, None where they are not there."""
-    provenance = cache.entry(row.name, row.checkpoint_url).read()
+    provenance = cache.entry(row.name, str(parse(row.checkpoint_url))).read()
     return provenance.size if provenance else None
 
 

@@ -1,0 +1,96 @@
+"""Writing files so that a crash at any moment leaves the old one, the new one, or none."""
+
+import contextlib
+import datetime
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from vitadapter_zoo.errors import ZooError
+
+
+def now() -> str:
+    """The time, ISO 8601, UTC, to the second."""
+    return time_of(time.time())
+
+
+def time_of(timestamp: float) -> str:
+    """A time in seconds since 1970 as ISO 8601, UTC, to the second."""
+    zone = datetime.timezone.utc
+    return datetime.datetime.fromtimestamp(timestamp, zone).isoformat(timespec="seconds")
+
+
+def hashed(path: Path) -> "hashlib._Hash":
+    """The running sha256 of a file's content."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest
+
+
+def sha256(path: Path) -> str:
+    """The sha256 of a file's content, as hexadecimal digits."""
+    return hashed(path).hexdigest()
+
+
+@contextlib.contextmanager
+def writing_to(directory: Path) -> Iterator[None]:
+    """Turn the system's errors into one that says what can be done.
+
+    Raises:
+        ZooError: the directory cannot be written to, or the disk is full.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ZooError(
+            f"cannot write to {directory}: {error.strerror or error}; free some space there "
+            "(`vitadapter-zoo cache prune`), or choose another place (VITADAPTER_ZOO_HOME, "
+            "cache_dir or --out)"
+        ) from error
+
+
+def check_space(directory: Path, needed: int) -> None:
+    """Refuse to begin what cannot end.
+
+    Args:
+        directory: where the bytes will go.
+        needed: how many.
+
+    Raises:
+        ZooError: fewer bytes are free.
+    """
+    free = shutil.disk_usage(directory).free
+    if needed > free:
+        raise ZooError(
+            f"the disk is too full: {needed / 1e6:,.0f} MB are needed in {directory} and "
+            f"{free / 1e6:,.0f} MB are free; make room (`vitadapter-zoo cache prune`) or choose "
+            "another place (VITADAPTER_ZOO_HOME, cache_dir or --out)"
+        )
+
+
+@contextlib.contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """A file beside ``target`` that takes its place when the block succeeds.
+
+    It is flushed to disk before the rename, and removed if the block fails. Its name is always the
+    same, so that what a killed process leaves is overwritten by the next: the caller holds a lock.
+
+    Raises:
+        ZooError: the directory cannot be written to, or the disk is full.
+    """
+    partial = target.with_name(f".{target.name}.tmp")
+    with writing_to(target.parent):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield partial
+            with partial.open("rb") as written:
+                os.fsync(written.fileno())
+            partial.chmod(0o644)
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)

@@ -1,0 +1,54 @@
+"""Progress bars for downloads: one line per file, on stderr, only where that is a terminal."""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import TypeAlias
+
+# Told of the bytes so far and in all (None where that is not known).
+Report: TypeAlias = Callable[[int, int | None], None]
+
+
+def silent(done: int, total: int | None) -> None:
+    """Report to nobody."""
+
+
+@contextlib.contextmanager
+def bars(shown: bool = True) -> Iterator[Callable[[str], Report]]:
+    """Show progress while the block runs; yields what makes a line for a file's name.
+
+    Args:
+        shown: False shows nothing, as does a stderr that is no terminal.
+    """
+    if not (shown and sys.stderr.isatty()):
+        yield lambda name: silent
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )
+
+    def line(name: str) -> Report:
+        task = progress.add_task(name, total=None)
+
+        def report(done: int, total: int | None) -> None:
+            progress.update(task, completed=done, total=total)
+
+        return report
+
+    with progress:
+        yield line
