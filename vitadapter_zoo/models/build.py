@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from vitadapter_zoo.catalog import Row
+from vitadapter_zoo.coco import COCO_CLASSES
 from vitadapter_zoo.models.adapter import ViTAdapter
 from vitadapter_zoo.models.mask_rcnn import MaskRCNN
 from vitadapter_zoo.models.necks import FPN, ChannelMapper
@@ -51,8 +52,8 @@ def build_backbone(row: Row) -> nn.Module:
     )
 
 
-def build(row: Row) -> MaskRCNN:
+def build(row: Row, categories: tuple[str, ...] = COCO_CLASSES) -> MaskRCNN:
     """The row's whole detector, with fresh weights on the current default device."""
     dim = SIZES[row.size].dim
     neck = FPN(dim) if row.fpn else ChannelMapper(dim)
-    return MaskRCNN(row, build_backbone(row), neck)
+    return MaskRCNN(row, build_backbone(row), neck, categories)
