@@ -55,6 +55,13 @@ class Hub(BaseHTTPRequestHandler):
         LOG.append(f"{self.command} {self.path}")
         if self.path == "/__log__":
             return self.reply(LOG)
+        if self.path.startswith(f"/api/models/{REPO}/tree/"):
+            return self.reply(
+                [
+                    {"type": "file", "path": name, "size": len(data), "oid": etag(name)}
+                    for name, data in FILES.items()
+                ]
+            )
         if self.path.startswith(f"/api/models/{REPO}"):
             files = [{"rfilename": name} for name in FILES]
             return self.reply({"id": REPO, "sha": commit(), "siblings": files, "private": False})

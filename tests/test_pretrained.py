@@ -56,7 +56,7 @@ def test_bad_folders_are_said(tiny: MaskRCNN, tmp_path: Path) -> None:
     (folder / "preprocessor_config.json").write_text("{}")
     with pytest.raises(CheckpointError, match="is not complete: 'size'"):
         vitadapter_zoo.load(folder)
-    with pytest.raises(ValueError, match="has its own weights"):
+    with pytest.raises(ValueError, match="has weights of its own"):
         vitadapter_zoo.load(folder, pretrained=False)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import huggingface_hub
+import huggingface_hub.file_download
 from huggingface_hub import constants
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -64,10 +65,7 @@ def _one_error(source: HubFile) -> Iterator[None]:
             f"{constants.ENDPOINT}/{source.repo}/tree/{source.revision or 'main'}"
         ) from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        if constants.HF_HUB_OFFLINE or not error.__cause__:
-            reason = "it is not in huggingface_hub's cache, and this is offline mode"
-        else:
-            reason = f"{constants.ENDPOINT} cannot be reached and it is not in the cache"
+        reason = f"{constants.ENDPOINT} cannot be reached and it is not in the cache"
         raise DownloadError(f"cannot download {source}: {reason}; go online once") from error
     # Whatever else goes wrong comes as an HTTP error, the HTTP library's own error, or OSError.
     except Exception as error:
@@ -111,15 +109,13 @@ def choose(source: HubFile, preferred: str | None = None, *, offline: bool = Fal
     """
     if source.file:
         return source
-    with _one_error(source):
-        if is_offline(offline):
-            folder = Path(
-                huggingface_hub.snapshot_download(
-                    source.repo, revision=source.revision, local_files_only=True
-                )
-            )
-            names = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
-        else:
+    if is_offline(offline):
+        folder = _snapshot(source)
+        names = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+        if not names:
+            raise _not_kept(source)
+    else:
+        with _one_error(source):
             names = huggingface_hub.HfApi().list_repo_files(source.repo, revision=source.revision)
     for name in (SINGLE, INDEX):
         if name in names:
@@ -185,7 +181,32 @@ def commit_of(path: Path) -> str | None:
     return parts[parts.index("snapshots") + 1] if "snapshots" in parts else None
 
 
+def _snapshot(source: HubFile) -> Path:
+    """Where huggingface_hub keeps a repository's revision, whether it has it or not.
+
+    Its own functions for that may call the Hub even then, for the header that names the caller.
+    """
+    name = huggingface_hub.file_download.repo_folder_name(repo_id=source.repo, repo_type="model")
+    folder = Path(constants.HF_HUB_CACHE) / name
+    revision = source.revision or "main"
+    reference = folder / "refs" / revision
+    return folder / "snapshots" / (reference.read_text() if reference.is_file() else revision)
+
+
+def _not_kept(source: HubFile) -> DownloadError:
+    return DownloadError(
+        f"cannot download {source}: it is not in huggingface_hub's cache, and this is offline "
+        "mode; go online once"
+    )
+
+
 def _download(source: HubFile, report: Report, *, offline: bool, force: bool = False) -> Path:
+    if is_offline(offline):
+        path = _snapshot(source) / str(source.file)
+        if not path.is_file():
+            raise _not_kept(source)
+        return path
+
     class Forwarding(tqdm):
         """Hands huggingface_hub's progress on to our own bar."""
 
@@ -204,7 +225,6 @@ def _download(source: HubFile, report: Report, *, offline: bool, force: bool = F
                 str(source.file),
                 revision=source.revision,
                 library_name="vitadapter-zoo",
-                local_files_only=is_offline(offline),
                 force_download=force,
                 tqdm_class=Forwarding,
             )

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vitadapter_zoo import cache, convert, store
 from vitadapter_zoo import checkpoint as containers
-from vitadapter_zoo.catalog import Row, get_row
+from vitadapter_zoo.catalog import Row, get_row, list_models
 from vitadapter_zoo.errors import CheckpointError
 from vitadapter_zoo.models import MaskRCNN, build
 from vitadapter_zoo.progress import bars
@@ -80,6 +80,8 @@ def load(
 def _folder(name: str | os.PathLike[str]) -> Path | HubFile | None:
     """The folder or repository that a name stands for; None for the catalog's names."""
     text = os.fspath(name)
+    if text in list_models():
+        return None  # whatever folders lie about; ./NAME is one of them
     if not isinstance(name, str) or Path(text).expanduser().is_dir():
         return Path(text).expanduser().absolute()
     if "/" in text:
