@@ -4,13 +4,16 @@ PYTHON ?= python3
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 BIN := .venv/bin
 
-.PHONY: demo test lint benchmark wheel test-wheel sanitize clean
+.PHONY: demo test test-slow lint benchmark wheel test-wheel sanitize clean
 
 demo: .venv/.current
 	$(BIN)/python demo/run.py
 
 test: .venv/.current
 	$(BIN)/python -m pytest
+
+test-slow: .venv/.current
+	$(BIN)/python -m pytest -m slow
 
 lint: .venv/.current
 	$(BIN)/ruff format --check .
