@@ -23,6 +23,7 @@ lint: .venv/.current
 benchmark: .venv/.current
 	$(BIN)/python benchmarks/inference.py
 	$(BIN)/python benchmarks/ms_deform_attn.py
+	$(BIN)/python benchmarks/load.py
 
 # One for every CPython >= 3.10 and torch >= 2.10; torch's own libraries stay outside of it.
 wheel: .venv/.current
