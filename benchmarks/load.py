@@ -24,22 +24,18 @@ import tempfile
 from pathlib import Path
 
 CHILD = """
-import json, resource, sys, threading, time
+import json, sys, time
 import torch, vitadapter_zoo
 from vitadapter_zoo.models import build
 from pathlib import Path
 kind, row, source, weights = sys.argv[1:]
 
-def resident():
-    fields = dict(line.split(":") for line in Path("/proc/self/smaps_rollup").read_text()
-                  .splitlines()[1:])
-    return int(fields["Rss"].split()[0]) * 1024
-
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def memory(field):  # of this process alone, which getrusage after a fork is not
+    fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return int(fields[field].split()[0]) * 1024
 
 torch.zeros(1).add(1)
-before, start = resident(), time.perf_counter()
+before, start = memory("VmRSS"), time.perf_counter()
 if kind == "read":
     kept = Path(weights).read_bytes()
 elif kind == "load":
@@ -50,7 +46,7 @@ else:
     model.load_state_dict(state, strict=False)
     model.eval()
 loaded = time.perf_counter() - start
-top = peak() - before
+top = memory("VmHWM") - before
 if kind != "read":
     with torch.inference_mode():
         model.backbone(torch.zeros(1, 3, 320, 320))
