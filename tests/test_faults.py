@@ -302,3 +302,14 @@ def test_killed_processes_leave_nothing_wrong(
     resumed = sum(asked is not None for asked in server.asked)
     print(f"{kind}: {rounds} kills, {hit} before the end; {resumed} requests went on by Range")
     assert hit
+
+
+def test_what_a_killed_process_had_not_swept_up_goes_with_the_next_load(
+    published_file: Callable[[str], Path], zoo_home: Path
+) -> None:
+    with serving(Server(published_file(NAME).read_bytes())) as server:
+        vitadapter_zoo.load(NAME, checkpoint=server.url)
+        (weights,) = zoo_home.rglob("*.safetensors")
+        weights.with_suffix(".download.part.json").write_text("{}")
+        vitadapter_zoo.load(NAME, checkpoint=server.url)
+    assert not [name for name in left_behind(zoo_home) if "download" in name]

@@ -61,6 +61,7 @@ def obtain(
             return in_place
     place = cache.entry(row.name, str(source), cache_dir)
     if _is_current(place, row, source, without_network):
+        _sweep(place)
         return [place.weights]
     if isinstance(source, HubFile):
         return _from_hub(row, source, place, lines, offline=without_network)
@@ -185,6 +186,15 @@ def _from_url(
             cache.Known(str(source), fetched.sha256, fetched.size, fetched.etag, fetched.date)
         )
     discard(place.download)
+
+
+def _sweep(place: cache.Entry) -> None:
+    """Remove what a process left that was killed between its last write and its own sweeping."""
+    record = place.download.with_name(f"{place.download.name}.part.json")  # goes last
+    if record.exists() and os.access(record.parent, os.W_OK):
+        from vitadapter_zoo.download import discard
+
+        discard(place.download)
 
 
 def _convert(
