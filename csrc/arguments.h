@@ -9,6 +9,7 @@
 #include <limits>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 namespace vitadapter_zoo {
 
@@ -94,13 +95,31 @@ struct Arguments {
         "reference_points must be [queries, 2], of the dtype of the sums, on value's device");
     return torch::stable::contiguous(points);
   }
+};
 
-  void check_grad_output(const Tensor& grad_output) const {
+// The gradient that comes in, checked, and room for those that go out: `value` is zeros in the type
+// of the sums, to be added to.
+struct Gradients {
+  Tensor output, value, locations, weights;
+
+  Gradients(const Arguments& a, const Tensor& grad_output)
+      : output(torch::stable::contiguous(grad_output)),
+        value(torch::stable::new_zeros(a.value, a.value.sizes(), a.sums_type)),
+        locations(torch::stable::empty_like(a.locations)),
+        weights(torch::stable::empty_like(a.weights)) {
     require(
-        grad_output.dim() == 3 && grad_output.size(0) == batch &&
-            grad_output.size(1) == queries && grad_output.size(2) == heads * channels &&
-            grad_output.scalar_type() == type && grad_output.device() == value.device(),
+        output.dim() == 3 && output.size(0) == a.batch && output.size(1) == a.queries &&
+            output.size(2) == a.heads * a.channels && output.scalar_type() == a.type &&
+            output.device() == a.value.device(),
         "the gradient's shape, dtype or device is not that of the output");
+    if (a.empty()) {
+      torch::stable::zero_(locations);
+      torch::stable::zero_(weights);
+    }
+  }
+
+  std::tuple<Tensor, Tensor, Tensor> result(const Arguments& a) const {
+    return {torch::stable::to(value, a.type), locations, weights};
   }
 };
 

@@ -2,7 +2,6 @@
 
 #include <cstdlib>
 #include <string_view>
-#include <tuple>
 #include <vector>
 
 #if defined(__linux__)
@@ -137,28 +136,20 @@ std::tuple<Tensor, Tensor, Tensor> backward(
     const Tensor& grad_output, const Tensor& value, const Tensor& spatial_shapes,
     const Tensor& sampling_locations, const Tensor& attention_weights) {
   const Arguments a(value, spatial_shapes, sampling_locations, attention_weights);
-  a.check_grad_output(grad_output);
   const std::vector<Level> levels = read_levels(a);
   const Shape shape = shape_of(a, levels);
-  const Tensor grad = torch::stable::contiguous(grad_output);
-  Tensor grad_value = torch::stable::new_zeros(a.value, a.value.sizes(), a.sums_type);
-  Tensor grad_locations = torch::stable::empty_like(a.locations);
-  Tensor grad_weights = torch::stable::empty_like(a.weights);
-  if (!a.empty())
-    dispatch(a, [&]<typename V, typename W, typename A>(const Kernels<V, W, A>& kernels) {
-      torch::stable::parallel_for(
-          0, a.batch * a.heads, 1, [&](std::int64_t begin, std::int64_t end) {
-            kernels.backward(
-                shape, data<V>(grad), data<V>(a.value), data<A>(a.locations), data<W>(a.weights),
-                mutable_data<A>(grad_value), mutable_data<A>(grad_locations),
-                mutable_data<W>(grad_weights), begin, end);
-          });
-    });
-  else {
-    torch::stable::zero_(grad_locations);
-    torch::stable::zero_(grad_weights);
-  }
-  return {torch::stable::to(grad_value, a.type), grad_locations, grad_weights};
+  const Gradients grads(a, grad_output);
+  if (a.empty()) return grads.result(a);
+  dispatch(a, [&]<typename V, typename W, typename A>(const Kernels<V, W, A>& kernels) {
+    torch::stable::parallel_for(
+        0, a.batch * a.heads, 1, [&](std::int64_t begin, std::int64_t end) {
+          kernels.backward(
+              shape, data<V>(grads.output), data<V>(a.value), data<A>(a.locations),
+              data<W>(a.weights), mutable_data<A>(grads.value), mutable_data<A>(grads.locations),
+              mutable_data<W>(grads.weights), begin, end);
+        });
+  });
+  return grads.result(a);
 }
 
 }  // namespace

@@ -4,7 +4,6 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <tuple>
 #include <type_traits>
 
 #include <torch/csrc/stable/accelerator.h>
@@ -205,27 +204,20 @@ std::tuple<Tensor, Tensor, Tensor> backward(
     const Tensor& sampling_locations, const Tensor& attention_weights) {
   const torch::stable::accelerator::DeviceGuard guard(value.get_device_index());
   const Arguments a(value, spatial_shapes, sampling_locations, attention_weights);
-  a.check_grad_output(grad_output);
-  const Tensor grad = torch::stable::contiguous(grad_output);
-  Tensor grad_value = torch::stable::new_zeros(a.value, a.value.sizes(), a.sums_type);
-  Tensor grad_locations = torch::stable::empty_like(a.locations);
-  Tensor grad_weights = torch::stable::empty_like(a.weights);
-  if (a.empty()) {
-    torch::stable::zero_(grad_locations);
-    torch::stable::zero_(grad_weights);
-  } else {
-    dispatch(a, [&](auto value_type, auto weight_type) {
-      using V = decltype(value_type);
-      using W = decltype(weight_type);
-      const unsigned int blocks = blocks_for(a.batch * a.queries * a.heads * WARP);
-      backward_kernel<V, W><<<blocks, THREADS, 0, current_stream(a.value)>>>(
-          sizes_of(a), data<V>(grad), data<V>(a.value), data<std::int64_t>(a.spatial_shapes),
-          data<Sum<V>>(a.locations), data<W>(a.weights), mutable_data<Sum<V>>(grad_value),
-          mutable_data<Sum<V>>(grad_locations), mutable_data<W>(grad_weights));
-      STD_CUDA_KERNEL_LAUNCH_CHECK();
-    });
-  }
-  return {torch::stable::to(grad_value, a.type), grad_locations, grad_weights};
+  const Gradients grads(a, grad_output);
+  if (a.empty()) return grads.result(a);
+  dispatch(a, [&](auto value_type, auto weight_type) {
+    using V = decltype(value_type);
+    using W = decltype(weight_type);
+    const unsigned int blocks = blocks_for(a.batch * a.queries * a.heads * WARP);
+    backward_kernel<V, W><<<blocks, THREADS, 0, current_stream(a.value)>>>(
+        sizes_of(a), data<V>(grads.output), data<V>(a.value),
+        data<std::int64_t>(a.spatial_shapes), data<Sum<V>>(a.locations), data<W>(a.weights),
+        mutable_data<Sum<V>>(grads.value), mutable_data<Sum<V>>(grads.locations),
+        mutable_data<W>(grads.weights));
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  });
+  return grads.result(a);
 }
 
 }  // namespace
