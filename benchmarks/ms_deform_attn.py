@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from vitadapter_zoo.ops import ms_deform_attn, ms_deform_attn_fused, reference
-from vitadapter_zoo.ops.fused import locate
 from vitadapter_zoo.ops.library import implementation
+from vitadapter_zoo.ops.reference import locate
 
 GRIDS = [(100, 152), (50, 76), (25, 38)]  # strides 8, 16 and 32
 HEADS = {"T": (6, 32), "S": (6, 64), "B": (12, 32), "L": (16, 32)}  # and channels of each

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.profiler import profile
 
 from vitadapter_zoo.ops import ms_deform_attn, ms_deform_attn_fused
-from vitadapter_zoo.ops.fused import locate
+from vitadapter_zoo.ops.reference import locate
 
 # What a result may be off by, relative to the largest one, for each dtype of the values.
 TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-13, torch.bfloat16: 1e-2}

@@ -14,7 +14,7 @@ import sys
 import torch
 from torch import Tensor
 
-from vitadapter_zoo.ops.deform_attn import gradients, ms_deform_attn
+from vitadapter_zoo.ops.deform_attn import gradients, ms_deform_attn, widened
 
 NAME = "MultiScaleDeformableAttention"
 
@@ -94,7 +94,4 @@ def _arguments(
                 f"level_start_index is {starts.tolist()}, but the levels start at "
                 f"{expected.tolist()}"
             )
-    wide = torch.float64 if value.dtype == torch.float64 else torch.float32
-    if weights.dtype != value.dtype:
-        weights = weights.to(wide)
-    return value, shapes, locations.to(wide), weights
+    return value, shapes, *widened(value, shapes, locations, weights)

@@ -5,7 +5,7 @@ vmap. What computes it on which device is `library.implementation`'s business.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,7 +24,8 @@ LIBRARY.define(f"_ms_deform_attn({_ARGUMENTS}) -> Tensor")
 LIBRARY.define(
     f"_ms_deform_attn_backward(Tensor grad_output, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)"
 )
-_NAME = "vitadapter_zoo::ms_deform_attn"
+# From the context and the output's gradient to those of the arguments, None for what has none.
+Backward: TypeAlias = Callable[[Any, Tensor], tuple[Tensor | None, ...]]
 _VALUE_TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -158,42 +159,56 @@ def gradients(
     return reference.ms_deform_attn_backward(grad_output, value, shapes, locations, weights)
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, Tensor, Tensor]:
-    if torch.is_grad_enabled():  # create_graph=True, which would end in silently missing terms
-        raise NotImplementedError("ms_deform_attn has no second derivatives")
     grad_value, grad_locations, grad_weights = gradients(grad_output, *ctx.saved_tensors)
     return grad_value, None, grad_locations, grad_weights
+
+
+def widened(
+    value: Tensor, shapes: Tensor, locations: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Locations and weights in dtypes that the operator takes with ``value``."""
+    wide = check_value(value, shapes)
+    return locations.to(wide), weights if weights.dtype == value.dtype else weights.to(wide)
 
 
 def _autocast(device_type: str) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """Under autocast values stay as they come, and what is too narrow for them is widened."""
 
     def rule(value: Tensor, shapes: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
-        wide = check_value(value, shapes)
-        if weights.dtype != value.dtype:
-            weights = weights.to(wide)
-        locations = locations.to(wide)
-        _check_types(value, shapes, locations, weights)
+        locations, weights = widened(value, shapes, locations, weights)
         with torch.autocast(device_type, enabled=False):
             return torch.ops.vitadapter_zoo.ms_deform_attn(value, shapes, locations, weights)
 
     return rule
 
 
-def _refuse_vmap(info: Any, in_dims: Any, *arguments: Tensor) -> Any:
-    raise NotImplementedError(
-        "ms_deform_attn does not go through vmap; give it the batch as the first dimension"
-    )
+def register(
+    name: str, compute: Callable[..., Tensor], fake: Callable[..., Tensor], backward: Backward
+) -> None:
+    """Give the declared operator ``name`` its rules; ``backward`` finds all its arguments saved."""
+
+    def save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    def once(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph=True, which would end in silently missing terms
+            raise NotImplementedError(f"{name} has no second derivatives")
+        return backward(ctx, grad_output)
+
+    def refuse_vmap(info: Any, in_dims: Any, *arguments: Tensor) -> Any:
+        raise NotImplementedError(
+            f"{name} does not go through vmap; give it the batch as the first dimension"
+        )
+
+    qualified = f"vitadapter_zoo::{name}"
+    LIBRARY.impl(name, compute, "CompositeExplicitAutograd")
+    torch.library.register_fake(qualified, fake)
+    torch.library.register_autograd(qualified, once, setup_context=save)
+    torch.library.register_vmap(qualified, refuse_vmap)
 
 
-LIBRARY.impl("ms_deform_attn", _compute, "CompositeExplicitAutograd")
+register("ms_deform_attn", _compute, _fake, _backward)
 LIBRARY.impl("ms_deform_attn", _autocast("cpu"), "AutocastCPU")
 LIBRARY.impl("ms_deform_attn", _autocast("cuda"), "AutocastCUDA")
-torch.library.register_fake(_NAME, _fake)
 torch.library.register_fake("vitadapter_zoo::_ms_deform_attn_backward", _fake_backward)
-torch.library.register_autograd(_NAME, _backward, setup_context=_save)
-torch.library.register_vmap(_NAME, _refuse_vmap)

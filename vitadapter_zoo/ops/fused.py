@@ -16,8 +16,10 @@ from vitadapter_zoo.ops.deform_attn import (
     check_value,
     gradients,
     ms_deform_attn,
+    register,
 )
 from vitadapter_zoo.ops.library import implementation
+from vitadapter_zoo.ops.reference import locate
 
 _ARGUMENTS = (
     "Tensor value, Tensor spatial_shapes, Tensor reference_points, Tensor sampling_offsets, "
@@ -78,16 +80,6 @@ def ms_deform_attn_fused(
     )
 
 
-def locate(
-    shapes: Tensor, points: Tensor, offsets: Tensor, logits: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Sampling locations and attention weights in the dtype of ``points``."""
-    sizes = shapes.flip(-1).to(points.dtype)  # (width, height), as locations are (x, y)
-    locations = points[:, None, None, None] + offsets.to(points.dtype) / sizes[:, None]
-    weights = logits.to(points.dtype).flatten(3).softmax(-1).view(logits.shape)
-    return locations, weights
-
-
 def _compute(
     value: Tensor, shapes: Tensor, points: Tensor, offsets: Tensor, logits: Tensor
 ) -> Tensor:
@@ -102,13 +94,7 @@ def _fake(value: Tensor, shapes: Tensor, points: Tensor, offsets: Tensor, logits
     return value.new_empty(value.shape[0], offsets.shape[1], value.shape[2] * value.shape[3])
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, Tensor | None, Tensor, Tensor]:
-    if torch.is_grad_enabled():  # create_graph=True, which would end in silently missing terms
-        raise NotImplementedError("ms_deform_attn_fused has no second derivatives")
     value, shapes, points, offsets, logits = ctx.saved_tensors
     locations, weights = locate(shapes, points, offsets, logits)
     grad_value, grad_locations, grad_weights = gradients(
@@ -117,24 +103,8 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, Tensor | Non
     grad_offsets = (grad_locations / shapes.flip(-1)[:, None]).to(offsets.dtype)
     grad_points = grad_locations.sum((0, 2, 3, 4)) if ctx.needs_input_grad[2] else None
     mean = (grad_weights * weights).sum((3, 4), keepdim=True)
-    grad_logits = weights * (grad_weights - mean)
-    return (
-        grad_value,
-        None,
-        grad_points,
-        grad_offsets.to(offsets.dtype),
-        grad_logits.to(logits.dtype),
-    )
+    grad_logits = (weights * (grad_weights - mean)).to(logits.dtype)
+    return grad_value, None, grad_points, grad_offsets, grad_logits
 
 
-def _refuse_vmap(info: Any, in_dims: Any, *arguments: Tensor) -> Any:
-    raise NotImplementedError(
-        "ms_deform_attn_fused does not go through vmap; give it the batch as the first dimension"
-    )
-
-
-_NAME = "vitadapter_zoo::ms_deform_attn_fused"
-LIBRARY.impl("ms_deform_attn_fused", _compute, "CompositeExplicitAutograd")
-torch.library.register_fake(_NAME, _fake)
-torch.library.register_autograd(_NAME, _backward, setup_context=_save)
-torch.library.register_vmap(_NAME, _refuse_vmap)
+register("ms_deform_attn_fused", _compute, _fake, _backward)

@@ -39,6 +39,16 @@ def ms_deform_attn(
     return result.contiguous()  # as the compiled operator's, which tracing relies on
 
 
+def locate(
+    shapes: Tensor, points: Tensor, offsets: Tensor, logits: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Sampling locations and attention weights in the dtype of ``points``."""
+    sizes = shapes.flip(-1).to(points.dtype)  # (width, height), as locations are (x, y)
+    locations = points[:, None, None, None] + offsets.to(points.dtype) / sizes[:, None]
+    weights = logits.to(points.dtype).flatten(3).softmax(-1).view(logits.shape)
+    return locations, weights
+
+
 def ms_deform_attn_backward(
     grad_output: Tensor,
     value: Tensor,
