@@ -147,8 +147,9 @@ def build() -> list[Path]:
         done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
         if done.returncode != 0:
             log = target.parent / "build-op.log"
-            log.write_text(done.stdout + done.stderr)
-            lines = [line.strip() for line in log.read_text().splitlines() if line.strip()]
+            said = done.stdout + done.stderr
+            log.write_text(said)
+            lines = [line.strip() for line in said.splitlines() if line.strip()]
             errors = [line for line in lines if re.search("[Ee]rror: ", line)] or lines[-1:]
             raise ZooError(
                 "the operator could not be compiled; it takes a C++20 compiler, g++ 12 or clang 14 "

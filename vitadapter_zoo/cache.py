@@ -85,7 +85,7 @@ class Provenance:
 
 @dataclass(frozen=True)
 class Known:
-    """The first download of a source without a published hash; later ones must equal it.
+    """What a download of a source was; the first one without a published hash is kept.
 
     Attributes:
         source: its URL or ``hf://`` name.
@@ -147,7 +147,7 @@ class Entry:
 
     def write(self, provenance: Provenance) -> None:
         """Write the provenance; the entry counts as complete from here on."""
-        _write_json(self.record, provenance)
+        files.write_json(self.record, asdict(provenance))
 
     def known(self) -> Known | None:
         """What the first download of this source was; None before it."""
@@ -163,7 +163,7 @@ class Entry:
 
     def remember(self, known: Known) -> None:
         """Keep the hash that every later download of this source must have."""
-        _write_json(self.known_record, known)
+        files.write_json(self.known_record, asdict(known))
 
     @contextlib.contextmanager
     def locked(self, *, wait: bool = True) -> Iterator[None]:
@@ -192,11 +192,6 @@ def locked(root: Path, name: str, *, wait: bool = True) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def _write_json(path: Path, content: Provenance | Known) -> None:
-    with files.replacing(path) as partial:
-        partial.write_text(json.dumps(asdict(content), indent=2) + "\n")
 
 
 def home(cache_dir: Home = None) -> Path:

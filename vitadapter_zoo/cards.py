@@ -67,8 +67,7 @@ def write(row: Row, folder: Path) -> Path:
         ZooError: the folder cannot be written to.
     """
     path = folder / f"{row.name}.md"
-    with files.replacing(path) as partial:
-        partial.write_text(str(card(row)).rstrip() + "\n", encoding="utf-8")
+    files.write_text(path, str(card(row)).rstrip() + "\n")
     return path
 
 

@@ -19,6 +19,7 @@ from urllib.parse import unquote, urlparse
 import requests
 
 from vitadapter_zoo import files
+from vitadapter_zoo.cache import Known
 from vitadapter_zoo.errors import DownloadError, ZooError
 from vitadapter_zoo.progress import Report, silent
 
@@ -52,23 +53,6 @@ PATIENT = Patience()
 
 
 @dataclass(frozen=True)
-class Fetched:
-    """What is known of a downloaded file.
-
-    Attributes:
-        sha256: of its content.
-        size: in bytes.
-        etag: the server's name for this content, where it gave one.
-        date: when it was downloaded, ISO 8601, UTC.
-    """
-
-    sha256: str
-    size: int
-    etag: str | None
-    date: str
-
-
-@dataclass(frozen=True)
 class _Announced:
     """What the server said of the file that a part belongs to."""
 
@@ -96,8 +80,8 @@ class _Part:
     """The bytes so far on the disk, with their running hash."""
 
     def __init__(self, target: Path, url: str) -> None:
-        self.path = _beside(target, "part")
-        self.record = _beside(target, "part.json")
+        self.path = files.part_of(target)
+        self.record = files.part_record_of(target)
         self.announced: _Announced | None = None
         self.digest = hashlib.sha256()
         self.size = 0
@@ -147,7 +131,7 @@ def download(
     *,
     report: Report = silent,
     patience: Patience = PATIENT,
-) -> Fetched:
+) -> Known:
     """Download ``url`` into ``target``, which appears only when it is whole.
 
     Lost connections, stalls and busy servers are met with further attempts that go on where the
@@ -186,29 +170,19 @@ def download(
     etag = part.announced.etag if part.announced else None
     with files.writing_to(target.parent):
         part.finish(target)
-    return Fetched(digest, size, etag, files.now())
+    return Known(url, digest, size, etag, files.now())
 
 
-def discard(target: Path) -> None:
-    """Remove a download and everything beside it, finished or not."""
-    for path in (target, _beside(target, "part"), _beside(target, "part.json")):
-        path.unlink(missing_ok=True)
-
-
-def _beside(target: Path, ending: str) -> Path:
-    return target.with_name(f"{target.name}.{ending}")
-
-
-def _finished(url: str, target: Path, sha256: str | None) -> Fetched | None:
+def _finished(url: str, target: Path, sha256: str | None) -> Known | None:
     """An earlier process's whole download that it died before using; removed if it is not that."""
     try:
-        announced = _Announced(**json.loads(_beside(target, "part.json").read_text()))
+        announced = _Announced(**json.loads(files.part_record_of(target).read_text()))
         status = target.stat()
     except (OSError, ValueError, TypeError):
         announced = None
     digest = files.sha256(target) if announced and announced.url == url else ""
     if announced and digest and digest.startswith(sha256 or ""):
-        return Fetched(digest, status.st_size, announced.etag, files.time_of(status.st_mtime))
+        return Known(url, digest, status.st_size, announced.etag, files.time_of(status.st_mtime))
     target.unlink(missing_ok=True)
     return None
 

@@ -3,11 +3,13 @@
 import contextlib
 import datetime
 import hashlib
+import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from vitadapter_zoo.errors import ZooError
 
@@ -100,3 +102,38 @@ def replacing(target: Path) -> Iterator[Path]:
             partial.replace(target)
         finally:
             shutil.rmtree(scratch)
+
+
+def write_text(target: Path, text: str) -> None:
+    """Write a text file in one step, as ``replacing`` does.
+
+    Raises:
+        ZooError: the directory cannot be written to, or the disk is full.
+    """
+    with replacing(target) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(target: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file that people can read, in one step.
+
+    Raises:
+        ZooError: the directory cannot be written to, or the disk is full.
+    """
+    write_text(target, json.dumps(content, indent=2) + "\n")
+
+
+def part_of(target: Path) -> Path:
+    """Where the bytes of a download lie until they are whole."""
+    return target.with_name(f"{target.name}.part")
+
+
+def part_record_of(target: Path) -> Path:
+    """The JSON that says what a download is part of; of all that it leaves, it goes last."""
+    return target.with_name(f"{target.name}.part.json")
+
+
+def discard_download(target: Path) -> None:
+    """Remove a download and everything beside it, finished or not."""
+    for path in (target, part_of(target), part_record_of(target)):
+        path.unlink(missing_ok=True)

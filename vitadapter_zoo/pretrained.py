@@ -54,9 +54,8 @@ def save_pretrained(
         files.check_space(target, sum(value.nbytes for value in tensors.values()))
         save_torch_state_dict(tensors, target, max_shard_size=max_shard_size, metadata=metadata)
     if not (target / "README.md").exists():
-        with files.replacing(target / "README.md") as partial:
-            partial.write_text(str(cards.card(row)), encoding="utf-8")
-    _write_json(
+        files.write_text(target / "README.md", str(cards.card(row)))
+    files.write_json(
         target / PREPROCESSOR,
         {
             "image_processor_type": "vitadapter-zoo",
@@ -68,7 +67,7 @@ def save_pretrained(
             "image_std": row.std,
         },
     )
-    _write_json(
+    files.write_json(
         target / CONFIG,
         {
             "architectures": ["MaskRCNN"],
@@ -160,11 +159,6 @@ def fetch_folder(source: HubFile, home: Path, report: Report, *, offline: bool) 
     chosen = hub.choose(pinned, offline=offline)
     hub.fetch_weights(chosen, home, report, offline=offline)
     return config.parent
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    with files.replacing(path) as partial:
-        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

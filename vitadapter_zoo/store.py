@@ -161,7 +161,7 @@ def _from_hub(
 def _from_url(
     row: Row, source: Url, place: cache.Entry, lines: Lines, *, accept_change: bool
 ) -> None:
-    from vitadapter_zoo.download import discard, download
+    from vitadapter_zoo.download import download
 
     expected = _expected(row, source)
     with files.writing_to(place.home):
@@ -179,22 +179,18 @@ def _from_url(
             )
         _convert(row, source, place, place.download, fetched.sha256, etag=fetched.etag)
     except (CheckpointError, DownloadError):
-        discard(place.download)  # the next attempt shall ask the server again
+        files.discard_download(place.download)  # the next attempt shall ask the server again
         raise
     if expected is None:
-        place.remember(
-            cache.Known(str(source), fetched.sha256, fetched.size, fetched.etag, fetched.date)
-        )
-    discard(place.download)
+        place.remember(fetched)
+    files.discard_download(place.download)
 
 
 def _sweep(place: cache.Entry) -> None:
     """Remove what a process left that was killed between its last write and its own sweeping."""
-    record = place.download.with_name(f"{place.download.name}.part.json")  # goes last
+    record = files.part_record_of(place.download)
     if record.exists() and os.access(record.parent, os.W_OK):
-        from vitadapter_zoo.download import discard
-
-        discard(place.download)
+        files.discard_download(place.download)
 
 
 def _convert(
