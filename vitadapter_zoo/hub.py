@@ -9,7 +9,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import huggingface_hub
-import huggingface_hub.file_download
 from huggingface_hub import constants
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -110,10 +109,7 @@ def choose(source: HubFile, preferred: str | None = None, *, offline: bool = Fal
     if source.file:
         return source
     if is_offline(offline):
-        folder = _snapshot(source)
-        names = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
-        if not names:
-            raise _not_kept(source)
+        names = _kept_names(source)
     else:
         with _one_error(source):
             names = huggingface_hub.HfApi().list_repo_files(source.repo, revision=source.revision)
@@ -181,16 +177,22 @@ def commit_of(path: Path) -> str | None:
     return parts[parts.index("snapshots") + 1] if "snapshots" in parts else None
 
 
-def _snapshot(source: HubFile) -> Path:
-    """Where huggingface_hub keeps a repository's revision, whether it has it or not.
+def _kept_names(source: HubFile) -> list[str]:
+    """The files of a repository in huggingface_hub's cache.
 
-    Its own functions for that may call the Hub even then, for the header that names the caller.
+    Raises:
+        DownloadError: there are none.
     """
-    name = huggingface_hub.file_download.repo_folder_name(repo_id=source.repo, repo_type="model")
-    folder = Path(constants.HF_HUB_CACHE) / name
-    revision = source.revision or "main"
-    reference = folder / "refs" / revision
-    return folder / "snapshots" / (reference.read_text() if reference.is_file() else revision)
+    wanted = source.revision or "main"
+    if Path(constants.HF_HUB_CACHE).is_dir():
+        for repo in huggingface_hub.scan_cache_dir().repos:
+            if (repo.repo_type, repo.repo_id) != ("model", source.repo):
+                continue
+            for revision in repo.revisions:
+                if wanted in {revision.commit_hash, *revision.refs}:
+                    folder = revision.snapshot_path
+                    return [str(file.file_path.relative_to(folder)) for file in revision.files]
+    raise _not_kept(source)
 
 
 def _not_kept(source: HubFile) -> DownloadError:
@@ -201,11 +203,13 @@ def _not_kept(source: HubFile) -> DownloadError:
 
 
 def _download(source: HubFile, report: Report, *, offline: bool, force: bool = False) -> Path:
-    if is_offline(offline):
-        path = _snapshot(source) / str(source.file)
-        if not path.is_file():
+    if is_offline(offline):  # hf_hub_download may ask the server for other things even then
+        path = huggingface_hub.try_to_load_from_cache(
+            source.repo, str(source.file), revision=source.revision
+        )
+        if not isinstance(path, str):
             raise _not_kept(source)
-        return path
+        return Path(path)
 
     class Forwarding(tqdm):
         """Hands huggingface_hub's progress on to our own bar."""
