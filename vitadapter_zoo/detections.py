@@ -23,6 +23,25 @@ PALETTE = (
 
 
 @dataclass(frozen=True)
+class Instances:
+    """Detections of one image as the network gives them: masks are not yet on the image.
+
+    Attributes:
+        boxes: float32 ``[N, 4]`` as (x1, y1, x2, y2) in image pixels.
+        scores: float32 ``[N]`` in 0..1, best first.
+        labels: int64 ``[N]``, index of the class.
+        mask_probabilities: float32 ``[N, 28, 28]`` in 0..1, stretched over the box.
+        size: (height, width) of the image in pixels.
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+    mask_probabilities: Tensor
+    size: tuple[int, int]
+
+
+@dataclass(frozen=True)
 class Detections:
     """Detections of one image, best score first; all tensors are on the CPU.
 

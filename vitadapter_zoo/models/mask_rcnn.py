@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from vitadapter_zoo.catalog import Row
 from vitadapter_zoo.coco import COCO_CLASSES
-from vitadapter_zoo.detections import Detections
+from vitadapter_zoo.detections import Detections, Instances
 from vitadapter_zoo.images import ImageInput, NetworkInput, network_input
 from vitadapter_zoo.models.boxes import ROI_STRIDES, paste_masks
 from vitadapter_zoo.models.heads import RoIHead, RPNHead
@@ -68,6 +68,26 @@ class MaskRCNN(nn.Module):
         Raises:
             ValueError: the tensors' shapes differ; ``predict`` sorts that out.
         """
+        return [
+            Detections(
+                boxes=found.boxes.cpu(),
+                scores=found.scores.cpu(),
+                labels=found.labels.cpu(),
+                masks=paste_masks(
+                    found.mask_probabilities, found.boxes, found.size, MASK_THRESHOLD
+                ).cpu(),
+                categories=self.categories,
+            )
+            for found in self.detect(inputs, score_threshold)
+        ]
+
+    def detect(
+        self, inputs: Sequence[NetworkInput], score_threshold: float = SCORE_THRESHOLD
+    ) -> list[Instances]:
+        """Detect without pasting the masks on the images: all that the network computes.
+
+        Arguments and errors are ``forward``'s.
+        """
         shapes = {tuple(item.tensor.shape) for item in inputs}
         if len(shapes) != 1:
             raise ValueError(f"a batch needs images of one padded shape, got {sorted(shapes)}")
@@ -81,13 +101,7 @@ class MaskRCNN(nn.Module):
         found = self.roi_head.detect_boxes(roi_maps, proposals, sizes, scales, score_threshold)
         masks = self.roi_head.predict_masks(roi_maps, found, scales)
         return [
-            Detections(
-                boxes=boxes.cpu(),
-                scores=scores.cpu(),
-                labels=labels.cpu(),
-                masks=paste_masks(probabilities, boxes, item.original, MASK_THRESHOLD).cpu(),
-                categories=self.categories,
-            )
+            Instances(boxes, scores, labels, probabilities, item.original)
             for item, (boxes, scores, labels), probabilities in zip(
                 inputs, found, masks, strict=True
             )
