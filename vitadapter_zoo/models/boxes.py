@@ -1,4 +1,4 @@
-"""Box geometry: anchors, box coding, suppression, RoI pooling and mask pasting.
+"""Box geometry: anchors, box coding, suppression and RoI pooling.
 
 Boxes are float32 ``[N, 4]`` as (x1, y1, x2, y2). Arithmetic follows the order in which the
 published numbers were computed, since rounding decides near the thresholds.
@@ -7,9 +7,10 @@ published numbers were computed, since rounding decides near the thresholds.
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import nms, roi_align
+
+from vitadapter_zoo.ops.masks import paste_masks as paste_masks
 
 ANCHOR_SCALE = 8  # side of the square anchor in strides
 ANCHOR_RATIOS = (0.5, 1.0, 2.0)  # height / width
@@ -88,37 +89,3 @@ def pool_rois(maps: list[Tensor], rois: Tensor, size: int) -> Tensor:
             aligned = roi_align(x.float(), rois[chosen], size, 1 / stride, -1, aligned=True)
             pooled = pooled.index_copy(0, chosen, aligned.to(pooled.dtype))
     return pooled
-
-
-def paste_masks(
-    probabilities: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float
-) -> Tensor:
-    """Resample each mask into its box on the image and threshold it (>=).
-
-    Bilinear between pixel centres, zero outside the map. Only a box's own region is touched.
-
-    Args:
-        probabilities: ``[N, 28, 28]`` in 0..1.
-        boxes: ``[N, 4]`` in image pixels.
-        size: (height, width) of the image.
-        threshold: smallest probability that belongs to the object.
-
-    Returns:
-        bool ``[N, height, width]``.
-    """
-    height, width = size
-    masks = torch.zeros(len(boxes), height, width, dtype=torch.bool, device=boxes.device)
-    lower = (boxes[:, :2].floor() - 1).clamp(min=0).long().tolist()
-    upper = (boxes[:, 2:].ceil() + 1).long().tolist()
-    for index, ((left, top), (right, bottom)) in enumerate(zip(lower, upper, strict=True)):
-        right, bottom = min(right, width), min(bottom, height)
-        x1, y1, x2, y2 = boxes[index]
-        x = torch.arange(left, right, dtype=torch.float32, device=boxes.device) + 0.5
-        y = torch.arange(top, bottom, dtype=torch.float32, device=boxes.device) + 0.5
-        # A box without area divides by zero; an infinite place samples the centre, as the original.
-        x = torch.nan_to_num((x - x1) / (x2 - x1) * 2 - 1, posinf=0, neginf=0)
-        y = torch.nan_to_num((y - y1) / (y2 - y1) * 2 - 1, posinf=0, neginf=0)
-        grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)
-        region = F.grid_sample(probabilities[index][None, None], grid[None], align_corners=False)
-        masks[index, top:bottom, left:right] = region[0, 0] >= threshold
-    return masks

@@ -10,8 +10,9 @@ from vitadapter_zoo.catalog import Row
 from vitadapter_zoo.coco import COCO_CLASSES
 from vitadapter_zoo.detections import Detections, Instances
 from vitadapter_zoo.images import ImageInput, NetworkInput, network_input
-from vitadapter_zoo.models.boxes import ROI_STRIDES, paste_masks
+from vitadapter_zoo.models.boxes import ROI_STRIDES
 from vitadapter_zoo.models.heads import RoIHead, RPNHead
+from vitadapter_zoo.ops import paste_masks
 
 MASK_THRESHOLD = 0.5
 SCORE_THRESHOLD = 0.05  # as the published AP was measured
