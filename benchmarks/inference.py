@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 import vitadapter_zoo
-from vitadapter_zoo.ops import paste_masks
 from vitadapter_zoo.models.heads import BoxDetections
+from vitadapter_zoo.ops import paste_masks
 
 NAMES = ["adapter-t-deit-3x", "adapter-s-deit-3x", "adapter-b-deit-3x", "adapter-l-augreg-3x"]
 ROUNDS = 3

@@ -16,8 +16,9 @@ namespace vitadapter_zoo {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-inline void require(bool condition, const std::string& message) {
-  if (!condition) throw std::runtime_error("ms_deform_attn: " + message);
+inline void require(
+    bool condition, const std::string& message, const std::string& whose = "ms_deform_attn") {
+  if (!condition) throw std::runtime_error(whose + ": " + message);
 }
 
 template <typename T>

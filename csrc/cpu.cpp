@@ -155,7 +155,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(
 }  // namespace
 }  // namespace vitadapter_zoo
 
-extern "C" __attribute__((visibility("default"))) const char* vitadapter_zoo_instruction_set() {
+extern "C" const char* vitadapter_zoo_instruction_set() {
   return vitadapter_zoo::instruction_set().name;
 }
 

@@ -59,3 +59,6 @@ extern const InstructionSet avx512;
 #endif
 
 }  // namespace vitadapter_zoo
+
+// The name of the set in use; Python asks too.
+extern "C" __attribute__((visibility("default"))) const char* vitadapter_zoo_instruction_set();

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 CPU_LIBRARY = "_C"
 CUDA_LIBRARY = "_C_cuda"
-CPU_SOURCES = ("cpu.cpp", "cpu_portable.cpp", "cpu_avx2.cpp", "cpu_avx512.cpp")
+CPU_SOURCES = ("cpu.cpp", "cpu_portable.cpp", "cpu_avx2.cpp", "cpu_avx512.cpp", "masks.cpp")
 CUDA_SOURCES = ("cuda.cu",)
 
 # The oldest torch whose stable ABI has all that is used; any newer one can load the result.

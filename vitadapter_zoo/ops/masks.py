@@ -5,11 +5,27 @@ size. It gives the same digits as resampling with PyTorch and encoding with hotc
 computes where it cannot be used.
 """
 
+import functools
+import os
+import warnings
 from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from vitadapter_zoo.errors import ZooError
+from vitadapter_zoo.ops import library
+from vitadapter_zoo.ops.deform_attn import LIBRARY
+from vitadapter_zoo.ops.library import Implementation
+
+# The texts one after the other as bytes, and where each of them ends. Whether grid_sample rounds
+# once for a product and its sum (`fused`) or twice is this torch's matter, see `_fuses`.
+LIBRARY.define(
+    "_paste_rle(Tensor probabilities, Tensor boxes, int height, int width, float threshold, "
+    "bool fused) -> (Tensor, Tensor)"
+)
+MOST_PIXELS = 2**31 - 1  # that a mask's runs can count
 
 
 def paste_masks(
@@ -36,8 +52,8 @@ def paste_masks(
     """
     _check(probabilities, boxes, size)
     masks = torch.zeros(len(boxes), *size, dtype=torch.bool, device=boxes.device)
-    for index, rows, columns, inside in _regions(probabilities, boxes, size, threshold):
-        masks[index, rows, columns] = inside
+    for index, rows, columns, values in _sampled(probabilities, boxes, size):
+        masks[index, rows, columns] = values >= threshold
     return masks
 
 
@@ -65,7 +81,29 @@ def paste_rle(
         TypeError: a dtype other than float32.
     """
     _check(probabilities, boxes, size)
-    return _paste_and_encode(probabilities.detach().cpu(), boxes.detach().cpu(), size, threshold)
+    probabilities, boxes = probabilities.detach().cpu(), boxes.detach().cpu()
+    if implementation().compiled:
+        return _compiled(probabilities, boxes, size, threshold, _fuses() is True)
+    return _composed(probabilities, boxes, size, threshold)
+
+
+def implementation() -> Implementation:
+    """What computes `paste_rle`, as `library.implementation` says it of the deformable attention.
+
+    Raises:
+        ZooError: ``VITADAPTER_ZOO_OP=compiled`` and the compiled kernel cannot be used, or the
+            variable has another value.
+    """
+    found = library.implementation("cpu")
+    if not found.compiled:
+        return found
+    fuses = _fuses()
+    if fuses is None:
+        reason = f"{found.why} pastes masks unlike this torch's grid_sample"
+        if os.environ.get("VITADAPTER_ZOO_OP") == "compiled":
+            raise ZooError(f"VITADAPTER_ZOO_OP=compiled, but {reason}")
+        return Implementation(compiled=False, why=reason)
+    return Implementation(compiled=True, why=f"{found.why}{', fused' if fuses else ''}")
 
 
 def _check(probabilities: Tensor, boxes: Tensor, size: tuple[int, int]) -> None:
@@ -83,16 +121,18 @@ def _check(probabilities: Tensor, boxes: Tensor, size: tuple[int, int]) -> None:
             f"probabilities and boxes must be float32, got {probabilities.dtype} and {boxes.dtype}"
         )
     height, width = size
-    if height < 1 or width < 1:
-        raise ValueError(f"the image has no pixels: size (height, width) is {tuple(size)}")
+    if height < 1 or width < 1 or height * width > MOST_PIXELS:
+        raise ValueError(
+            f"size (height, width) must be from 1 to {MOST_PIXELS} pixels in all, got {tuple(size)}"
+        )
     if not boxes.isfinite().all():
         raise ValueError("a box is NaN or infinite; check the network's weights and its input")
 
 
-def _regions(
-    probabilities: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float
+def _sampled(
+    probabilities: Tensor, boxes: Tensor, size: tuple[int, int]
 ) -> Iterator[tuple[int, slice, slice, Tensor]]:
-    """Of each mask on the image: its index, the rows and columns of its region, the bool pixels."""
+    """Of each mask on the image: its index, the rows and columns of its region, their values."""
     height, width = size
     limits = boxes.new_tensor([width, height])
     lower = (boxes[:, :2].floor() - 1).clamp(min=0).minimum(limits)
@@ -108,14 +148,24 @@ def _regions(
         x = torch.nan_to_num((x - x1) / (x2 - x1) * 2 - 1, posinf=0, neginf=0)
         y = torch.nan_to_num((y - y1) / (y2 - y1) * 2 - 1, posinf=0, neginf=0)
         grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)
-        region = F.grid_sample(probabilities[index][None, None], grid[None], align_corners=False)
-        yield index, slice(top, bottom), slice(left, right), region[0, 0] >= threshold
+        values = F.grid_sample(probabilities[index][None, None], grid[None], align_corners=False)
+        yield index, slice(top, bottom), slice(left, right), values[0, 0]
 
 
-def _paste_and_encode(
+def _compiled(
+    probabilities: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float, fused: bool
+) -> list[str]:
+    """What `paste_rle` gives, by the compiled kernel."""
+    text, ends = torch.ops.vitadapter_zoo._paste_rle(probabilities, boxes, *size, threshold, fused)
+    together = text.numpy().tobytes().decode()
+    stops = ends.tolist()
+    return [together[start:stop] for start, stop in zip([0, *stops], stops, strict=False)]
+
+
+def _composed(
     probabilities: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float
 ) -> list[str]:
-    """What `paste_rle` gives, by PyTorch's own operators and hotcoco."""
+    """What `paste_rle` gives, by PyTorch's own operators and hotcoco: the definition."""
     from hotcoco import mask as coco_mask
 
     # Runs go down the columns: a transposed image is in their order.
@@ -123,8 +173,39 @@ def _paste_and_encode(
     columns = image.numpy().T
     empty = coco_mask.encode(columns)["counts"].decode()
     counts = [empty] * len(boxes)
-    for index, rows, cols, inside in _regions(probabilities, boxes, size, threshold):
-        image[cols, rows] = inside.T.to(torch.uint8)
+    for index, rows, cols, values in _sampled(probabilities, boxes, size):
+        image[cols, rows] = (values >= threshold).T.to(torch.uint8)
         counts[index] = coco_mask.encode(columns)["counts"].decode()
         image[cols, rows] = 0
     return counts
+
+
+@functools.cache
+def _fuses() -> bool | None:
+    """Whether grid_sample rounds a product and its sum at once, as the kernel is to do.
+
+    That is up to the compiler of this torch and the instruction set that it chose here. None, with
+    a warning, where the kernel gives its results in neither way.
+    """
+    for fused in (True, False):
+        try:
+            if all(_compiled(*case, fused) == _composed(*case) for case in _cases()):
+                return fused
+        except NotImplementedError:  # compiled from sources older than the kernel
+            break
+    warnings.warn(
+        "masks are pasted by PyTorch's own operators, several times slower: the compiled kernel "
+        "does not give their results here; `vitadapter-zoo build-op` compiles it again",
+        stacklevel=3,
+    )
+    return None
+
+
+def _cases() -> Iterator[tuple[Tensor, Tensor, tuple[int, int], float]]:
+    """Small masks with thresholds that are values of their own pixels: one bit off is seen."""
+    waves = (torch.arange(3 * 28 * 28) * 0.7548776662).sin().view(3, 28, 28) * 0.5 + 0.5
+    boxes = torch.tensor([[2.3, 1.7, 60.1, 40.9], [-7.2, 3, 30.6, 50], [5.5, 5.5, 9.2, 8.1]])
+    size = (45, 67)
+    for index, _, _, values in _sampled(waves, boxes, size):
+        for threshold in values.flatten()[::41].tolist():
+            yield waves[index : index + 1], boxes[index : index + 1], size, threshold
