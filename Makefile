@@ -24,6 +24,7 @@ benchmark: .venv/.current
 	$(BIN)/python benchmarks/inference.py
 	$(BIN)/python benchmarks/ms_deform_attn.py
 	$(BIN)/python benchmarks/load.py
+	$(BIN)/python benchmarks/masks.py
 
 # One for every CPython >= 3.10 and torch >= 2.10; torch's own libraries stay outside of it.
 wheel: .venv/.current
@@ -41,11 +42,12 @@ test-wheel:
 	rm -rf build/wheel-test
 	$(WHEEL_PYTHON) -m venv build/wheel-test/venv
 	build/wheel-test/venv/bin/pip install --quiet $(WHEEL_TORCH) numpy pytest hypothesis \
-		filelock platformdirs click rich
+		filelock platformdirs click rich hotcoco
 	build/wheel-test/venv/bin/pip install --quiet --no-deps dist/*.whl
-	cp tests/operators.py tests/test_ops.py tests/test_compat.py build/wheel-test
+	cp tests/operators.py tests/test_ops.py tests/test_compat.py tests/test_masks.py \
+		build/wheel-test
 	cd build/wheel-test && VITADAPTER_ZOO_OP=compiled venv/bin/python -m pytest \
-		-p no:cacheprovider test_ops.py test_compat.py
+		-p no:cacheprovider test_ops.py test_compat.py test_masks.py
 
 # The operator's tests under AddressSanitizer and UndefinedBehaviorSanitizer, in a copy.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
@@ -59,7 +61,8 @@ sanitize: .venv/.current
 		ASAN_OPTIONS=detect_leaks=0 VITADAPTER_ZOO_OP=compiled \
 		PYTHONPATH=$(CURDIR)/build/sanitize PYTHONDONTWRITEBYTECODE=1 \
 		$(BIN)/python -m pytest -p no:cacheprovider --rootdir build/sanitize \
-		build/sanitize/tests/test_ops.py build/sanitize/tests/test_compat.py -k "not reference"
+		build/sanitize/tests/test_ops.py build/sanitize/tests/test_compat.py \
+		build/sanitize/tests/test_masks.py -k "not reference"
 
 clean:
 	rm -rf .venv build dist demo-output *.egg-info

@@ -144,6 +144,38 @@ def test_build_op_replaces_the_fallback_and_a_wrong_build_is_refused(copy: Path)
     assert "gives wrong results here" in wrong.stderr
 
 
+PASTE = """
+import torch
+from vitadapter_zoo.ops import masks, paste_rle
+for _ in range(2):
+    print(paste_rle(torch.ones(1, 1, 1), torch.tensor([[1.0, 1, 4, 3]]), (4, 5)))
+print(masks.implementation().compiled)
+"""
+
+
+def test_a_build_that_pastes_masks_otherwise_is_refused(copy: Path) -> None:
+    """Deformable attention is right in it, and stays compiled."""
+    source = copy / "csrc" / "masks.cpp"
+    written = source.read_text().replace(
+        "sum = __builtin_fmaf(se[y], se_weight, sum);", "sum = se[y] * se_weight + sum;"
+    )
+    written = written.replace("sum += se[y] * se_weight;", "sum += se[y] * se_weight * 1.0000001f;")
+    source.write_text(written)
+    command = ("-c", "from vitadapter_zoo.cli import main; main()")
+    built = run(*command, "build-op", package=copy, VITADAPTER_ZOO_CUDA="0")
+    assert built.returncode == 0, built.stderr
+    done = run("-c", PASTE, package=copy)
+    assert done.stdout == "['5220003']\n" * 2 + "False\n", done.stderr
+    assert done.stderr.count("UserWarning") == 1
+    assert "does not give their results here" in done.stderr
+    assert run("-c", COMPUTE, package=copy, VITADAPTER_ZOO_OP="compiled").stdout == "8.0\n"
+    refused = run("-c", PASTE, package=copy, VITADAPTER_ZOO_OP="compiled")
+    assert "pastes masks unlike this torch's grid_sample" in refused.stderr
+    report = json.loads(run(*command, "env", "--json", package=copy).stdout)["operator"]
+    assert report["cpu"]["compiled"] is True
+    assert report["masks"]["compiled"] is False
+
+
 def test_build_op_says_what_the_compiler_said(copy: Path, zoo_home: Path) -> None:
     (copy / "csrc" / "cpu.cpp").write_text("int broken(\n")
     command = ("-c", "from vitadapter_zoo.cli import main; main()")
@@ -161,7 +193,8 @@ def test_environment_is_printed_for_people_and_programs() -> None:
     assert f"torch                    {torch.__version__.split('+')[0]}" in text
     assert "compiled: " in text
     found = json.loads(run(*command, "--json", VITADAPTER_ZOO_OP="reference").stdout)
-    assert found["operator"]["cpu"] == {"compiled": False, "why": "VITADAPTER_ZOO_OP=reference"}
+    reference = {"compiled": False, "why": "VITADAPTER_ZOO_OP=reference"}
+    assert found["operator"]["cpu"] == found["operator"]["masks"] == reference
     assert found["machine"]["threads of torch"] >= 1
 
 

@@ -1,4 +1,4 @@
-"""Compiling the deformable-attention operator, when the package is built or afterwards.
+"""Compiling the operators, when the package is built or afterwards.
 
 ``setup.py`` and ``vitadapter-zoo build-op`` share this module; torch and setuptools are imported
 only in its functions, so that a package can be built where they are missing.

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from vitadapter_zoo import __version__, cache
+from vitadapter_zoo.ops import masks
 from vitadapter_zoo.ops.library import implementation
 
 PACKAGES = (
@@ -25,13 +26,14 @@ def environment() -> dict[str, dict[str, Any]]:
     """Sections ``versions``, ``machine`` and ``operator``, ready for JSON.
 
     ``operator`` has for ``cpu``, and ``cuda`` where torch sees such a device, whether the compiled
-    kernels compute `vitadapter_zoo.ops.ms_deform_attn` and why (or why not). Packages that are not
-    installed are None.
+    kernels compute `vitadapter_zoo.ops.ms_deform_attn` and why (or why not), and ``masks`` the same
+    for `vitadapter_zoo.ops.paste_rle`. Packages that are not installed are None.
     """
     devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the report says why
         operator = {device: asdict(implementation(device)) for device in devices}
+        operator["masks"] = asdict(masks.implementation())
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "versions": {

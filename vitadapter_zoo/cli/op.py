@@ -11,7 +11,7 @@ import click
 @click.command("env", epilog="\b\nExample:\n  vitadapter-zoo env --json\n")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def env_command(as_json: bool) -> None:
-    """Show versions, the machine, and what computes deformable attention on it."""
+    """Show versions, the machine, and what computes deformable attention and masks on it."""
     from vitadapter_zoo.environment import environment
 
     found = environment()
