@@ -3,11 +3,13 @@
 Importing the package does not import torch: what needs it is imported when it is first used.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from vitadapter_zoo.catalog import Row, get_row, list_models
 from vitadapter_zoo.errors import (
     CheckpointError,
+    DatasetError,
     DownloadError,
     ImageError,
     UnknownModelError,
@@ -20,11 +22,14 @@ if TYPE_CHECKING:
     from vitadapter_zoo.loader import load
     from vitadapter_zoo.models import MaskRCNN
     from vitadapter_zoo.pretrained import push_to_hub, save_pretrained
+    from vitadapter_zoo.verdict import Verification
+    from vitadapter_zoo.verifier import verify
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CheckpointError",
+    "DatasetError",
     "Detections",
     "DownloadError",
     "ImageError",
@@ -32,32 +37,32 @@ __all__ = [
     "Row",
     "UnknownModelError",
     "UnsafeCheckpointError",
+    "Verification",
     "ZooError",
     "get_row",
     "list_models",
     "load",
     "push_to_hub",
     "save_pretrained",
+    "verify",
 ]
 
 
+# Where the names are that need torch.
+_LAZY = {
+    "Detections": "vitadapter_zoo.detections",
+    "MaskRCNN": "vitadapter_zoo.models",
+    "Verification": "vitadapter_zoo.verdict",
+    "load": "vitadapter_zoo.loader",
+    "push_to_hub": "vitadapter_zoo.pretrained",
+    "save_pretrained": "vitadapter_zoo.pretrained",
+    "verify": "vitadapter_zoo.verifier",
+}
+
+
 def __getattr__(name: str) -> Any:
-    if name == "load":
-        from vitadapter_zoo.loader import load
-
-        return load
-    if name in ("save_pretrained", "push_to_hub"):
-        from vitadapter_zoo import pretrained
-
-        return getattr(pretrained, name)
-    if name == "MaskRCNN":
-        from vitadapter_zoo.models import MaskRCNN
-
-        return MaskRCNN
-    if name == "Detections":
-        from vitadapter_zoo.detections import Detections
-
-        return Detections
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

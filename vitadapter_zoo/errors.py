@@ -27,3 +27,7 @@ class UnsafeCheckpointError(CheckpointError):
 
 class ImageError(ZooError, ValueError):
     """An input is not an image that the network can take."""
+
+
+class DatasetError(ZooError, ValueError):
+    """A data set is absent, damaged, or not one that the model can be measured on."""

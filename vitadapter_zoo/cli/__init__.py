@@ -11,6 +11,7 @@ from vitadapter_zoo.cli.hub import cache_group, card, convert, download
 from vitadapter_zoo.cli.models import info, list_command
 from vitadapter_zoo.cli.op import build_op_command, env_command
 from vitadapter_zoo.cli.predict import predict
+from vitadapter_zoo.cli.verify import score, verify
 from vitadapter_zoo.errors import ZooError
 
 
@@ -43,6 +44,8 @@ for command in (
     list_command,
     info,
     predict,
+    verify,
+    score,
     download,
     cache_group,
     convert,

@@ -70,7 +70,7 @@ def predict(
     model = load(
         row.name,
         checkpoint=checkpoint,
-        device=_device(device),
+        device=usable_device(device),
         offline=offline or None,
         progress=not quiet,
     )
@@ -98,7 +98,12 @@ def _by_class(detections: Detections) -> list[str]:
     return [f"{len(found):4d} {name} (best score {found[0]:.2f})" for name, found in scores.items()]
 
 
-def _device(name: str) -> Any:
+def usable_device(name: str) -> Any:
+    """The torch device of that name.
+
+    Raises:
+        ZooError: it is not here, or no device.
+    """
     import torch
 
     try:

@@ -1,0 +1,191 @@
+"""COCO's figures for a set of results, computed by hotcoco behind one function.
+
+hotcoco has pycocotools' interface and gives its figures to the last digit; faster-coco-eval, which
+has the same interface, could take its place here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from vitadapter_zoo.records import ImageResult
+
+Kind = Literal["box", "mask"]
+KINDS: tuple[Kind, Kind] = ("box", "mask")
+Floats = npt.NDArray[np.float64]
+
+_IOU_TYPES = {"box": "bbox", "mask": "segm"}
+ALL, SMALL, MEDIUM, LARGE = range(4)  # COCO's area ranges: split at 32 x 32 and 96 x 96 pixels
+MAX_DETECTIONS = (1, 10, 100)
+NOTHING = -1.0  # COCO's figure where there is nothing to measure
+FIGURES = (
+    "AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Scores:
+    """COCO's figures of one kind, box or mask; all in 0..1, and -1 where nothing is annotated.
+
+    Attributes:
+        figures: the 12 of COCO by the names in ``FIGURES``.
+        per_class: AP by class name.
+        per_class_50: AP at IoU 0.5 by class name.
+        precision: float64 ``[10, 101, K, 4, 3]``: IoU 0.50:0.05:0.95, recall 0:0.01:1, class,
+            area (all, small, medium, large), 1, 10 and 100 detections.
+    """
+
+    figures: dict[str, float]
+    per_class: dict[str, float]
+    per_class_50: dict[str, float]
+    precision: Floats
+
+    @property
+    def ap(self) -> float:
+        """AP over IoU 0.50:0.05:0.95, 0..1."""
+        return self.figures["AP"]
+
+
+@dataclass(frozen=True)
+class Matches:
+    """Which detections of one class found an object, best score first.
+
+    Attributes:
+        images: int64 ``[D]``, place of each detection's image among the images asked for.
+        found: bool ``[10, D]``: matched with an object, by IoU threshold.
+        counted: bool ``[10, D]``: neither matched with a crowd nor otherwise left out.
+        objects: float64 ``[I]``: objects of the class in each image, crowds left out.
+    """
+
+    images: npt.NDArray[np.int64]
+    found: npt.NDArray[np.bool_]
+    counted: npt.NDArray[np.bool_]
+    objects: Floats
+
+
+class Annotations:
+    """An annotation file as hotcoco holds it, read once for both kinds."""
+
+    def __init__(self, path: Path) -> None:
+        from hotcoco import COCO
+
+        self._coco = COCO(str(path))
+        names = self._coco.cats
+        self.category_ids = sorted(names)
+        self.category_names = [str(names[key]["name"]) for key in self.category_ids]
+
+    def score(self, results: Sequence[ImageResult], kind: Kind) -> Scores:
+        """COCO's figures over the images of ``results``, those without detections too.
+
+        Args:
+            results: one per image; ties in score are ordered by the order of image ids.
+            kind: what is compared, boxes or masks.
+        """
+        evaluation = self._evaluate(results, kind)
+        evaluation.accumulate()
+        curves = evaluation.eval
+        return _summarize(curves["precision"], curves["recall"], self.category_names)
+
+    def matches(self, results: Sequence[ImageResult], kind: Kind) -> list[Matches]:
+        """The matching behind the AP over all areas, class by class, for resampling images.
+
+        Args:
+            results: one per image.
+            kind: what is compared, boxes or masks.
+        """
+        evaluation = self._evaluate(results, kind, every_area=False)
+        places = {result.image_id: place for place, result in enumerate(results)}
+        by_class: dict[int, list[dict[str, Any]]] = {key: [] for key in self.category_ids}
+        for entry in evaluation.eval_imgs:
+            if entry is not None:
+                by_class[entry["category_id"]].append(entry)
+        return [_matches(by_class[key], places) for key in self.category_ids]
+
+    def _evaluate(
+        self, results: Sequence[ImageResult], kind: Kind, *, every_area: bool = True
+    ) -> Any:
+        from hotcoco import COCOeval
+
+        ordered = sorted(results, key=lambda result: result.image_id)
+        rows = np.array(
+            [
+                (result.image_id, *box, score, category)
+                for result in ordered
+                for box, score, category in zip(
+                    result.boxes, result.scores, result.category_ids, strict=True
+                )
+            ],
+            np.float64,
+        ).reshape(-1, 7)
+        if kind == "box":
+            detections = self._coco.load_res(rows)
+        else:
+            from hotcoco import mask
+
+            segments = [rle for result in ordered for rle in result.segmentations()]
+            detections = self._coco.load_res(rows, segmentation=segments)
+            if segments:  # by size a mask counts with its own area, not with its box's
+                areas = np.asarray(mask.area(segments), np.float64)
+                detections.update_anns(ids=np.arange(1, len(rows) + 1), area=areas)
+        evaluation = COCOeval(self._coco, detections, _IOU_TYPES[kind])
+        evaluation.params.img_ids = [result.image_id for result in ordered]
+        if not every_area:
+            evaluation.params.area_rng = evaluation.params.area_rng[:1]
+            evaluation.params.area_rng_lbl = evaluation.params.area_rng_lbl[:1]
+        evaluation.evaluate()
+        return evaluation
+
+
+def _summarize(precision: Floats, recall: Floats, names: list[str]) -> Scores:
+    """The 12 means of COCO, as pycocotools takes them, and those by class."""
+    last = len(MAX_DETECTIONS) - 1
+    half, three_quarters = 0, 5  # places of IoU 0.50 and 0.75
+    values = [
+        _mean(precision[:, :, :, ALL, last]),
+        _mean(precision[half, :, :, ALL, last]),
+        _mean(precision[three_quarters, :, :, ALL, last]),
+        *(_mean(precision[:, :, :, area, last]) for area in (SMALL, MEDIUM, LARGE)),
+        *(_mean(recall[:, :, ALL, place]) for place in range(last + 1)),
+        *(_mean(recall[:, :, area, last]) for area in (SMALL, MEDIUM, LARGE)),
+    ]
+    return Scores(
+        figures=dict(zip(FIGURES, values, strict=True)),
+        per_class={n: _mean(precision[:, :, k, ALL, last]) for k, n in enumerate(names)},
+        per_class_50={n: _mean(precision[half, :, k, ALL, last]) for k, n in enumerate(names)},
+        precision=precision,
+    )
+
+
+def _mean(values: Floats) -> float:
+    measured = values[values > NOTHING]
+    return float(measured.mean()) if measured.size else NOTHING
+
+
+def _matches(entries: list[dict[str, Any]], places: dict[int, int]) -> Matches:
+    """One class's entries of hotcoco, put together over the images."""
+    empty = np.zeros((10, 0), np.bool_)
+    scores = np.concatenate([np.zeros(0), *(np.array(one["dtScores"]) for one in entries)])
+    found, ignored = (
+        np.concatenate(
+            [empty, *(np.array(one[name], np.bool_).reshape(10, -1) for one in entries)], axis=1
+        )
+        for name in ("dtMatched", "dtIgnore")
+    )
+    images = [places[one["image_id"]] for one in entries]
+    objects = np.zeros(len(places))
+    for place, one in zip(images, entries, strict=True):
+        objects[place] = one["gtIgnore"].count(False)
+    order = np.argsort(-scores, kind="stable")
+    by_detection = np.repeat(np.array(images, np.int64), [len(one["dtScores"]) for one in entries])
+    return Matches(
+        images=by_detection[order],
+        found=(found & ~ignored)[:, order],
+        counted=~ignored[:, order],
+        objects=objects,
+    )

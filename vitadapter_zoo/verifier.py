@@ -1,0 +1,232 @@
+"""Does a checkpoint give its published AP? COCO's evaluation, a verdict, and what it rests on."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vitadapter_zoo import cache
+from vitadapter_zoo import dataset as datasets
+from vitadapter_zoo.dataset import Dataset, Image
+from vitadapter_zoo.environment import environment
+from vitadapter_zoo.errors import ImageError
+from vitadapter_zoo.evaluation import Evaluator, stream, until
+from vitadapter_zoo.records import ImageResult, Run, open_run
+from vitadapter_zoo.verdict import Verification, judge
+
+if TYPE_CHECKING:
+    from vitadapter_zoo.models import MaskRCNN
+
+
+def verify(
+    model: str | os.PathLike[str] | MaskRCNN,
+    dataset: str | os.PathLike[str] | Dataset,
+    *,
+    checkpoint: str | os.PathLike[str] | None = None,
+    limit: int | None = None,
+    max_minutes: float | None = None,
+    seed: int = 0,
+    expected: tuple[float, float] | None = None,
+    skip_bad_images: bool = False,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    run: str | os.PathLike[str] | None = None,
+    cache_dir: cache.Home = None,
+    offline: bool | None = None,
+    watch: Callable[[Run, Sequence[Image]], None] | None = None,
+) -> Verification:
+    """Evaluate a detector on COCO and compare with the published box and mask AP.
+
+    Every image's result is kept in a run directory as it is finished. The same call continues an
+    interrupted run, to the same digits; a run of another checkpoint, data set, precision or version
+    is refused.
+
+    Args:
+        model: load name, folder or repository as for ``load``, or a loaded detector, fine-tuned on
+            other classes for instance.
+        dataset: COCO's folder (``annotations/instances_val2017.json`` and ``val2017/``), or what
+            ``vitadapter_zoo.dataset.read_dataset`` gives for any data in COCO's format.
+        checkpoint: as for ``load``.
+        limit: evaluate only so many images, a stratified random sample.
+        max_minutes: begin no further image after that time; the images are then taken in the
+            order of a stratified random sample.
+        seed: of the sample and the bootstrap.
+        expected: box and mask AP in points (0..100) to compare with, on all of ``dataset``; by
+            default the published values where ``dataset`` is val2017.
+        skip_bad_images: leave out images that are missing or cannot be decoded, instead of
+            raising; the verdict is then inconclusive.
+        device: where the network computes.
+        dtype: floating-point type of the weights; float32 by default.
+        run: the run directory; by default one in the cache that belongs to the checkpoint, the
+            data set, the precision and the versions.
+        cache_dir: as for ``load``.
+        offline: as for ``load``.
+        watch: called after each image with the run and the images that are asked for.
+
+    Raises:
+        DatasetError: the data set is absent or wrong, or its classes are not the model's.
+        ImageError: an image is missing, damaged, or of another size than annotated.
+        ZooError: the run directory cannot be written to, or belongs to another run; and what
+            ``load`` raises.
+        ValueError: ``limit`` or ``max_minutes`` below what makes sense, or ``checkpoint`` beside a
+            loaded detector.
+    """
+    if (limit is not None and limit < 1) or (max_minutes is not None and max_minutes <= 0):
+        raise ValueError("limit and max_minutes must be above 0")
+    started = time.monotonic()
+    deadline = None if max_minutes is None else started + 60 * max_minutes
+    data, folder = _opened(dataset)
+    is_part = limit is not None or max_minutes is not None
+    images = datasets.sampling_order(data, seed)[:limit] if is_part else list(data.images)
+    if not skip_bad_images:
+        _check_images(images)
+    detector, name = _loaded(model, checkpoint, device, dtype, cache_dir, offline)
+    evaluator = Evaluator(detector, data.category_ids(detector.categories))
+    identity = run_identity(detector, data)
+    place = Path(run) if run is not None else run_directory(name, identity, cache_dir)
+    with open_run(place, identity) as opened:
+        before = sum(image.image_id in opened.results for image in images)
+        _evaluate(evaluator, images, opened, deadline, skip_bad_images, watch)
+        results = [
+            opened.results[image.image_id] for image in images if image.image_id in opened.results
+        ]
+    published = expected or ((_published(detector)) if data.is_val2017 else None)
+    details = {
+        "run": str(place),
+        "identity": identity,
+        "environment": environment(),
+        "images_sha256": _digest_of_images(results),
+        "images_before": before,
+        "seconds": time.monotonic() - started,
+        "sample_seed": seed if is_part else None,
+    }
+    return judge(
+        name, data, results, published,
+        random_part=is_part, seed=seed, images=folder, details=details,
+    )  # fmt: skip
+
+
+def _opened(dataset: str | os.PathLike[str] | Dataset) -> tuple[Dataset, Path | None]:
+    if isinstance(dataset, Dataset):
+        return dataset, dataset.images[0].path.parent if dataset.images else None
+    annotations, images = datasets.coco_paths(Path(dataset).expanduser())
+    return datasets.read_dataset(annotations, images), images
+
+
+def _check_images(images: Sequence[Image]) -> None:
+    """Tell of missing files before the first hour, not in it."""
+    absent = datasets.check_images(images)
+    if absent:
+        raise ImageError(
+            f"{len(absent):,} of {len(images):,} images are not there, {absent[0].path} for "
+            "instance: unpack the image archive there, or leave them out with --skip-bad-images "
+            "(the verdict is then inconclusive)"
+        )
+
+
+def _loaded(
+    model: str | os.PathLike[str] | MaskRCNN,
+    checkpoint: str | os.PathLike[str] | None,
+    device: str | torch.device,
+    dtype: torch.dtype | None,
+    cache_dir: cache.Home,
+    offline: bool | None,
+) -> tuple[MaskRCNN, str]:
+    from vitadapter_zoo.loader import load
+    from vitadapter_zoo.models import MaskRCNN
+
+    if isinstance(model, MaskRCNN):
+        if checkpoint is not None:
+            raise ValueError("a loaded detector has its weights: leave checkpoint out")
+        return model.to(device=device, dtype=dtype).eval(), model.row.name
+    detector = load(
+        model, checkpoint=checkpoint, device=device, dtype=dtype, cache_dir=cache_dir,
+        offline=offline,
+    )  # fmt: skip
+    return detector, os.fspath(model)
+
+
+def _published(model: MaskRCNN) -> tuple[float, float]:
+    return model.row.box_ap, model.row.mask_ap
+
+
+def run_identity(model: MaskRCNN, data: Dataset) -> dict[str, Any]:
+    """What the results of a run depend on, ready for JSON."""
+    weights = next(model.parameters())
+    kind = weights.device.type
+    found = environment()
+    wanted = ("vitadapter-zoo", "torch", "torchvision", "opencv-python-headless")
+    return {
+        "model": model.row.name,
+        "weights_sha256": weights_sha256(model),
+        "input_size": list(model.row.input_size),
+        "mean": list(model.row.mean),
+        "std": list(model.row.std),
+        "classes": list(model.categories),
+        "annotations_sha256": data.sha256,
+        "precision": str(weights.dtype).removeprefix("torch."),
+        "device": kind,
+        "operator": "compiled" if found["operator"][kind]["compiled"] else "reference",
+        "resize": "OpenCV bilinear",
+        "versions": {name: found["versions"][name] for name in wanted},
+    }
+
+
+def weights_sha256(model: MaskRCNN) -> str:
+    """The sha256 over every state-dict name and its values, whatever file they came from."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def run_directory(name: str, identity: dict[str, Any], cache_dir: cache.Home = None) -> Path:
+    """Where a run of that identity is kept by default."""
+    readable = Path(name).name or "model"
+    return cache.home(cache_dir) / "runs" / f"{readable}-{cache.digest(repr(identity))}"
+
+
+def _evaluate(
+    evaluator: Evaluator,
+    images: Sequence[Image],
+    run: Run,
+    deadline: float | None,
+    skip_bad_images: bool,
+    watch: Callable[[Run, Sequence[Image]], None] | None,
+) -> None:
+    """Evaluate what the run does not have yet."""
+
+    def keep(result: ImageResult) -> None:
+        if result.skipped and not skip_bad_images:
+            raise ImageError(
+                f"{result.skipped}; restore the file, or leave it out with --skip-bad-images (the "
+                "verdict is then inconclusive)"
+            )
+        run.append(result)
+        if watch is not None:
+            watch(run, images)
+
+    stream(evaluator, until(deadline, _todo(images, run)), keep)
+
+
+def _todo(images: Sequence[Image], run: Run) -> Iterator[Image]:
+    """The images without a result; those that were left out before are tried again."""
+    for image in images:
+        known = run.results.get(image.image_id)
+        if known is None or known.skipped:
+            yield image
+
+
+def _digest_of_images(results: Sequence[ImageResult]) -> str:
+    """One hash over the image files that were evaluated."""
+    digest = hashlib.sha256()
+    for result in sorted(results, key=lambda one: one.image_id):
+        digest.update(f"{result.image_id} {result.image_sha256}\n".encode())
+    return digest.hexdigest()
