@@ -24,7 +24,7 @@ def small(model: MaskRCNN, input_size: tuple[int, int] = SMALL) -> MaskRCNN:
         copy = build(replace(model.row, input_size=input_size), model.categories)
     weights = {**model.state_dict()}
     bias = weights["roi_head.bbox_head.fc_cls.bias"].clone()
-    bias[-1] += 1  # the background's
+    bias[-1] += 7  # the background's
     copy.load_state_dict(weights | {"roi_head.bbox_head.fc_cls.bias": bias}, assign=True)
     return copy.eval()
 
@@ -55,7 +55,8 @@ def annotate(model: MaskRCNN, pictures: Sequence[Path], seed: int = 0) -> dict[s
     Image ids are the files' numbers; the last picture has no objects.
     """
     rng = np.random.default_rng(seed)
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for path in pictures:
         detections = model.predict(path)[0]
         height, width = detections.masks.shape[1:]
