@@ -1,4 +1,4 @@
-"""Compiles the deformable-attention operator where torch and a compiler are there.
+"""Compiles the operators of ``csrc/`` where torch and a compiler are there.
 
 Everything else stands in pyproject.toml. ``VITADAPTER_ZOO_BUILD_OP=1`` makes a build without the
 operator fail, ``=0`` leaves it out; by default it is left out where it cannot be compiled, and the

@@ -82,9 +82,10 @@ def test_values_at_the_threshold_belong_to_the_object(
             for threshold in (value, torch.nextafter(value, torch.tensor(2.0))):
                 found = paste_rle(probabilities, boxes, (60, 80), threshold.item())
                 assert found == expected(probabilities, boxes, (60, 80), threshold.item())
-    flat, box = torch.full((1, 28, 28), 0.5), torch.tensor([[2.0, 3, 30, 31]])
-    counts = paste_rle(flat, box, (40, 50))[0].encode()
-    assert coco_mask.area({"size": [40, 50], "counts": counts}) == 28 * 28
+        # 16 cells on 16 pixels, so that nothing is rounded.
+        flat, box = torch.full((1, 16, 16), 0.5), torch.tensor([[2.0, 3, 18, 19]])
+        counts = paste_rle(flat, box, (40, 50))[0].encode()
+        assert coco_mask.area({"size": [40, 50], "counts": counts}) == 16 * 16
 
 
 @BOTH

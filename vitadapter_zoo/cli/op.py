@@ -35,7 +35,7 @@ def _text(value: Any) -> str:
 
 @click.command("build-op", epilog="\b\nExample:\n  vitadapter-zoo build-op\n")
 def build_op_command() -> None:
-    """Compile the deformable-attention operator against the installed torch.
+    """Compile the operators against the installed torch.
 
     It goes to the cache, where it is found from then on. Needs a C++20 compiler (g++ 12 or clang
     14); compiles for CUDA too where there is an nvcc of the CUDA version of torch.

@@ -25,7 +25,7 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class Implementation:
-    """How `ms_deform_attn` is computed on one kind of device.
+    """How an operator is computed on one kind of device.
 
     Attributes:
         compiled: by the compiled kernels; otherwise by PyTorch's own operators.
