@@ -17,6 +17,7 @@ Verdict = Literal["confirmed", "refuted", "inconclusive"]
 TOLERANCE = 0.1  # AP points between the published and the measured value, both rounded to 0.1
 SHOWN_LEVEL = 0.95  # of the interval that is reported
 REFUTING_LEVEL = 0.99  # of the interval outside of which a part refutes
+FEWEST_TO_REFUTE = 50  # images: the interval of fewer, with few ways to halve them, is too narrow
 
 
 @dataclass(frozen=True)
@@ -99,9 +100,9 @@ def judge(
     """Score results and compare them with the published box and mask AP.
 
     Confirmed are values that round to within 0.1 of the published ones over the whole data set.
-    A random part never confirms; it refutes where a published value lies outside the 99% interval
-    of the whole set's AP by more than that tolerance, whatever AP the classes had that do not
-    occur in the part.
+    A random part never confirms; one of 50 images or more refutes where a published value lies
+    outside the 99% interval of the whole set's AP by more than that tolerance, whatever AP the
+    classes had that do not occur in the part.
 
     Args:
         model: what is judged, for the report.
@@ -181,10 +182,10 @@ def _decide(
             return "refuted", f"on all {total:,} images, {differences}"
         return "confirmed", f"on all {total:,} images, both within {TOLERANCE} of the published"
     for one in comparisons:
-        if one.refuting is not None and _is_outside(one, unseen):
+        if evaluated >= FEWEST_TO_REFUTE and _is_outside(one, unseen):
             return "refuted", (
                 f"on {evaluated:,} of {total:,} images: the published {one.kind} AP lies outside "
-                f"the {one.refuting.level:.0%} interval of the whole set's"
+                f"the {REFUTING_LEVEL:.0%} interval of the whole set's"
             )
     left_out = f", {len(skipped):,} of them bad" if skipped else ""
     return "inconclusive", (
