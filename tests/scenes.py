@@ -29,13 +29,20 @@ def small(model: MaskRCNN, input_size: tuple[int, int] = SMALL) -> MaskRCNN:
     return copy.eval()
 
 
-def draw_pictures(folder: Path, count: int, seed: int = 0) -> list[Path]:
-    """JPEG files with coloured ellipses and boxes, of differing sizes."""
+def text(counts: bytes | str) -> str:
+    """Run lengths as JSON can hold them."""
+    return counts.decode() if isinstance(counts, bytes) else counts
+
+
+def draw_pictures(
+    folder: Path, count: int, seed: int = 0, size: tuple[int, int] | None = None
+) -> list[Path]:
+    """JPEG files with coloured ellipses, of one (height, width) or of differing sizes."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     paths = []
     for index in range(count):
-        height, width = (int(side) for side in rng.integers(60, 200, 2))
+        height, width = size or (int(side) for side in rng.integers(60, 200, 2))
         picture = rng.integers(0, 60, (height, width, 3), dtype=np.uint8)
         for _ in range(6):
             centre = (int(rng.integers(width)), int(rng.integers(height)))
@@ -72,11 +79,7 @@ def annotate(model: MaskRCNN, pictures: Sequence[Path], seed: int = 0) -> dict[s
             if rng.random() < 0.3:  # found at the lower thresholds only
                 pixels = np.asarray(coco_mask.decode(found["segmentation"]))
                 moved = np.asfortranarray(np.roll(pixels, int(rng.integers(1, 6)), axis=1))
-                encoded = coco_mask.encode(moved)
-                counts = encoded["counts"]
-                found["segmentation"]["counts"] = (
-                    counts.decode() if isinstance(counts, bytes) else counts
-                )
+                found["segmentation"]["counts"] = text(coco_mask.encode(moved)["counts"])
             annotations.append(
                 {
                     "id": len(annotations) + 1,

@@ -9,19 +9,16 @@ import pytest
 from hotcoco import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from scenes import text
 
 from vitadapter_zoo.intervals import average_precision, bootstrap
 from vitadapter_zoo.records import ImageResult
-from vitadapter_zoo.scoring import FIGURES, KINDS, Annotations, Kind, Matches
+from vitadapter_zoo.scoring import FIGURES, KINDS, Annotations, Kind, Matches, tabulate
 
 
 def encoded(pixels: np.ndarray) -> dict[str, Any]:
     rle = coco_mask.encode(np.asfortranarray(pixels.astype(np.uint8)))
-    counts = rle["counts"]
-    return {
-        "size": [int(side) for side in rle["size"]],
-        "counts": counts.decode() if isinstance(counts, bytes) else str(counts),
-    }
+    return {"size": [int(side) for side in rle["size"]], "counts": text(rle["counts"])}
 
 
 def blob(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
@@ -134,7 +131,7 @@ def test_every_figure_is_the_one_of_pycocotools(
 ) -> None:
     content, results = random_data(seed, crowded=crowded, images=12 if crowded else 30)
     path = written(content, tmp_path)
-    scores = Annotations(path).score(results, kind)
+    scores = Annotations(path).score(tabulate(results), kind)
     expected = by_pycocotools(path, results, kind)
     np.testing.assert_allclose(
         [scores.figures[name] for name in FIGURES], expected.stats, rtol=0, atol=1e-9
@@ -153,7 +150,7 @@ def test_a_part_is_scored_on_its_own_images(tmp_path: Path, kind: Kind) -> None:
     content, results = random_data(4)
     path = written(content, tmp_path)
     part = results[::3]
-    scores = Annotations(path).score(part, kind)
+    scores = Annotations(path).score(tabulate(part), kind)
     expected = by_pycocotools(path, part, kind, [one.image_id for one in part])
     np.testing.assert_allclose(list(scores.figures.values()), expected.stats, rtol=0, atol=1e-9)
 
@@ -163,7 +160,7 @@ def test_no_detection_at_all_is_ap_zero(tmp_path: Path, kind: Kind) -> None:
     content, results = random_data(5)
     path = written(content, tmp_path)
     nothing = [ImageResult(one.image_id, one.size) for one in results]
-    scores = Annotations(path).score(nothing, kind)
+    scores = Annotations(path).score(tabulate(nothing), kind)
     assert scores.ap == 0
     assert scores.figures["AR100"] == 0
 
@@ -173,7 +170,8 @@ def test_the_order_of_images_changes_no_digit(tmp_path: Path, kind: Kind) -> Non
     content, results = random_data(6)
     annotations = Annotations(written(content, tmp_path))
     assert (
-        annotations.score(results, kind).figures == annotations.score(results[::-1], kind).figures
+        annotations.score(tabulate(results), kind).figures
+        == annotations.score(tabulate(results[::-1]), kind).figures
     )
 
 
@@ -181,18 +179,21 @@ def test_the_order_of_images_changes_no_digit(tmp_path: Path, kind: Kind) -> Non
 def test_matches_give_the_ap_again(tmp_path: Path, kind: Kind) -> None:
     content, results = random_data(7)
     annotations = Annotations(written(content, tmp_path))
-    matches = annotations.matches(results, kind)
+    matches = annotations.matches(tabulate(results), kind)
     ones = np.ones((1, len(results)))
     assert average_precision(matches, ones)[0] == pytest.approx(
-        annotations.score(results, kind).ap, abs=1e-6
+        annotations.score(tabulate(results), kind).ap, abs=1e-6
     )
 
 
 def test_a_weighed_image_counts_as_often_as_its_weight(tmp_path: Path) -> None:
     content, results = random_data(8, images=15)
+    results.sort(key=lambda result: result.image_id)
     annotations = Annotations(written(content, tmp_path))
     weights = np.random.default_rng(0).integers(0, 3, len(results))
-    weighed = average_precision(annotations.matches(results, "mask"), weights[None].astype(float))
+    weighed = average_precision(
+        annotations.matches(tabulate(results), "mask"), weights[None].astype(float)
+    )
     repeated, more = {**content, "images": [], "annotations": []}, []
     for place, result in enumerate(results):
         for copy in range(weights[place]):
@@ -207,7 +208,7 @@ def test_a_weighed_image_counts_as_often_as_its_weight(tmp_path: Path) -> None:
             values = {**vars(result), "image_id": key}
             more.append(ImageResult(**values))
     # Copies lie next to each other among equal scores in one, image by image in the other.
-    expected = Annotations(written(repeated, tmp_path)).score(more, "mask").ap
+    expected = Annotations(written(repeated, tmp_path)).score(tabulate(more), "mask").ap
     assert weighed[0] == pytest.approx(expected, abs=0.02)
 
 

@@ -69,6 +69,39 @@ class Matches:
     objects: Floats
 
 
+@dataclass(frozen=True)
+class Table:
+    """Results of several images in one table, for both kinds; ``tabulate`` makes it.
+
+    Attributes:
+        image_ids: of every image, in order, those without detections too.
+        rows: float64 ``[D, 7]``: image id, x, y, width, height, score, category id.
+        masks: COCO's RLE of each row.
+    """
+
+    image_ids: list[int]
+    rows: Floats
+    masks: list[Any]
+
+
+def tabulate(results: Sequence[ImageResult]) -> Table:
+    """One table of all detections, ordered by image id, which decides between equal scores."""
+    ordered = sorted(results, key=lambda result: result.image_id)
+    rows = np.empty((sum(len(result.scores) for result in ordered), 7))
+    masks: list[Any] = []
+    start = 0
+    for result in ordered:
+        block = rows[start : start + len(result.scores)]
+        if len(block):
+            block[:, 0] = result.image_id
+            block[:, 1:5] = result.boxes
+            block[:, 5] = result.scores
+            block[:, 6] = result.category_ids
+            masks += result.segmentations()
+        start += len(block)
+    return Table([result.image_id for result in ordered], rows, masks)
+
+
 class Annotations:
     """An annotation file as hotcoco holds it, read once for both kinds."""
 
@@ -80,61 +113,47 @@ class Annotations:
         self.category_ids = sorted(names)
         self.category_names = [str(names[key]["name"]) for key in self.category_ids]
 
-    def score(self, results: Sequence[ImageResult], kind: Kind) -> Scores:
-        """COCO's figures over the images of ``results``, those without detections too.
+    def score(self, table: Table, kind: Kind) -> Scores:
+        """COCO's figures over the images of the table.
 
         Args:
-            results: one per image; ties in score are ordered by the order of image ids.
+            table: from ``tabulate``.
             kind: what is compared, boxes or masks.
         """
-        evaluation = self._evaluate(results, kind)
+        evaluation = self._evaluate(table, kind)
         evaluation.accumulate()
         curves = evaluation.eval
         return _summarize(curves["precision"], curves["recall"], self.category_names)
 
-    def matches(self, results: Sequence[ImageResult], kind: Kind) -> list[Matches]:
+    def matches(self, table: Table, kind: Kind) -> list[Matches]:
         """The matching behind the AP over all areas, class by class, for resampling images.
 
         Args:
-            results: one per image.
+            table: from ``tabulate``; the matches number its images in their order.
             kind: what is compared, boxes or masks.
         """
-        evaluation = self._evaluate(results, kind, every_area=False)
-        places = {result.image_id: place for place, result in enumerate(results)}
+        evaluation = self._evaluate(table, kind, every_area=False)
+        places = {image_id: place for place, image_id in enumerate(table.image_ids)}
         by_class: dict[int, list[dict[str, Any]]] = {key: [] for key in self.category_ids}
         for entry in evaluation.eval_imgs:
             if entry is not None:
                 by_class[entry["category_id"]].append(entry)
         return [_matches(by_class[key], places) for key in self.category_ids]
 
-    def _evaluate(
-        self, results: Sequence[ImageResult], kind: Kind, *, every_area: bool = True
-    ) -> Any:
+    def _evaluate(self, table: Table, kind: Kind, *, every_area: bool = True) -> Any:
         from hotcoco import COCOeval
 
-        ordered = sorted(results, key=lambda result: result.image_id)
-        rows = np.array(
-            [
-                (result.image_id, *box, score, category)
-                for result in ordered
-                for box, score, category in zip(
-                    result.boxes, result.scores, result.category_ids, strict=True
-                )
-            ],
-            np.float64,
-        ).reshape(-1, 7)
         if kind == "box":
-            detections = self._coco.load_res(rows)
+            detections = self._coco.load_res(table.rows)
         else:
-            from hotcoco import mask
+            detections = self._coco.load_res(table.rows, segmentation=table.masks)
+            if table.masks:  # by size a mask counts with its own area, not with its box's
+                from hotcoco import mask
 
-            segments = [rle for result in ordered for rle in result.segmentations()]
-            detections = self._coco.load_res(rows, segmentation=segments)
-            if segments:  # by size a mask counts with its own area, not with its box's
-                areas = np.asarray(mask.area(segments), np.float64)
-                detections.update_anns(ids=np.arange(1, len(rows) + 1), area=areas)
+                areas = np.asarray(mask.area(table.masks), np.float64)
+                detections.update_anns(ids=np.arange(1, len(areas) + 1), area=areas)
         evaluation = COCOeval(self._coco, detections, _IOU_TYPES[kind])
-        evaluation.params.img_ids = [result.image_id for result in ordered]
+        evaluation.params.img_ids = table.image_ids
         if not every_area:
             evaluation.params.area_rng = evaluation.params.area_rng[:1]
             evaluation.params.area_rng_lbl = evaluation.params.area_rng_lbl[:1]

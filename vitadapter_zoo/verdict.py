@@ -10,7 +10,7 @@ from typing import Any, Literal
 from vitadapter_zoo.dataset import Dataset
 from vitadapter_zoo.intervals import Interval, bootstrap
 from vitadapter_zoo.records import ImageResult
-from vitadapter_zoo.scoring import KINDS, NOTHING, Annotations, Kind, Scores
+from vitadapter_zoo.scoring import KINDS, NOTHING, Annotations, Kind, Scores, tabulate
 
 Verdict = Literal["confirmed", "refuted", "inconclusive"]
 
@@ -117,7 +117,7 @@ def judge(
     """
     scored = sorted((one for one in results if not one.skipped), key=lambda one: one.image_id)
     skipped = {one.image_id: one.skipped for one in results if one.skipped}
-    annotations = Annotations(data.annotations)
+    annotations, table = Annotations(data.annotations), tabulate(scored)
     seen = {one.image_id for one in scored}
     names = dict(data.categories)
     annotated: set[int] = set()
@@ -132,11 +132,11 @@ def judge(
     scores: list[Scores] = []
     comparisons = []
     for kind, value in zip(KINDS, values, strict=True):
-        of_kind = annotations.score(scored, kind)
+        of_kind = annotations.score(table, kind)
         scores.append(of_kind)
         intervals: list[Interval | None] = [None, None]
         if estimate_whole:
-            matches = annotations.matches(scored, kind)
+            matches = annotations.matches(table, kind)
             levels = (SHOWN_LEVEL, REFUTING_LEVEL)
             intervals = list(bootstrap(matches, len(data.images), levels, seed=seed))
         measured = 100 * of_kind.ap if of_kind.ap != NOTHING else NOTHING

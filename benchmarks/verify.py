@@ -1,0 +1,291 @@
+"""Verification beside the bare network, mmdet's way with masks, and hotcoco called directly.
+
+    python benchmarks/verify.py [--images 40] [--model adapter-t-deit-3x] [--scored 5000]
+
+Everything takes turns in one process, with stand-in weights and pictures made here:
+
+- ``verify``: whole calls of ``vitadapter_zoo.verify`` beside the network's part alone (``detect``
+  on inputs prepared before), the same images, in alternating blocks of five;
+- ``masks``: pasting, encoding and recording 100 masks on 640 x 480 beside resampling into
+  whole-image masks and encoding those (see masks.py), recorded in the same way;
+- ``scoring``: box and mask figures of 5,000 images with 100 detections each beside hotcoco called
+  directly, faster-coco-eval and, on a tenth of the images, pycocotools.
+"""
+
+import argparse
+import contextlib
+import copy
+import io
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks")]
+
+import masks as mask_ways  # noqa: E402
+import scenes  # noqa: E402
+import standins  # noqa: E402
+from hotcoco import COCO, COCOeval  # noqa: E402
+from hotcoco import mask as coco_mask  # noqa: E402
+
+import vitadapter_zoo  # noqa: E402
+from vitadapter_zoo.coco import COCO_CATEGORY_IDS, COCO_CLASSES  # noqa: E402
+from vitadapter_zoo.dataset import Dataset, read_dataset  # noqa: E402
+from vitadapter_zoo.models import build  # noqa: E402
+from vitadapter_zoo.ops.masks import paste_rle  # noqa: E402
+from vitadapter_zoo.records import ImageResult, open_run  # noqa: E402
+from vitadapter_zoo.scoring import FIGURES, KINDS, Annotations, tabulate  # noqa: E402
+
+BLOCK = 5
+SIZE = (480, 640)
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    """How long one call takes."""
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin
+
+
+def categories() -> list[dict[str, Any]]:
+    """COCO's, as an annotation file has them."""
+    pairs = zip(COCO_CATEGORY_IDS, COCO_CLASSES, strict=True)
+    return [{"id": key, "name": name} for key, name in pairs]
+
+
+def measure_verify(name: str, count: int, folder: Path) -> None:
+    """Whole verifications of blocks of images beside the bare network on the same images."""
+    with torch.device("meta"):
+        model = build(vitadapter_zoo.get_row(name))
+    model.load_state_dict(standins.state_dict(name), assign=True)
+    model.eval()
+    pictures = scenes.draw_pictures(folder / "val2017", count, size=SIZE)
+    whole = {"verify": 0.0, "bare": 0.0}
+    with torch.inference_mode():
+        model.detect([model.preprocess(pictures[0])])  # the first forward pass pays for the pages
+    ratios = []
+    for start in range(0, count, BLOCK):
+        block = pictures[start : start + BLOCK]
+        data = block_data(block, folder / f"block-{start}.json")
+        prepared = [model.preprocess(path) for path in block]
+
+        def bare(prepared: list[Any] = prepared) -> None:
+            with torch.inference_mode():
+                for one in prepared:
+                    model.detect([one])
+
+        def verify(data: Dataset = data, start: int = start) -> None:
+            vitadapter_zoo.verify(model, data, run=folder / f"run-{start}")
+
+        order: list[tuple[str, Callable[[], None]]] = [("bare", bare), ("verify", verify)]
+        taken = {}
+        for kind, work in order if start // BLOCK % 2 else order[::-1]:
+            taken[kind] = seconds(work)
+            whole[kind] += taken[kind]
+        ratios.append(taken["verify"] / taken["bare"])
+    print(
+        f"verify   {name}, {count} images: {whole['verify']:.1f} s, the network alone "
+        f"{whole['bare']:.1f} s = {whole['verify'] / whole['bare']:.3f}x; by block of {BLOCK}: "
+        f"median {statistics.median(ratios):.3f}x"
+    )
+
+
+def block_data(pictures: list[Path], path: Path) -> Dataset:
+    """A data set of some pictures with one object in each."""
+    height, width = SIZE
+    box = {"size": [height, width], "counts": _square(height, width)}
+    content = {
+        "images": [
+            {"id": int(one.stem), "file_name": one.name, "height": height, "width": width}
+            for one in pictures
+        ],
+        "annotations": [
+            {
+                "id": index + 1,
+                "image_id": int(one.stem),
+                "category_id": 1,
+                "bbox": [10.0, 10.0, 50.0, 50.0],
+                "area": 2500.0,
+                "iscrowd": 0,
+                "segmentation": box,
+            }
+            for index, one in enumerate(pictures)
+        ],
+        "categories": categories(),
+    }
+    path.write_text(json.dumps(content))
+    return read_dataset(path, pictures[0].parent)
+
+
+def _square(height: int, width: int) -> str:
+    pixels = np.zeros((height, width), np.uint8, order="F")
+    pixels[10:60, 10:60] = 1
+    return scenes.text(coco_mask.encode(pixels)["counts"])
+
+
+def measure_masks(folder: Path, rounds: int = 9) -> None:
+    """Pasting, encoding and recording the masks of one image, two ways."""
+    probabilities, boxes = mask_ways.sample(100, SIZE)
+    ways = {"ours": paste_rle, "whole image": mask_ways.whole_image}
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    texts: dict[str, list[str]] = {}
+    with open_run(folder / "masks", {}) as run:
+
+        def record(name: str) -> None:
+            texts[name] = ways[name](probabilities, boxes, SIZE)
+            values = boxes.tolist()
+            run.append(ImageResult(1, SIZE, values, [0.5] * 100, [1] * 100, texts[name], "0"))
+
+        for _ in range(rounds):
+            for name in ways:
+                times[name].append(seconds(lambda name=name: record(name)))  # type: ignore[misc]
+    if texts["ours"] != texts["whole image"]:
+        raise SystemExit("the ways give other run lengths")
+    ours, other = (statistics.median(times[name]) for name in ways)
+    print(
+        f"masks    paste, encode, record 100: {ours * 1e3:.2f} ms, into whole images "
+        f"{other * 1e3:.1f} ms = {other / ours:.1f}x as long; equal run lengths"
+    )
+
+
+def scored_data(count: int, folder: Path) -> tuple[Path, list[ImageResult]]:
+    """Annotations with seven objects an image, and 100 detections an image."""
+    rng = np.random.default_rng(0)
+    probabilities, boxes = mask_ways.sample(400, SIZE)
+    texts = paste_rle(probabilities, boxes, SIZE)
+    areas = coco_mask.area([{"size": list(SIZE), "counts": one} for one in texts])
+    corners = boxes.tolist()
+    usable = [index for index, area in enumerate(areas) if area > 0]
+    xywh = {i: [corners[i][0], corners[i][1], corners[i][2] - corners[i][0],
+                corners[i][3] - corners[i][1]] for i in usable}  # fmt: skip
+    content: dict[str, Any] = {"images": [], "annotations": [], "categories": categories()}
+    results = []
+    for image_id in range(1, count + 1):
+        content["images"].append(
+            {"id": image_id, "file_name": "x.jpg", "height": SIZE[0], "width": SIZE[1]}
+        )
+        objects = rng.choice(usable, 7)
+        keys = rng.choice(COCO_CATEGORY_IDS, 7)
+        for index, key in zip(objects.tolist(), keys.tolist(), strict=True):
+            content["annotations"].append(
+                {
+                    "id": len(content["annotations"]) + 1,
+                    "image_id": image_id,
+                    "category_id": key,
+                    "bbox": xywh[index],
+                    "area": float(areas[index]),
+                    "iscrowd": 0,
+                    "segmentation": {"size": list(SIZE), "counts": texts[index]},
+                }
+            )
+        found = [*objects.tolist(), *rng.choice(usable, 93).tolist()]
+        found_keys = [*keys.tolist(), *rng.choice(COCO_CATEGORY_IDS, 93).tolist()]
+        scores = np.sort(rng.random(100))[::-1].tolist()
+        order = rng.permutation(100).tolist()
+        results.append(
+            ImageResult(
+                image_id, SIZE, [xywh[found[i]] for i in order], scores,
+                [found_keys[i] for i in order], [texts[found[i]] for i in order],
+            )
+        )  # fmt: skip
+    path = folder / f"scored-{count}.json"
+    path.write_text(json.dumps(content))
+    return path, results
+
+
+def direct(
+    path: Path,
+    detections: dict[str, list[dict[str, Any]]],
+    coco_class: Any,
+    eval_class: Any,
+) -> list[float]:
+    """Box and mask figures by pycocotools' interface, whoever implements it."""
+    figures: list[float] = []
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = coco_class(str(path))
+        for kind in ("bbox", "segm"):
+            evaluation = eval_class(coco, coco.loadRes(detections[kind]), kind)
+            evaluation.evaluate()
+            evaluation.accumulate()
+            evaluation.summarize()
+            figures += [float(value) for value in evaluation.stats[:12]]
+    return figures
+
+
+def measure_scoring(count: int, folder: Path, rounds: int = 5) -> None:
+    """Both kinds of figures: ours, hotcoco directly, and the others."""
+    for size, others in ((count, False), (count // 10, True)):
+        path, results = scored_data(size, folder)
+        boxes = [one for result in results for one in result.to_coco()]
+        detections = {
+            "bbox": boxes,
+            "segm": [{k: v for k, v in one.items() if k != "bbox"} for one in boxes],
+        }
+
+        def ours(path: Path = path, results: list[ImageResult] = results) -> list[float]:
+            annotations = Annotations(path)
+            table = tabulate(results)
+            scores = [annotations.score(table, kind) for kind in KINDS]
+            return [one.figures[name] for one in scores for name in FIGURES]
+
+        ways: dict[str, Callable[[], list[float]]] = {
+            "ours": ours,
+            "hotcoco": partial(direct, path, detections, COCO, COCOeval),
+        }
+        if others:
+            import faster_coco_eval
+            import pycocotools.coco
+            import pycocotools.cocoeval
+
+            classes = {
+                "faster-coco-eval": (faster_coco_eval.COCO, faster_coco_eval.COCOeval_faster),
+                "pycocotools": (pycocotools.coco.COCO, pycocotools.cocoeval.COCOeval),
+            }
+            for name, pair in classes.items():  # they change the dictionaries that they are given
+                own = copy.deepcopy(detections)
+                ways[name] = partial(direct, path, own, *pair)
+        times: dict[str, list[float]] = {name: [] for name in ways}
+        figures: dict[str, list[float]] = {}
+        for _ in range(1 if others else rounds):
+            for name, way in ways.items():
+                begin = time.perf_counter()
+                figures[name] = way()
+                times[name].append(time.perf_counter() - begin)
+        for name, values in figures.items():
+            if not np.allclose(values, figures["ours"], rtol=0, atol=1e-9):
+                raise SystemExit(f"{name} gives other figures")
+        base = statistics.median(times["hotcoco"])
+        for name, taken in times.items():
+            middle = statistics.median(taken)
+            print(
+                f"scoring  {size} images x 100, {name:<16} {middle:7.2f} s = "
+                f"{middle / base:6.2f}x of hotcoco called directly"
+            )
+
+
+def main() -> None:
+    """Print the three ratios."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--images", type=int, default=40)
+    parser.add_argument("--model", default="adapter-t-deit-3x")
+    parser.add_argument("--scored", type=int, default=5000)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        measure_masks(folder)
+        measure_scoring(options.scored, folder)
+        measure_verify(options.model, options.images, folder)
+
+
+if __name__ == "__main__":
+    main()
