@@ -24,6 +24,7 @@ benchmark: .venv/.current
 	$(BIN)/python benchmarks/inference.py
 	$(BIN)/python benchmarks/ms_deform_attn.py
 	$(BIN)/python benchmarks/load.py
+	$(BIN)/python benchmarks/verify.py
 	$(BIN)/python benchmarks/masks.py
 
 # One for every CPython >= 3.10 and torch >= 2.10; torch's own libraries stay outside of it.

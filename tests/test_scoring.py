@@ -259,7 +259,7 @@ def coverage(images: int, part: int, classes: int, rounds: int) -> float:
     held = 0
     for round_ in range(rounds):
         chosen = rng.permutation(images)[:part]
-        interval = bootstrap(part_of(matches, chosen), images, [0.95], seed=round_, replicates=400)[
+        interval = bootstrap(part_of(matches, chosen), images, [0.95], seed=round_, replicates=200)[
             0
         ]
         held += interval.low <= whole <= interval.high
