@@ -281,7 +281,9 @@ def test_results_of_another_run_are_not_mixed(
     with pytest.raises(ZooError, match="annotations_sha256"):
         vitadapter_zoo.verify(small, changed(shrink), run=run)
     with pytest.raises(ZooError, match="precision: 'float32' then, 'bfloat16' now"):
-        vitadapter_zoo.verify(copy.deepcopy(small), coco, run=run, dtype=torch.bfloat16)
+        vitadapter_zoo.verify(copy.deepcopy(small).to(torch.bfloat16), coco, run=run)
+    with pytest.raises(ValueError, match="leave checkpoint, device and dtype out"):
+        vitadapter_zoo.verify(small, coco, dtype=torch.bfloat16)
 
 
 def test_a_full_disk_keeps_what_is_finished(

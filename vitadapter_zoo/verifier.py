@@ -34,7 +34,7 @@ def verify(
     seed: int = 0,
     expected: tuple[float, float] | None = None,
     skip_bad_images: bool = False,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     run: str | os.PathLike[str] | None = None,
     cache_dir: cache.Home = None,
@@ -61,8 +61,9 @@ def verify(
             default the published values where ``dataset`` is val2017.
         skip_bad_images: leave out images that are missing or cannot be decoded, instead of
             raising; the verdict is then inconclusive.
-        device: where the network computes.
-        dtype: floating-point type of the weights; float32 by default.
+        device: where the network computes; the CPU by default. A loaded detector stays where it
+            is.
+        dtype: floating-point type of the weights; float32 by default, a loaded detector's own.
         run: the run directory; by default one in the cache that belongs to the checkpoint, the
             data set, the precision and the versions.
         cache_dir: as for ``load``.
@@ -74,8 +75,8 @@ def verify(
         ImageError: an image is missing, damaged, or of another size than annotated.
         ZooError: the run directory cannot be written to, or belongs to another run; and what
             ``load`` raises.
-        ValueError: ``limit`` or ``max_minutes`` below what makes sense, or ``checkpoint`` beside a
-            loaded detector.
+        ValueError: ``limit`` or ``max_minutes`` below what makes sense; ``checkpoint``, ``device``
+            or ``dtype`` beside a loaded detector, or one in training mode.
     """
     if (limit is not None and limit < 1) or (max_minutes is not None and max_minutes <= 0):
         raise ValueError("limit and max_minutes must be above 0")
@@ -133,7 +134,7 @@ def _check_images(images: Sequence[Image]) -> None:
 def _loaded(
     model: str | os.PathLike[str] | MaskRCNN,
     checkpoint: str | os.PathLike[str] | None,
-    device: str | torch.device,
+    device: str | torch.device | None,
     dtype: torch.dtype | None,
     cache_dir: cache.Home,
     offline: bool | None,
@@ -142,11 +143,16 @@ def _loaded(
     from vitadapter_zoo.models import MaskRCNN
 
     if isinstance(model, MaskRCNN):
-        if checkpoint is not None:
-            raise ValueError("a loaded detector has its weights: leave checkpoint out")
-        return model.to(device=device, dtype=dtype).eval(), model.row.name
+        if not (checkpoint is None and device is None and dtype is None):
+            raise ValueError(
+                "a loaded detector has its weights, device and dtype: leave checkpoint, device and "
+                "dtype out"
+            )
+        if model.training:
+            raise ValueError("the detector is in training mode: call model.eval() first")
+        return model, model.row.name
     detector = load(
-        model, checkpoint=checkpoint, device=device, dtype=dtype, cache_dir=cache_dir,
+        model, checkpoint=checkpoint, device=device or "cpu", dtype=dtype, cache_dir=cache_dir,
         offline=offline,
     )  # fmt: skip
     return detector, os.fspath(model)
