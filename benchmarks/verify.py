@@ -1,6 +1,7 @@
 """Verification beside the bare network, mmdet's way with masks, and hotcoco called directly.
 
     python benchmarks/verify.py [--images 40] [--model adapter-t-deit-3x] [--scored 5000]
+    python benchmarks/verify.py --hours 20
 
 Everything takes turns in one process, with stand-in weights and pictures made here:
 
@@ -10,6 +11,9 @@ Everything takes turns in one process, with stand-in weights and pictures made h
   whole-image masks and encoding those (see masks.py), recorded in the same way;
 - ``scoring``: box and mask figures of 5,000 images with 100 detections each beside hotcoco called
   directly, faster-coco-eval and, on a tenth of the images, pycocotools.
+
+``--hours N`` instead verifies N images of 640 x 480 with every row, and says what all 5,000 of
+val2017 would take.
 """
 
 import argparse
@@ -41,7 +45,7 @@ from hotcoco import mask as coco_mask  # noqa: E402
 import vitadapter_zoo  # noqa: E402
 from vitadapter_zoo.coco import COCO_CATEGORY_IDS, COCO_CLASSES  # noqa: E402
 from vitadapter_zoo.dataset import Dataset, read_dataset  # noqa: E402
-from vitadapter_zoo.models import build  # noqa: E402
+from vitadapter_zoo.models import MaskRCNN, build  # noqa: E402
 from vitadapter_zoo.ops.masks import paste_rle  # noqa: E402
 from vitadapter_zoo.records import ImageResult, open_run  # noqa: E402
 from vitadapter_zoo.scoring import FIGURES, KINDS, Annotations, tabulate  # noqa: E402
@@ -63,12 +67,33 @@ def categories() -> list[dict[str, Any]]:
     return [{"id": key, "name": name} for key, name in pairs]
 
 
-def measure_verify(name: str, count: int, folder: Path) -> None:
-    """Whole verifications of blocks of images beside the bare network on the same images."""
+def standin(name: str) -> MaskRCNN:
+    """The row's detector with stand-in weights."""
     with torch.device("meta"):
         model = build(vitadapter_zoo.get_row(name))
     model.load_state_dict(standins.state_dict(name), assign=True)
-    model.eval()
+    return model.eval()
+
+
+def measure_hours(count: int, folder: Path) -> None:
+    """What val2017 costs with each row, from some images."""
+    pictures = scenes.draw_pictures(folder / "val2017", count, size=SIZE)
+    data = block_data(pictures, folder / "pictures.json")
+    for name in vitadapter_zoo.list_models():
+        model = standin(name)
+        with torch.inference_mode():
+            model.detect([model.preprocess(pictures[0])])
+        taken = seconds(lambda: vitadapter_zoo.verify(model, data, run=folder / name))  # noqa: B023
+        print(
+            f"hours    {name:<28} {taken / count:6.2f} s an image, "
+            f"{5000 * taken / count / 3600:5.1f} h for 5,000 ({count} measured)",
+            flush=True,
+        )
+
+
+def measure_verify(name: str, count: int, folder: Path) -> None:
+    """Whole verifications of blocks of images beside the bare network on the same images."""
+    model = standin(name)
     pictures = scenes.draw_pictures(folder / "val2017", count, size=SIZE)
     whole = {"verify": 0.0, "bare": 0.0}
     with torch.inference_mode():
@@ -279,9 +304,13 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=40)
     parser.add_argument("--model", default="adapter-t-deit-3x")
     parser.add_argument("--scored", type=int, default=5000)
+    parser.add_argument("--hours", type=int, metavar="N")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        if options.hours:
+            measure_hours(options.hours, folder)
+            return
         measure_masks(folder)
         measure_scoring(options.scored, folder)
         measure_verify(options.model, options.images, folder)
