@@ -86,7 +86,8 @@ def test_the_right_bytes_or_one_error(
 
 
 def test_what_passes_is_survived_and_what_does_not_is_said(tmp_path: Path) -> None:
-    survived = [faults.stall, faults.length_too_large, faults.answer(429, Retry_After=0)]
+    busy = [faults.answer(429, Retry_After=0), faults.answer(520)]
+    survived = [faults.stall, faults.length_too_large, *busy]
     with serving(Server(DATA, [*survived])) as server:
         assert download(server.url, tmp_path / "a", patience=QUICK).sha256 == SHA256
     for fault, message in (

@@ -6,6 +6,7 @@ Pickles are read with ``weights_only=True``, which builds tensors and plain data
 import json
 import pickle
 import re
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Mapping
@@ -46,6 +47,8 @@ NUMPY_SCALARS: list[Any] = [
 # zero, and filling them would silence the blocks.
 LAYER_SCALES_OFF = {"adapter-t-deit-1x": re.compile(r"backbone\.blocks\.\d+\.gamma[12]")}
 BATCH_COUNTERS = re.compile(r".*\.num_batches_tracked")  # take no part in evaluation
+# torch's list of safe globals, and Python's of warnings, belong to the process, not to a thread.
+ONE_AT_A_TIME = threading.Lock()
 LARGEST_HEADER = 100_000_000  # bytes; the safetensors format's own limit
 LISTED = 8  # names shown per kind of mismatch
 
@@ -149,7 +152,11 @@ def _load_pickle(path: Path, origin: str, *, mapped: bool) -> object:
     try:
         if mapped:
             check_zip(path, origin)
-        with torch.serialization.safe_globals(NUMPY_SCALARS), warnings.catch_warnings():
+        with (
+            ONE_AT_A_TIME,
+            torch.serialization.safe_globals(NUMPY_SCALARS),
+            warnings.catch_warnings(),
+        ):
             # torch remarks on unusual pickle protocols, right before it refuses or reads them.
             warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
             check_calls(path, origin, zipped=mapped)
