@@ -417,9 +417,13 @@ def kill_rounds(rounds: int, home: Path, url_or_path: str) -> int:
     """Kill a downloading or converting process at random moments; count those that were hit."""
     rng = random.Random(0)
     hit = 0
+    began = time.monotonic()
+    assert workers().run(OBTAIN, url_or_path).stdout
+    whole = time.monotonic() - began
+    cache.prune(everything=True)
     for round_ in range(rounds):
         worker = workers().start(OBTAIN, url_or_path)
-        time.sleep(rng.uniform(0, 0.9))
+        time.sleep(rng.uniform(0, whole))
         hit += killed(worker)
         complete_is_right(url_or_path)
         if round_ % 3 == 2:  # let one finish, and begin anew
