@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import standins
+from forked import COMMAND, Done, workers
 from PIL import Image
-from workers import COMMAND, Done, workers
 
 import vitadapter_zoo
 

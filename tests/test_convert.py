@@ -13,10 +13,10 @@ import pytest
 import safetensors.torch
 import standins
 import torch
+from forked import workers
 from helpers import forget_the_peak, left_behind, resident, same_weights
 from test_cli import failure, run
 from test_loader import RunsCode
-from workers import workers
 
 import vitadapter_zoo
 from vitadapter_zoo import CheckpointError, MaskRCNN, UnsafeCheckpointError, cache

@@ -7,10 +7,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from forked import COMMAND, workers
 from helpers import left_behind, same_weights
 from pytest_httpserver import HTTPServer
 from werkzeug import Request, Response
-from workers import COMMAND, workers
 
 import vitadapter_zoo
 from vitadapter_zoo import CheckpointError, DownloadError, ZooError, cache

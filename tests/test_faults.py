@@ -13,10 +13,10 @@ import faults
 import pytest
 import safetensors
 from faults import Handler, Server, serving
+from forked import Worker, workers
 from helpers import left_behind, same_weights
 from standins import PHOTO
 from test_cli import failure, run
-from workers import Worker, workers
 
 import vitadapter_zoo
 from vitadapter_zoo import DownloadError, ZooError, cache

@@ -12,7 +12,7 @@ import requests
 import safetensors
 import standhub
 import standins
-from workers import BEFORE_THE_HUB, workers
+from forked import BEFORE_THE_HUB, workers
 
 import vitadapter_zoo as zoo
 from vitadapter_zoo import MaskRCNN

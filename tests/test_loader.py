@@ -11,8 +11,8 @@ import pytest
 import safetensors.torch
 import standins
 import torch
+from forked import workers
 from helpers import left_behind, same_weights
-from workers import workers
 
 import vitadapter_zoo
 from vitadapter_zoo import (
