@@ -86,10 +86,19 @@ def test_the_right_bytes_or_one_error(
 
 
 def test_what_passes_is_survived_and_what_does_not_is_said(tmp_path: Path) -> None:
-    busy = [faults.answer(429, Retry_After=0), faults.answer(520)]
-    survived = [faults.stall, faults.length_too_large, *busy]
-    with serving(Server(DATA, [*survived])) as server:
-        assert download(server.url, tmp_path / "a", patience=QUICK).sha256 == SHA256
+    for number, fault in enumerate(
+        (
+            faults.stall,
+            faults.length_too_large,
+            faults.answer(429, Retry_After=0),
+            faults.answer(503),
+            faults.answer(520),
+        )
+    ):
+        with serving(Server(DATA, [fault])) as server:
+            target = tmp_path / str(number)
+            assert download(server.url, target, patience=QUICK).sha256 == SHA256
+            assert len(server.asked) > 1
     for fault, message in (
         (faults.login_page, "sends a web page"),
         (faults.answer(404), "answers 404"),
