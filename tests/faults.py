@@ -3,6 +3,7 @@
 import contextlib
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,15 +16,22 @@ class Server:
     Attributes:
         data: the file.
         faults: one per request, in turn; when they are used up the server behaves.
-        etag: strong validator of the file; None sends none.
+        etag: validator of the file; None sends none.
+        modified: the file's Last-Modified; None sends none.
         ranges: whether Range is understood.
+        if_range: whether If-Range is: servers that do not know it send the range regardless.
+        asked: the Range of every request, None where there was none.
+        times: when each request came, in seconds.
     """
 
     data: bytes
     faults: list[Callable[["Handler"], None]] = field(default_factory=list)
     etag: str | None = '"v1"'
+    modified: str | None = None
     ranges: bool = True
+    if_range: bool = True
     asked: list[str | None] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
     port: int = 0
 
     @property
@@ -41,6 +49,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.close_connection = True
         self.files.asked.append(self.headers.get("Range"))
+        self.files.times.append(time.monotonic())
         fault = self.files.faults.pop(0) if self.files.faults else behave
         with contextlib.suppress(ConnectionError):
             fault(self)
@@ -55,8 +64,11 @@ class Handler(BaseHTTPRequestHandler):
         """Send the head for the whole file or the range asked for; return its bytes."""
         files = self.files
         wanted = self.headers.get("Range")
-        extra = {"ETag": files.etag} if files.etag else {}
-        if wanted and files.ranges and self.headers.get("If-Range") == files.etag:
+        named = {"ETag": files.etag, "Last-Modified": files.modified}
+        extra = {name: value for name, value in named.items() if value}
+        condition = self.headers.get("If-Range")  # without it, a range is sent of any file
+        met = not files.if_range or condition is None or condition in extra.values()
+        if wanted and files.ranges and met:
             start = int(wanted.removeprefix("bytes=").removesuffix("-"))
             body = files.data[start:]
             place = f"bytes {start}-{len(files.data) - 1}/{len(files.data)}"

@@ -1,18 +1,35 @@
 """Checks that several test modules make."""
 
+import functools
 from pathlib import Path
 
 import standins
 import torch
+from torch import Tensor
 
 from vitadapter_zoo import MaskRCNN
 
 
+@functools.lru_cache(maxsize=2)
+def _expected(row: str) -> dict[str, Tensor]:
+    return standins.state_dict(row)
+
+
 def same_weights(model: MaskRCNN, row: str) -> bool:
     """Whether the model holds the row's stand-in weights, to the bit."""
-    expected = standins.state_dict(row)
     state = model.state_dict()
-    return all(torch.equal(state[name], value) for name, value in expected.items())
+    return all(torch.equal(state[name], value) for name, value in _expected(row).items())
+
+
+def resident(field: str) -> int:
+    """Bytes of this process's memory, ``VmRSS`` now or ``VmHWM`` at most, from the system."""
+    fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return int(fields[field].split()[0]) * 1024
+
+
+def forget_the_peak() -> None:
+    """Let ``VmHWM`` begin anew."""
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def left_behind(home: Path) -> list[str]:

@@ -9,15 +9,17 @@ from pathlib import Path
 
 import pytest
 import standins
+from forked import COMMAND, Done, workers
 from PIL import Image
 
 import vitadapter_zoo
 
-COMMAND = str(Path(sys.executable).parent / "vitadapter-zoo")
+INSTALLED = str(Path(sys.executable).parent / "vitadapter-zoo")
 
 
-def run(*arguments: str, cwd: Path | None = None) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run([COMMAND, *arguments], capture_output=True, text=True, cwd=cwd)
+def run(*arguments: str, cwd: Path | None = None) -> Done:
+    """What the installed command does, in a process of its own that has torch imported."""
+    return workers().run(COMMAND, *arguments, cwd=cwd)
 
 
 def failure(*arguments: str) -> str:
@@ -30,7 +32,9 @@ def failure(*arguments: str) -> str:
 
 
 def test_version_and_help_have_examples() -> None:
-    assert run("--version").stdout == f"vitadapter-zoo, version {vitadapter_zoo.__version__}\n"
+    version = f"vitadapter-zoo, version {vitadapter_zoo.__version__}\n"
+    assert subprocess.check_output([INSTALLED, "--version"], text=True) == version
+    assert run("--version").stdout == version
     for command in ([], ["list"], ["info"], ["predict"]):
         assert "Example" in run(*command, "--help").stdout
 

@@ -1,20 +1,25 @@
+import hashlib
+import os
 import pickle
-import resource
+import subprocess
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import standins
 import torch
-from helpers import left_behind, same_weights
+from forked import workers
+from helpers import forget_the_peak, left_behind, resident, same_weights
 from test_cli import failure, run
 from test_loader import RunsCode
 
 import vitadapter_zoo
-from vitadapter_zoo import CheckpointError, UnsafeCheckpointError, cache
+from vitadapter_zoo import CheckpointError, MaskRCNN, UnsafeCheckpointError, cache
 
 NAME = "adapter-t-deit-3x"
 MakeFile = Callable[[str], Path]
@@ -32,7 +37,6 @@ def test_there_and_back_is_bit_exact(name: str, published_file: MakeFile, tmp_pa
         "pt",
         "Apache-2.0",
     )
-    assert len(metadata["source_sha256"]) == 64
     again = ["convert", str(there), "--model", name, "--format", "mmdet", "--out", str(back)]
     assert run(*again).returncode == 0
     # The stand-in's metadata holds a numpy scalar; this test wrote it.
@@ -44,6 +48,8 @@ def test_there_and_back_is_bit_exact(name: str, published_file: MakeFile, tmp_pa
         assert value.dtype == other.dtype
         assert torch.equal(value, other)
     assert len(returned["meta"]["CLASSES"]) == 80
+    assert returned["meta"]["epoch"] == 36  # the training's metadata goes along
+    assert metadata["source_sha256"] == hashlib.sha256(source.read_bytes()).hexdigest()
     assert "is there already: give --force" in failure(*again)
     assert run(*again, "--force").returncode == 0
 
@@ -65,6 +71,27 @@ def test_half_precision_survives_the_way_there_and_back(tmp_path: Path) -> None:
     assert {value.dtype for value in returned.values()} == {torch.float16, torch.int64}
 
 
+def test_shards_have_one_hash_that_changes_with_any_of_them(tiny: MaskRCNN, tmp_path: Path) -> None:
+    folder = vitadapter_zoo.save_pretrained(tiny, tmp_path, max_shard_size="30MB")
+    shards = sorted(folder.glob("model-0*.safetensors"))
+    noted = []
+    for number in range(2):
+        out = tmp_path / f"{number}.safetensors"
+        index = str(folder / "model.safetensors.index.json")
+        done = run("convert", index, "--model", NAME, "--out", str(out))
+        assert done.returncode == 0, done.stderr
+        with safetensors.safe_open(out, "pt") as file:
+            noted.append(file.metadata()["source_sha256"])
+        # What the README says gives it too.
+        pipe = "sha256sum model-*.safetensors | sha256sum"
+        summed = subprocess.check_output(pipe, shell=True, cwd=folder, text=True)  # noqa: S602
+        assert summed.split()[0] == noted[-1]
+        state = safetensors.torch.load_file(shards[-1])
+        name = next(name for name, value in state.items() if value.is_floating_point())
+        safetensors.torch.save_file(state | {name: state[name] + 1}, shards[-1], {"format": "pt"})
+    assert noted[0] != noted[1]
+
+
 def rewritten(source: Path, target: Path, change: Callable[[bytes], bytes], **extra: Any) -> None:
     """Copy a torch zip with another data.pkl, compression or further members."""
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
@@ -81,10 +108,11 @@ def rewritten(source: Path, target: Path, change: Callable[[bytes], bytes], **ex
 
 
 def refused(path: Path, message: str) -> None:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    forget_the_peak()
+    before = resident("VmRSS")
     with pytest.raises(CheckpointError, match=message):
         vitadapter_zoo.load(NAME, checkpoint=path)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 500_000  # KB
+    assert resident("VmHWM") - before < 100_000_000
 
 
 def test_a_second_pickle_in_the_zip_is_refused(tmp_path: Path, zoo_home: Path) -> None:
@@ -127,6 +155,30 @@ def test_a_view_that_pretends_to_be_large_is_refused(tmp_path: Path) -> None:
     refused(path, "claim 10,000,000,000 bytes")
 
 
+class TakesMemory:
+    """A pickle that takes two gigabytes with what weights_only lets it call."""
+
+    def __init__(self, how: str) -> None:
+        self.how = how
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.how == "bytearray":
+            return bytearray, (2_000_000_000,)
+        if self.how == "dtype":
+            return np.dtype, ("V2000000000",)
+        return np.float64(0).__reduce__()[0], (TakesMemory("dtype"),)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("how", ["bytearray", "scalar"])
+def test_calls_that_take_memory_are_refused(tmp_path: Path, how: str, legacy: bool) -> None:
+    path = tmp_path / "bomb.pth"
+    content = {"state_dict": {"a": torch.ones(3)}, "meta": TakesMemory(how)}
+    torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+    assert path.stat().st_size < 10_000
+    refused(path, r"it names '(builtins|__builtin__)\.bytearray'|it names 'numpy\.dtype'")
+
+
 @pytest.mark.parametrize("kind", ["offsets", "shape", "length", "overlap", "beyond 100 MB"])
 def test_a_lying_safetensors_header_is_refused(tmp_path: Path, kind: str) -> None:
     headers = {
@@ -164,21 +216,79 @@ def test_the_cache_is_listed_verified_and_pruned(
     assert "intact" in run("cache", "verify").stdout
     assert "0 removed" in run("cache", "prune", "--older-than", "1d").stdout
     (item,) = cache.listing()
-    foreign = item.entry.weights.parent / "notes.txt"
-    foreign.write_text("mine")
+    # The names of a person's own files, one of them with eight digits.
+    foreign = ["finetuned-20240101.safetensors", "notes.txt"]
+    for name in foreign:
+        (item.entry.weights.parent / name).write_text("mine")
+    status = item.entry.weights.stat()
     data = bytearray(item.entry.weights.read_bytes())
     data[-1] ^= 1
     item.entry.weights.write_bytes(data)
+    os.utime(item.entry.weights, ns=(status.st_atime_ns, status.st_mtime_ns))
+    # Size and time are trusted at a start; `verify` hashes.
+    assert not same_weights(vitadapter_zoo.load(NAME, checkpoint=source), NAME)
     result = run("cache", "verify")
     assert result.returncode == 1
     assert "1 damaged" in result.stderr
+    os.utime(item.entry.weights)
     assert same_weights(vitadapter_zoo.load(NAME, checkpoint=source), NAME)  # made anew
     assert "intact" in run("cache", "verify").stdout
-    assert "1 removed" in run("cache", "prune", "--all").stdout
-    assert left_behind(zoo_home) == ["notes.txt"]
+    two_days_ago = time.time() - 2 * 86400
+    os.utime(item.entry.record, (two_days_ago, two_days_ago))
+    assert "0 removed" in run("cache", "prune", "--older-than", "3d").stdout
+    assert "1 removed" in run("cache", "prune", "--older-than", "1d").stdout
+    assert left_behind(zoo_home) == foreign
+    assert "0 removed" in run("cache", "prune", "--all").stdout
+    assert left_behind(zoo_home) == foreign
     assert "is no age" in failure("cache", "prune", "--older-than", "soon")
     assert "offline mode" in failure("download", "vit-t-deit-3x", "--offline")
     assert "name the models" in failure("download")
+
+
+READ_ONLY = """
+import os, stat, sys, ctypes
+from pathlib import Path
+import helpers, vitadapter_zoo as zoo
+
+# root writes to what nobody may write to, unless it gives up the right (CAP_DAC_OVERRIDE).
+if os.getuid() == 0:
+    class Header(ctypes.Structure):
+        _fields_ = [("version", ctypes.c_uint32), ("pid", ctypes.c_int)]
+    header, sets = Header(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.capget(ctypes.byref(header), sets) == 0
+    sets[0] &= ~2
+    assert libc.capset(ctypes.byref(header), sets) == 0
+home = Path(os.environ["VITADAPTER_ZOO_HOME"])
+try:
+    (home / "probe").touch()
+    print("WRITABLE")
+except PermissionError:
+    pass
+print(helpers.same_weights(zoo.load("adapter-t-deit-3x", checkpoint=sys.argv[1]), sys.argv[2]))
+try:
+    zoo.load("vit-t-deit-3x", checkpoint=sys.argv[3])
+except zoo.ZooError as error:
+    print(error)
+"""
+
+
+def test_a_read_only_cache_serves(published_file: MakeFile, zoo_home: Path) -> None:
+    source = str(published_file(NAME))
+    vitadapter_zoo.load(NAME, checkpoint=source)
+    (weights,) = zoo_home.rglob("*.safetensors")
+    os.utime(weights)  # as copying a cache to its place does
+    folders = [zoo_home, *(path for path in zoo_home.rglob("*") if path.is_dir())]
+    for folder in folders:
+        folder.chmod(0o555)
+    result = workers().run(READ_ONLY, source, NAME, str(published_file("vit-t-deit-3x")))
+    for folder in folders:
+        folder.chmod(0o755)
+    assert result.returncode == 0, result.stderr
+    first, second = result.stdout.splitlines()
+    assert first == "True"
+    assert "cannot write to" in second
+    assert "VITADAPTER_ZOO_HOME" in second
 
 
 def test_cards_on_the_command_line(tmp_path: Path) -> None:

@@ -1,9 +1,13 @@
+import contextlib
+import ssl
+import subprocess
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from forked import COMMAND, workers
 from helpers import left_behind, same_weights
 from pytest_httpserver import HTTPServer
 from werkzeug import Request, Response
@@ -91,3 +95,75 @@ def test_a_busy_server_is_asked_again(httpserver: HTTPServer, tmp_path: Path) ->
     with pytest.raises(DownloadError, match=f"sha256 {digest}, expected 00"):
         download(httpserver.url_for("/busy"), tmp_path / "other", sha256="00")
     assert not (tmp_path / "other").exists()
+
+
+@contextlib.contextmanager
+def as_github(files: dict[str, bytes], folder: Path) -> Iterator[tuple[dict[str, str], list[str]]]:
+    """A proxy that answers for https://github.com; the environment that leads there, and a log.
+
+    No file is sent before all of them were asked for.
+    """
+    certificate = folder / "github.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1",
+         "-nodes", "-days", "2", "-subj", "/CN=github.com",
+         "-addext", "subjectAltName=DNS:github.com",
+         "-keyout", str(certificate), "-out", str(folder / "public.pem")],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    certificate.write_bytes(certificate.read_bytes() + (folder / "public.pem").read_bytes())
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    together = threading.Barrier(len(files))
+    log: list[str] = []
+
+    class Proxy(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+            """Say nothing."""
+
+        def do_CONNECT(self) -> None:
+            log.append(f"CONNECT {self.path}")
+            self.send_response(200)
+            self.end_headers()
+            self.connection = context.wrap_socket(self.connection, server_side=True)
+            self.rfile, self.wfile = (self.connection.makefile(mode) for mode in ("rb", "wb"))
+            self.handle_one_request()
+            self.wfile.flush()
+            self.close_connection = True
+
+        def do_GET(self) -> None:
+            log.append(f"GET {self.path}")
+            data = files[self.path.rpartition("/")[2]]
+            together.wait(60)
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Proxy) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        proxy = f"http://127.0.0.1:{server.server_port}"
+        trusted = str(folder / "public.pem")
+        yield {"https_proxy": proxy, "no_proxy": "", "REQUESTS_CA_BUNDLE": trusted}, log
+        server.shutdown()
+
+
+def test_published_files_come_several_at_a_time(
+    published_file: MakeFile, tmp_path: Path, zoo_home: Path
+) -> None:
+    names = [NAME, "vit-t-deit-3x"]
+    files = {
+        vitadapter_zoo.get_row(name).checkpoint_url.rpartition("/")[2]: published_file(
+            name
+        ).read_bytes()
+        for name in names
+    }
+    with as_github(files, tmp_path) as (environment, log):
+        done = workers().run(COMMAND, "download", *names, environment=environment)
+    assert done.returncode == 0, done.stderr
+    assert sorted(log)[:2] == ["CONNECT github.com:443"] * 2
+    assert len(log) == 4
+    for name in names:
+        assert same_weights(vitadapter_zoo.load(name, offline=True), name)

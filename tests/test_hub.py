@@ -1,6 +1,6 @@
 """The Hub, through huggingface_hub itself: each user is a process with HF_ENDPOINT set."""
 
-import os
+import hashlib
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -9,7 +9,13 @@ from pathlib import Path
 
 import pytest
 import requests
+import safetensors
 import standhub
+import standins
+from forked import BEFORE_THE_HUB, workers
+
+import vitadapter_zoo as zoo
+from vitadapter_zoo import MaskRCNN
 
 NAME = "adapter-t-deit-3x"
 FILE = "mask_rcnn_deit_adapter_tiny_fpn_3x_coco.pth.tar"
@@ -35,12 +41,8 @@ class Hub:
         """Run code as a user would; its output, or the error that it ended with."""
         body = "\n".join(f"    {line}" for line in code.strip().splitlines())
         script = f"{PRELUDE}try:\n{body}\nexcept zoo.ZooError as error:\n    print('ERROR', error)"
-        result = subprocess.run(
-            [sys.executable, "-c", script],
-            capture_output=True,
-            text=True,
-            env={**self.environment, **environment},
-        )
+        given = {**self.environment, **environment}
+        result = workers(BEFORE_THE_HUB).run(script, environment=given)
         assert result.returncode == 0, result.stderr
         return result.stdout
 
@@ -55,13 +57,11 @@ def hub(tmp_path: Path, zoo_home: Path) -> Iterator[Hub]:
     yield Hub(
         url,
         {
-            **os.environ,
             "HF_ENDPOINT": url,
             "HF_HOME": str(tmp_path / "hf"),
             "HF_TOKEN": "hf_standin",
             "HF_HUB_DISABLE_XET": "1",  # the stand-in does not speak the Hub's newer protocol
             "VITADAPTER_ZOO_HOME": str(zoo_home),
-            "PYTHONPATH": str(Path(__file__).parent),
         },
     )
     process.kill()
@@ -71,7 +71,9 @@ def hub(tmp_path: Path, zoo_home: Path) -> Iterator[Hub]:
 SAME = "print(helpers.same_weights(zoo.load(NAME, checkpoint='{}'), NAME))"
 
 
-def test_every_name_of_a_hub_file_loads(hub: Hub, published_file: Callable[[str], Path]) -> None:
+def test_every_name_of_a_hub_file_loads(
+    hub: Hub, published_file: Callable[[str], Path], tmp_path: Path
+) -> None:
     hub.add(FILE, published_file(NAME).read_bytes())
     hub.add("other.pth", b"not this one")
     names = [
@@ -83,6 +85,25 @@ def test_every_name_of_a_hub_file_loads(hub: Hub, published_file: Callable[[str]
     assert hub.run("\n".join(SAME.format(name) for name in names)) == "True\n" * 4
     fetched = [line for line in hub.log() if line.startswith("GET") and FILE in line]
     assert len(fetched) == 1
+    assert any(line.endswith("hf_standin") for line in hub.log())  # with the user's token
+    photo, out = str(standins.PHOTO), str(tmp_path / "out")
+    commands = [
+        ["download", NAME, "--checkpoint", names[0]],
+        ["convert", names[0], "--model", NAME, "--out", str(tmp_path / "a.safetensors")],
+        ["predict", photo, "--model", NAME, "--checkpoint", standhub.REPO, "--out", out],
+    ]
+    run = "from vitadapter_zoo.cli import main\n" + "\n".join(
+        f"main({command}, standalone_mode=False)" for command in commands
+    )
+    said = hub.run(run)
+    assert (said.count("adapter-t-deit-3x: "), said.count("from a "), said.count("drawn in")) == (
+        1,
+        1,
+        1,
+    )
+    digest = hashlib.sha256(published_file(NAME).read_bytes()).hexdigest()
+    with safetensors.safe_open(tmp_path / "a.safetensors", "pt") as file:
+        assert file.metadata()["source_sha256"] == digest
     before = len(hub.log())
     again = SAME.format(names[0])
     assert hub.run(again, VITADAPTER_ZOO_OFFLINE="1") == "True\n"
@@ -92,26 +113,55 @@ def test_every_name_of_a_hub_file_loads(hub: Hub, published_file: Callable[[str]
     assert "The file fits vit-t-deit-3x" in hub.run(again)
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("hf://user/none/x.pth", "no such repository"),
-        (f"hf://{standhub.REPO}/none.pth", "no such file"),
-        (f"hf://{standhub.REPO}@v9/{FILE}", "no branch, tag or commit 'v9'"),
-        (standhub.REPO, "name one as hf://user/repo/FILE"),
-        ("hf://nonsense", "names no file on the Hub"),
-    ],
-)
-def test_what_is_not_there_is_said(hub: Hub, name: str, message: str) -> None:
-    output = hub.run(f"zoo.load(NAME, checkpoint={name!r})")
-    assert message in output
-    assert output.count("ERROR") == 1
+TRY = """
+for name in {names}:
+    try:
+        zoo.load(NAME, checkpoint=name{options})
+    except zoo.ZooError as error:
+        print("SAID", str(error).replace(chr(10), " "))
+"""
+
+
+def test_what_is_not_there_is_said(hub: Hub) -> None:
+    messages = {
+        "hf://user/none/x.pth": "no such repository",
+        "hf://user/gated/x.pth": "its owner has to grant access",
+        f"hf://{standhub.REPO}/none.pth": "no such file",
+        f"hf://{standhub.REPO}@v9/{FILE}": "no branch, tag or commit 'v9'",
+        standhub.REPO: "name one as hf://user/repo/FILE",
+        "hf://nonsense": "names no file on the Hub",
+    }
+    said = hub.run(TRY.format(names=list(messages), options="")).splitlines()
+    assert len(said) == len(messages)
+    for line, message in zip(said, messages.values(), strict=True):
+        assert message in line
+    away = hub.run(
+        f"zoo.load(NAME, checkpoint='{standhub.REPO}')", HF_ENDPOINT="http://127.0.0.1:9"
+    )
+    assert "cannot download hf://user/repo" in away
 
 
 def test_offline_says_what_is_missing(hub: Hub) -> None:
-    output = hub.run(f"zoo.load(NAME, checkpoint='hf://{standhub.REPO}/{FILE}', offline=True)")
-    assert "offline mode" in output
-    assert hub.log() == ["GET /__log__"]
+    names = [f"hf://{standhub.REPO}/{FILE}", standhub.REPO]
+    code = TRY.format(names=names, options=", offline=True")
+    code += f"zoo.load('{standhub.REPO}', offline=True)\n"
+    assert hub.run(code).count("offline mode") == 3
+    assert (
+        hub.run(code.replace(", offline=True", ""), HF_HUB_OFFLINE="1").count("offline mode") == 3
+    )
+    assert hub.log() == ["GET /__log__ "]
+
+
+def test_shards_on_the_hub_are_read(hub: Hub, tiny: MaskRCNN, tmp_path: Path) -> None:
+    folder = zoo.save_pretrained(tiny, tmp_path / "mine", max_shard_size="30MB")
+    for path in folder.iterdir():
+        hub.add(path.name, path.read_bytes())
+    code = f"print(helpers.same_weights(zoo.load('{standhub.REPO}'), NAME))\n"
+    code += SAME.format(standhub.REPO)
+    assert hub.run(code) == "True\n" * 2
+    hub.damage("model-00002-of-00004.safetensors")
+    fresh = str(tmp_path / "hf-2")
+    assert "is not the file that the server announces" in hub.run(code, HF_HOME=fresh)
 
 
 def test_a_file_that_differs_from_its_announced_hash_is_refused(

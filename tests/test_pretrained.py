@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import same_weights
 from huggingface_hub import ModelCard
+from huggingface_hub.utils._validators import validate_repo_id
 
 import vitadapter_zoo
 from vitadapter_zoo import CheckpointError, MaskRCNN, get_row, list_models
@@ -24,7 +25,10 @@ def test_a_saved_folder_is_read_back(tiny: MaskRCNN, tmp_path: Path) -> None:
         assert same_weights(back, NAME)
         assert (back.row, back.categories) == (tiny.row, tiny.categories)
         assert not back.training
-    ModelCard.load(folder / "README.md")
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.base_model == "facebook/deit-tiny-patch16-224"
+    assert card.data.eval_results is None  # nobody measured these weights
+    assert "80 classes: person" in card.text
 
 
 def test_shards_are_written_and_read(tiny: MaskRCNN, tmp_path: Path) -> None:
@@ -84,6 +88,14 @@ def test_card_metadata_holds_the_published_results(name: str) -> None:
     assert results["instance-segmentation"].metric_value == row.mask_ap
     assert {result.dataset_type for result in results.values()} == {"coco"}
     assert all(result.source_url for result in results.values())
+    for result in data.eval_results:
+        assert (result.dataset_name, result.dataset_split) == ("COCO val2017", "val2017")
+    assert {"object-detection", "instance-segmentation", "vit-adapter"} <= set(data.tags)
+    uniperceiver = name == "adapter-b-uniperceiver-3x"  # which the Hub does not have
+    assert (data.base_model is None) == uniperceiver
+    for repo in [*data.datasets, *([] if uniperceiver else [data.base_model])]:
+        validate_repo_id(repo)
+    assert data.pipeline_tag == "image-segmentation"
     assert data.license == "apache-2.0"
     assert data.library_name == "vitadapter-zoo"
     assert data.model_name == name

@@ -2,20 +2,22 @@
 
 Layout, readable by a person::
 
-    <home>/adapter-t-deit-3x/mask_rcnn_..._coco-1a2b3c4d.safetensors   the weights
-    <home>/adapter-t-deit-3x/mask_rcnn_..._coco-1a2b3c4d.json          where they came from
-    <home>/adapter-t-deit-3x/mask_rcnn_..._coco-1a2b3c4d.download*     a download under way
-    <home>/.sources/mask_rcnn_..._coco-1a2b3c4d.json                   the source's first sha256
-    <home>/.locks/                                                     held while a file is made
+    <home>/adapter-t-deit-3x/mask_rcnn_..._coco.zoo-1a2b3c4d.safetensors   the weights
+    <home>/adapter-t-deit-3x/mask_rcnn_..._coco.zoo-1a2b3c4d.json          where they came from
+    <home>/adapter-t-deit-3x/mask_rcnn_..._coco.zoo-1a2b3c4d.download*     a download under way
+    <home>/.sources/mask_rcnn_..._coco.zoo-1a2b3c4d.json                   the source's first sha256
+    <home>/.locks/                                                         held while a file is made
 
 ``<home>`` is ``$VITADAPTER_ZOO_HOME``, else the platform's cache directory. The eight digits come
-from the source's path or URL, so that files of the same name do not collide. Nothing here needs
+from the source's path or URL, so that files of the same name do not collide; ``.zoo-`` before them
+is what no other file has, whatever directory the cache was told to live in. Nothing here needs
 torch.
 """
 
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -33,9 +35,11 @@ from vitadapter_zoo import files
 from vitadapter_zoo.catalog import ROWS
 from vitadapter_zoo.errors import ZooError
 
+logger = logging.getLogger(__name__)
+
 # Nothing else is ever removed, whatever directory the cache was told to live in.
 OWN_FILE = re.compile(
-    r"\.?(.+-[0-9a-f]{8})\.(?:safetensors|json|download|download\.part|download\.part\.json)"
+    r"\.?(.+\.zoo-[0-9a-f]{8})\.(?:safetensors|json|download|download\.part|download\.part\.json)"
     r"(?:\.tmp)?"
 )
 
@@ -138,11 +142,17 @@ class Entry:
         return self.weights.stat().st_mtime_ns != provenance.mtime_ns
 
     def is_intact(self, provenance: Provenance) -> bool:
-        """Whether the weights still have their hash; the new time of an intact copy is noted."""
+        """Whether the weights still have their hash.
+
+        The new time of an intact copy is noted, where the cache can be written to.
+        """
         if files.sha256(self.weights) != provenance.sha256:
             return False
         if self.is_touched(provenance):
-            self.write(replace(provenance, mtime_ns=self.weights.stat().st_mtime_ns))
+            try:
+                self.write(replace(provenance, mtime_ns=self.weights.stat().st_mtime_ns))
+            except ZooError as error:
+                logger.info("%s was hashed, and will be again: %s", self.weights, error)
         return True
 
     def write(self, provenance: Provenance) -> None:
@@ -205,7 +215,7 @@ def entry(model: str, source: str, cache_dir: Home = None) -> Entry:
     filename = Path(unquote(urlparse(source).path)).name if "://" in source else Path(source).name
     stem = filename.removesuffix(".tar").rpartition(".")[0] or filename or "weights"
     root = home(cache_dir)
-    return Entry(root, root / model / f"{stem}-{digest(source)}.safetensors")
+    return Entry(root, root / model / f"{stem}.zoo-{digest(source)}.safetensors")
 
 
 def digest(text: str) -> str:

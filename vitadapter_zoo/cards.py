@@ -1,5 +1,6 @@
 """Model cards: everything the catalog knows of a checkpoint, in the Hub's form."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -14,7 +15,9 @@ BASE_MODELS = {
     "DeiT-T": "facebook/deit-tiny-patch16-224",
     "DeiT-S": "facebook/deit-small-patch16-224",
     "DeiT-B": "facebook/deit-base-patch16-224",
+    "AugReg-L": "timm/vit_large_patch16_384.augreg_in21k_ft_in1k",
 }
+TAGS = ["object-detection", "instance-segmentation", "mask-rcnn", "vit-adapter"]
 CITATION = """@inproceedings{chen2023vitadapter,
   title={Vision Transformer Adapter for Dense Predictions},
   author={Chen, Zhe and Duan, Yuchen and Wang, Wenhai and He, Junjun and Lu, Tong and Dai, Jifeng
@@ -52,12 +55,43 @@ def metadata(row: Row) -> ModelCardData:
         license=row.license.lower(),
         library_name="vitadapter-zoo",
         pipeline_tag="image-segmentation",
-        tags=["object-detection", "instance-segmentation", "mask-rcnn", "vit-adapter", "coco"],
+        tags=[*TAGS, "coco"],
         datasets=["detection-datasets/coco"],
         base_model=BASE_MODELS.get(row.pretraining_name),
         model_name=row.name,
         eval_results=results,
     )
+
+
+def saved_card(row: Row, categories: Sequence[str]) -> ModelCard:
+    """The card of a detector that its user saved: what it is, and no results but its own to add."""
+    data = ModelCardData(
+        license=row.license.lower(),
+        library_name="vitadapter-zoo",
+        pipeline_tag="image-segmentation",
+        tags=TAGS,
+        base_model=BASE_MODELS.get(row.pretraining_name),
+    )
+    shown = ", ".join(categories[:10]) + (", ..." if len(categories) > 10 else "")
+    return ModelCard(f"""---
+{data.to_yaml()}
+---
+
+# {row.backbone} with Mask R-CNN
+
+A detector built like `{row.name}`, saved by vitadapter-zoo. Whether it was trained further is not
+known to what wrote this card: say here on what, how, and what it reaches. The results of
+`{row.name}` itself, as published: <{SOURCE}>.
+
+{len(categories)} classes: {shown}
+
+```python
+import vitadapter_zoo
+
+model = vitadapter_zoo.load("user/repo")  # this repository's name, or the path of this folder
+detections = model.predict("photo.jpg")[0].filter(0.5)
+```
+""")
 
 
 def write(row: Row, folder: Path) -> Path:

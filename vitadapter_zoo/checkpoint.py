@@ -3,8 +3,10 @@
 Pickles are read with ``weights_only=True``, which builds tensors and plain data and nothing else.
 """
 
+import json
 import pickle
 import re
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Mapping
@@ -18,16 +20,26 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from vitadapter_zoo.containers import check_declared, check_zip
+from vitadapter_zoo.containers import check_calls, check_declared, check_zip
 from vitadapter_zoo.errors import CheckpointError, UnsafeCheckpointError
+
+NUMBERS = ("f2", "f4", "f8", "i4", "i8", "u1", "b1")  # numpy's names of plain numbers
+
+
+def _number(name: str, *rest: object) -> "np.dtype[Any]":
+    """numpy.dtype as pickles call it, for plain numbers alone: others may be of any size."""
+    if name not in NUMBERS:
+        raise pickle.UnpicklingError(f"GLOBAL numpy.dtype of {name!r}")
+    return np.dtype(name)
+
 
 # mmcv's hook_msgs may hold a numpy score. numpy 1.x wrote another module's name, hence the pair.
 _SCALAR = np.float64(0).__reduce__()[0]
 NUMPY_SCALARS: list[Any] = [
     _SCALAR,
     (_SCALAR, "numpy.core.multiarray.scalar"),
-    np.dtype,
-    *(type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8", "u1", "?")),
+    (_number, "numpy.dtype"),
+    *(type(np.dtype(name)) for name in NUMBERS),
 ]
 
 # Absent parameters that may be filled, because the result is provably the same: layer scales of a
@@ -35,6 +47,8 @@ NUMPY_SCALARS: list[Any] = [
 # zero, and filling them would silence the blocks.
 LAYER_SCALES_OFF = {"adapter-t-deit-1x": re.compile(r"backbone\.blocks\.\d+\.gamma[12]")}
 BATCH_COUNTERS = re.compile(r".*\.num_batches_tracked")  # take no part in evaluation
+# torch's list of safe globals, and Python's of warnings, belong to the process, not to a thread.
+ONE_AT_A_TIME = threading.Lock()
 LARGEST_HEADER = 100_000_000  # bytes; the safetensors format's own limit
 LISTED = 8  # names shown per kind of mismatch
 
@@ -86,7 +100,8 @@ def read(path: Path, origin: str) -> Checkpoint:
     head = _head(path, origin)
     if _is_safetensors(head):
         try:
-            return Checkpoint(safetensors.torch.load_file(path), "safetensors")
+            tensors = safetensors.torch.load_file(path)
+            return Checkpoint(tensors, "safetensors", _training(path))
         except safetensors.SafetensorError as error:
             raise CheckpointError(
                 f"{origin} is a damaged or truncated safetensors file ({error}); download it again"
@@ -137,9 +152,14 @@ def _load_pickle(path: Path, origin: str, *, mapped: bool) -> object:
     try:
         if mapped:
             check_zip(path, origin)
-        with torch.serialization.safe_globals(NUMPY_SCALARS), warnings.catch_warnings():
+        with (
+            ONE_AT_A_TIME,
+            torch.serialization.safe_globals(NUMPY_SCALARS),
+            warnings.catch_warnings(),
+        ):
             # torch remarks on unusual pickle protocols, right before it refuses or reads them.
             warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
+            check_calls(path, origin, zipped=mapped)
             check_declared(path, origin)
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except CheckpointError:
@@ -169,6 +189,16 @@ def _state_dict(loaded: object, origin: str) -> dict[str, Tensor]:
             f"{origin} is not a checkpoint of a network: {strange[0]!r} is no tensor"
         )
     return {str(name).removeprefix("module."): value for name, value in state.items()}
+
+
+def _training(path: Path) -> dict[str, str | int | float]:
+    """The training framework's metadata, where ``convert`` wrote the file."""
+    with safetensors.safe_open(path, "pt") as file:
+        written = (file.metadata() or {}).get("training", "{}")
+    try:
+        return _plain_metadata({"meta": json.loads(written)})
+    except ValueError:  # somebody else's use of the word
+        return {}
 
 
 def _plain_metadata(loaded: object) -> dict[str, str | int | float]:

@@ -49,7 +49,7 @@ def to_safetensors(
         origin: what errors and metadata call it.
         row: the row that the weights must fit, strictly.
         target: file to write; it is replaced in one step.
-        sha256: hash of the source, for the metadata.
+        sha256: hash of the source, for the metadata; of shards, as ``files.sha256_of_all`` has it.
         dtype: floating-point type to store; float32 by default.
 
     Raises:

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlparse
@@ -24,7 +25,7 @@ from vitadapter_zoo.errors import DownloadError, ZooError
 from vitadapter_zoo.progress import Report, silent
 
 CHUNK = 1 << 16  # bytes; what a lost connection loses at most
-AGAIN = (408, 425, 429, 500, 502, 503, 504)  # statuses that may pass
+AGAIN = (408, 425, 429)  # statuses that may pass, beside every 5xx
 HASH_IN_NAME = re.compile(r"-(?=\d*[a-f])([0-9a-f]{8,64})\.(?:pth|pt|bin|npz|safetensors)\b")
 
 
@@ -66,6 +67,14 @@ class _Announced:
         """What makes If-Range sure that it is still the same file; weak ETags do not."""
         weak = self.etag is None or self.etag.startswith("W/")
         return self.modified if weak else self.etag
+
+    def differs(self, headers: Mapping[str, str]) -> bool:
+        """Whether an answer to a Range names another file: not every server minds If-Range."""
+        named = (headers.get("ETag"), headers.get("Last-Modified"))
+        known = (self.etag, self.modified)
+        return any(
+            new != old for new, old in zip(named, known, strict=True) if new is not None and old
+        )
 
 
 class _InterruptedError(Exception):
@@ -261,7 +270,7 @@ def _attempt(
 def _prepare(response: requests.Response, url: str, part: _Part) -> int | None:
     """Judge the answer's head and make the part ready for its body; the file's size if known."""
     status = response.status_code
-    if status in AGAIN:
+    if status in AGAIN or status >= 500:
         raise _InterruptedError(f"it answers {status} {response.reason}", _retry_after(response))
     if status == 416:
         part.drop()
@@ -283,6 +292,9 @@ def _prepare(response: requests.Response, url: str, part: _Part) -> int | None:
         if start != part.size or expected not in (None, total):
             part.drop()
             raise _InterruptedError("it sends another range than the one asked for")
+        if part.announced and part.announced.differs(response.headers):
+            part.drop()
+            raise _InterruptedError("the file changed while it was downloaded")
         files.check_space(part.path.parent, total - part.size)
         return total
     # Compressed transfers are decoded on the way: their length and ETag are not the file's.

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,19 @@ def hashed(path: Path) -> "hashlib._Hash":
 def sha256(path: Path) -> str:
     """The sha256 of a file's content, as hexadecimal digits."""
     return hashed(path).hexdigest()
+
+
+def sha256_of_all(paths: Sequence[Path]) -> str:
+    """One sha256 for what may be several files, such as the shards of one checkpoint.
+
+    That of a single file is its own. That of several is the sha256 of what ``sha256sum`` prints
+    for them in the order of their names, so that ``sha256sum model-*.safetensors | sha256sum``
+    gives it too.
+    """
+    if len(paths) == 1:
+        return sha256(paths[0])
+    lines = [f"{sha256(path)}  {path.name}\n" for path in sorted(paths, key=lambda p: p.name)]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 @contextlib.contextmanager

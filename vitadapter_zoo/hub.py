@@ -12,7 +12,6 @@ import huggingface_hub
 from huggingface_hub import constants
 from huggingface_hub.errors import (
     GatedRepoError,
-    HfHubHTTPError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RemoteEntryNotFoundError,
@@ -22,7 +21,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils.tqdm import tqdm
 
 from vitadapter_zoo import cache, files
-from vitadapter_zoo.errors import CheckpointError, DownloadError
+from vitadapter_zoo.errors import CheckpointError, DownloadError, ZooError
 from vitadapter_zoo.progress import Report
 from vitadapter_zoo.shards import INDEX, SINGLE, shard_names
 from vitadapter_zoo.source import WEIGHTS, HubFile
@@ -66,11 +65,11 @@ def _one_error(source: HubFile) -> Iterator[None]:
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         reason = f"{constants.ENDPOINT} cannot be reached and it is not in the cache"
         raise DownloadError(f"cannot download {source}: {reason}; go online once") from error
-    # Whatever else goes wrong comes as an HTTP error, the HTTP library's own error, or OSError.
+    # Whatever else goes wrong comes as an error of theirs, of their HTTP library's, or OSError.
     except Exception as error:
-        if not isinstance(error, (HfHubHTTPError, OSError, ValueError)) and not type(
-            error
-        ).__module__.startswith(("httpx", "httpcore", "hf_xet")):
+        theirs = type(error).__module__.startswith(("huggingface_hub", "httpx", "httpcore"))
+        # hf_xet raises RuntimeError for what fails inside of it.
+        if not theirs and not isinstance(error, (OSError, ValueError, RuntimeError)):
             raise
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise DownloadError(
@@ -264,7 +263,10 @@ def _is_announced(path: Path, source: HubFile, home: Path, *, offline: bool) -> 
         matches = True
     if matches:
         known = cache.Known(str(source), digest, path.stat().st_size, etag, files.now())
-        _checked_record(path, home).remember(known)
+        try:
+            _checked_record(path, home).remember(known)
+        except ZooError as error:
+            logger.info("%s was hashed, and will be again: %s", source, error)
     return matches
 
 

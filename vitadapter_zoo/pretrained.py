@@ -54,7 +54,7 @@ def save_pretrained(
         files.check_space(target, sum(value.nbytes for value in tensors.values()))
         save_torch_state_dict(tensors, target, max_shard_size=max_shard_size, metadata=metadata)
     if not (target / "README.md").exists():
-        files.write_text(target / "README.md", str(cards.card(row)))
+        files.write_text(target / "README.md", str(cards.saved_card(row, model.categories)))
     files.write_json(
         target / PREPROCESSOR,
         {

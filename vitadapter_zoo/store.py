@@ -75,7 +75,7 @@ def obtain(
         if not _is_current(place, row, source, without_network):  # made by another process?
             if isinstance(source, LocalFile):
                 digest = files.sha256(source.path)
-                _convert(row, source, place, source.path, digest)
+                place.write(_convert(row, source, place, source.path, digest))
             else:
                 _from_url(row, source, place, lines, accept_change=accept_change)
     return [place.weights]
@@ -86,6 +86,17 @@ def as_they_are(path: Path) -> list[Path] | None:
     if path.name.endswith(".index.json"):
         return [path.parent / name for name in shard_names(path)]
     return [path] if checkpoint.is_safetensors(path) else None
+
+
+def source_sha256(paths: list[Path]) -> str:
+    """The hash of the source behind the files that ``obtain`` or ``as_they_are`` gave.
+
+    It is the source's own where our cache holds a conversion of it, and that of several files, as
+    ``files.sha256_of_all`` defines it, for shards.
+    """
+    home = cache.home()
+    converted = cache.Entry(home, paths[0]).read() if paths[0].is_relative_to(home) else None
+    return converted.source_sha256 if converted else files.sha256_of_all(paths)
 
 
 def published(row: Row) -> Source:
@@ -153,8 +164,8 @@ def _from_hub(
                 "was changed. To use it all the same, pass its path as the checkpoint: "
                 f"{paths[0]}"
             )
-        etag = paths[0].resolve().name
-        _convert(row, chosen, place, paths[0], digest, etag=etag, commit=hub.commit_of(paths[0]))
+        etag, commit = paths[0].resolve().name, hub.commit_of(paths[0])
+        place.write(_convert(row, chosen, place, paths[0], digest, etag=etag, commit=commit))
     return [place.weights]
 
 
@@ -166,7 +177,7 @@ def _from_url(
     expected = _expected(row, source)
     with files.writing_to(place.home):
         place.download.parent.mkdir(parents=True, exist_ok=True)
-    report = lines(place.weights.stem.rpartition("-")[0])
+    report = lines(place.weights.stem.rpartition(".zoo-")[0])
     fetched = download(source.url, place.download, expected, report=report)
     known = place.known()
     try:
@@ -177,12 +188,15 @@ def _from_url(
                 f"If the change is meant, accept it: `vitadapter-zoo download {row.name} "
                 f"--checkpoint {source} --accept-change`"
             )
-        _convert(row, source, place, place.download, fetched.sha256, etag=fetched.etag)
+        provenance = _convert(row, source, place, place.download, fetched.sha256, etag=fetched.etag)
     except (CheckpointError, DownloadError):
         files.discard_download(place.download)  # the next attempt shall ask the server again
         raise
-    if expected is None:
+    # After the conversion, which a wrong file does not pass, and before the entry counts as
+    # complete: a process killed in between has kept the hash of a right file, or made no entry.
+    if expected is None and (known is None or known.sha256 != fetched.sha256):
         place.remember(fetched)
+    place.write(provenance)
     files.discard_download(place.download)
 
 
@@ -202,30 +216,29 @@ def _convert(
     *,
     etag: str | None = None,
     commit: str | None = None,
-) -> None:
+) -> cache.Provenance:
+    """Write the entry's weights; what has to be written after them for it to be complete."""
     status = path.stat()
     done = convert.to_safetensors([path], str(source), row, place.weights, sha256=digest)
     if isinstance(source, LocalFile) and path.stat().st_mtime_ns != status.st_mtime_ns:
         place.weights.unlink()
         raise ZooError(f"{path} was written to while it was converted; try again")
     written = place.weights.stat()
-    place.write(
-        cache.Provenance(
-            model=row.name,
-            source=str(source),
-            source_sha256=digest,
-            source_size=status.st_size,
-            source_mtime_ns=status.st_mtime_ns if isinstance(source, LocalFile) else None,
-            container=done.container,
-            sha256=files.sha256(place.weights),
-            size=written.st_size,
-            mtime_ns=written.st_mtime_ns,
-            date=files.now(),
-            tool_version=__version__,
-            etag=etag,
-            commit=commit,
-            cast=done.cast,
-            filled=done.filled,
-            metadata=done.metadata,
-        )
+    return cache.Provenance(
+        model=row.name,
+        source=str(source),
+        source_sha256=digest,
+        source_size=status.st_size,
+        source_mtime_ns=status.st_mtime_ns if isinstance(source, LocalFile) else None,
+        container=done.container,
+        sha256=files.sha256(place.weights),
+        size=written.st_size,
+        mtime_ns=written.st_mtime_ns,
+        date=files.now(),
+        tool_version=__version__,
+        etag=etag,
+        commit=commit,
+        cast=done.cast,
+        filled=done.filled,
+        metadata=done.metadata,
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from vitadapter_zoo import cache, files
+from vitadapter_zoo import cache
 from vitadapter_zoo.catalog import ROWS, get_row, list_models
 from vitadapter_zoo.errors import ZooError
 
@@ -180,7 +180,7 @@ def convert(
         if kind == "mmdet":
             done = conversion.to_mmdet(paths, str(where), row, target, dtype=wanted)
         else:
-            digest = files.sha256(paths[0])
+            digest = store.source_sha256(paths)
             done = conversion.to_safetensors(
                 paths, str(where), row, target, sha256=digest, dtype=wanted
             )
