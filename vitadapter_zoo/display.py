@@ -56,7 +56,7 @@ def evaluation(
         TextColumn("{task.fields[speed]}"),
         TimeRemainingColumn(),
         TextColumn("{task.fields[ap]}"),
-        console=Console(stderr=True),
+        console=Console(stderr=True, highlight=False),
         speed_estimate_period=300,  # seconds; on a CPU an image may take ten
     )
     with ThreadPoolExecutor(1, "running-ap") as scorer, contextlib.ExitStack() as ending:
