@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from html.parser import HTMLParser
@@ -373,8 +373,8 @@ def test_all_lists_every_row_with_its_verdict_or_its_error(
     add_to_cache(NAME, published_file(NAME))
     identity = run_identity(load(NAME, offline=True), scene.data)
     with open_run(run_directory(NAME, identity), identity) as run:  # so that nothing is computed
-        for result in scene.results:
-            run.append(result)
+        for one in scene.results:
+            run.append(one)
     arguments = ("verify", "--all", "--coco", str(scene.root), "--offline")
     result = invoke(*arguments, "--report", str(tmp_path / "zoo"))
     assert result.exit_code == 2, result.output
@@ -401,7 +401,9 @@ def test_all_lists_every_row_with_its_verdict_or_its_error(
 
 def test_the_page_of_all_grows_row_by_row(found: Verification, tmp_path: Path) -> None:
     seen: list[list[str]] = []
-    outcomes = iter([found, DownloadError("<b>no</b> server"), found])
+    outcomes: Iterator[Verification | ZooError] = iter(
+        [found, DownloadError("<b>no</b> server"), found]
+    )
 
     def evaluate(row: Any) -> Verification:
         if (tmp_path / "index.json").exists():

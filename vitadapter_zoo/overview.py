@@ -10,6 +10,7 @@ from typing import Any, Literal
 from vitadapter_zoo import cache, files, page, report
 from vitadapter_zoo.catalog import ROWS, Row
 from vitadapter_zoo.errors import ZooError
+from vitadapter_zoo.scoring import NOTHING
 from vitadapter_zoo.verdict import Verdict, Verification
 
 PAGE, FIGURES_FILE = "index.html", "index.json"
@@ -119,23 +120,29 @@ def print_table(content: dict[str, Any]) -> None:
     from rich.table import Table
 
     console = Console(highlight=False)
-    table = Table()
-    table.add_column("model")
-    for kind in ("box", "mask"):
-        for name in ("published", "measured", "difference"):
-            table.add_column(f"{kind} {name}", justify="right")
-    table.add_column("verdict")
+    table = Table(box=None, pad_edge=False, caption="published, measured, difference")
+    table.add_column("model", no_wrap=True)
+    table.add_column("box AP", justify="right", no_wrap=True)
+    table.add_column("mask AP", justify="right", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
     for row in content["rows"]:
-        cells = []
-        for kind in ("box", "mask"):
-            one = row[kind]
-            cells.append("-" if one["published"] is None else f"{one['published']:.1f}")
-            known = one["measured"] is not None and one["measured"] >= 0
-            cells.append(f"{one['measured']:.2f}" if known else "-")
-            cells.append("-" if one["difference"] is None else f"{one['difference']:+.1f}")
         color = report.COLORS.get(row["status"], "red")
-        table.add_row(row["model"], *cells, f"[{color}]{row['status']}[/{color}]")
+        verdict = f"[{color}]{row['status']}[/{color}]"
+        table.add_row(row["model"], _cell(row["box"]), _cell(row["mask"]), verdict)
     console.print(table)
     for row in content["rows"]:
         if row["status"] == "failed":
             console.print(f"{row['model']}: {escape(row['reason'])}", soft_wrap=True)
+
+
+def _cell(figures: dict[str, float | None]) -> str:
+    """Published, measured and difference below those of the other rows."""
+    published, measured, difference = (
+        figures[name] for name in ("published", "measured", "difference")
+    )
+    unknown = measured is None or measured == NOTHING
+    return (
+        ("-" if published is None else f"{published:.1f}").rjust(4)
+        + ("-" if unknown else f"{measured:.2f}").rjust(6)
+        + ("-" if difference is None else f"{difference:+.1f}").rjust(6)
+    )
