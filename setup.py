@@ -69,6 +69,6 @@ setup(
     # The sources go along, for `vitadapter-zoo build-op`.
     packages=[*find_packages(include=["vitadapter_zoo*"]), "vitadapter_zoo.csrc"],
     package_dir={"vitadapter_zoo.csrc": "csrc"},
-    package_data={"vitadapter_zoo": ["py.typed"], "vitadapter_zoo.csrc": ["*"]},
+    package_data={"vitadapter_zoo": ["py.typed", "templates/*"], "vitadapter_zoo.csrc": ["*"]},
     **options(),
 )

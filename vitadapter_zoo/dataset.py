@@ -46,6 +46,7 @@ class Dataset:
         images: in the order of their ids.
         categories: (id, name) of every class, in the file's order.
         annotation_count: objects and crowds in all.
+        folder: of the image files.
     """
 
     annotations: Path
@@ -53,6 +54,7 @@ class Dataset:
     images: tuple[Image, ...]
     categories: tuple[tuple[int, str], ...]
     annotation_count: int
+    folder: Path
 
     @property
     def is_val2017(self) -> bool:
@@ -148,6 +150,7 @@ def read_dataset(annotations: Path, images: Path) -> Dataset:
         images=tuple(sorted(entries, key=lambda image: image.image_id)),
         categories=categories,
         annotation_count=len(content["annotations"]),
+        folder=images,
     )
 
 

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-from vitadapter_zoo.scoring import FIGURES, NOTHING, Scores
+import numpy as np
+
+from vitadapter_zoo import cache, files
+from vitadapter_zoo.errors import ZooError
+from vitadapter_zoo.scoring import ALL, FIGURES, NOTHING, Scores
 from vitadapter_zoo.verdict import Comparison, Verification
+
+PAGE, FIGURES_FILE, DETECTIONS = "report.html", "report.json", "detections.json"
+BINS = 20  # of the score histogram, over 0..1
 
 COLORS = {"confirmed": "green", "refuted": "red", "inconclusive": "yellow"}
 
@@ -23,6 +34,7 @@ def record(found: Verification) -> dict[str, Any]:
         "images": {
             "evaluated": found.evaluated,
             "total": found.total,
+            "detections": sum(len(one.scores) for one in found.results),
             "skipped": {str(key): reason for key, reason in found.skipped.items()},
             "unseen_classes": list(found.unseen),
         },
@@ -59,6 +71,92 @@ def _scores(scores: Scores) -> dict[str, Any]:
     }
 
 
+def prepare(directory: Path) -> None:
+    """Make the folder of a report, before the hours that lead to it.
+
+    Raises:
+        ZooError: it cannot be written to.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if not os.access(directory, os.W_OK):
+            raise PermissionError(f"no permission to write in {directory}")
+    except OSError as error:
+        raise ZooError(
+            f"no report can be written to {directory} ({error.strerror or error}): choose another "
+            "folder with --report"
+        ) from error
+
+
+def write(found: Verification, directory: Path, *, command: str | None = None) -> dict[str, Any]:
+    """Write report.json, report.html and detections.json; each is there whole or as before.
+
+    Args:
+        found: what was found.
+        directory: made where it does not exist.
+        command: that led to it, for those who want to repeat it.
+
+    Returns:
+        The content of report.json.
+
+    Raises:
+        ZooError: the folder cannot be written to.
+    """
+    from vitadapter_zoo import page
+    from vitadapter_zoo.mistakes import worst
+
+    prepare(directory)
+    examples = worst(found)
+    content = {
+        **record(found),
+        "command": command,
+        "date": files.now(),
+        "curves": {"box": curves(found.box), "mask": curves(found.mask)},
+        "score_histogram": score_histogram(found),
+        "worst_images": [asdict(mistakes) for mistakes, _ in examples],
+    }
+    with cache.locked(cache.home(), f"report-{cache.digest(str(directory.resolve()))}"):
+        _write_detections(found, directory / DETECTIONS)
+        files.write_json(directory / FIGURES_FILE, content)
+        files.write_text(directory / PAGE, page.report(content, [shown for _, shown in examples]))
+    return content
+
+
+def _write_detections(found: Verification, target: Path) -> None:
+    """COCO's result format, a line for each detection; never all of it in memory."""
+    with files.replacing(target) as partial, partial.open("w", encoding="utf-8") as file:
+        separator = "[\n"
+        for result in found.results:
+            for detection in result.to_coco():
+                file.write(separator + json.dumps(detection))
+                separator = ",\n"
+        file.write("[]\n" if separator == "[\n" else "\n]\n")
+
+
+def curves(scores: Scores) -> dict[str, list[float]]:
+    """Precision at recall 0:0.01:1, the mean over the annotated classes; empty without any.
+
+    By the IoU: 0.50, 0.75, and the mean over 0.50:0.05:0.95. The mean of each is the AP.
+    """
+    of_all = scores.precision[:, :, :, ALL, -1]
+    annotated = of_all[:, :, (of_all > NOTHING).all(axis=(0, 1))]
+    if not annotated.size:
+        return {"0.50": [], "0.75": [], "0.50:0.95": []}
+    by_threshold = annotated.mean(axis=2)
+    return {
+        "0.50": by_threshold[0].tolist(),
+        "0.75": by_threshold[5].tolist(),
+        "0.50:0.95": by_threshold.mean(axis=0).tolist(),
+    }
+
+
+def score_histogram(found: Verification) -> list[int]:
+    """How many detections have a score in each twentieth of 0..1."""
+    scores = np.concatenate([np.zeros(0), *(np.asarray(one.scores) for one in found.results)])
+    counts: list[int] = np.histogram(scores, bins=BINS, range=(0, 1))[0].tolist()
+    return counts
+
+
 def print_table(found: Verification) -> None:
     """Print published, measured, difference and verdict."""
     from rich.console import Console
@@ -83,6 +181,9 @@ def print_table(found: Verification) -> None:
             cells.append(f"{100 * one.interval.low:.1f} to {100 * one.interval.high:.1f}")
         table.add_row(*cells)
     console.print(table)
+    before = found.details.get("images_before", 0)
+    if before:
+        console.print(f"{before:,} images were there already, from an earlier call.")
     color = COLORS[found.verdict]
     console.print(f"[{color}]{found.verdict}[/{color}]: {escape(found.reason)}", soft_wrap=True)
     if found.comparisons[0].interval is not None:

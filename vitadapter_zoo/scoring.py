@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from vitadapter_zoo import __version__
 from vitadapter_zoo.records import ImageResult
 
 Kind = Literal["box", "mask"]
@@ -102,6 +104,19 @@ def tabulate(results: Sequence[ImageResult]) -> Table:
     return Table([result.image_id for result in ordered], rows, masks)
 
 
+@dataclass(frozen=True)
+class Unmatched:
+    """What does not fit in one image, at IoU 0.5; crowds are left out.
+
+    Attributes:
+        missed: ids of the annotations that no detection of their class found.
+        false: places, in the image's result, of the detections that found no object.
+    """
+
+    missed: tuple[int, ...]
+    false: tuple[int, ...]
+
+
 class Annotations:
     """An annotation file as hotcoco holds it, read once for both kinds."""
 
@@ -140,6 +155,45 @@ class Annotations:
                 by_class[entry["category_id"]].append(entry)
         return [_matches(by_class[key], places) for key in self.category_ids]
 
+    def unmatched(self, results: Sequence[ImageResult], kind: Kind) -> list[Unmatched]:
+        """Missed objects and false detections of each image, by COCO's matching at IoU 0.5.
+
+        Args:
+            results: one per image, with the detections that shall count.
+            kind: what is compared, boxes or masks.
+
+        Returns:
+            One for each of ``results``, in their order.
+        """
+        places: dict[int, int] = {}  # by hotcoco's ids, which number the detections from 1
+        for result in sorted(results, key=lambda one: one.image_id):
+            for place in range(len(result.scores)):
+                places[len(places) + 1] = place
+        missed: dict[int, list[int]] = {result.image_id: [] for result in results}
+        false: dict[int, list[int]] = {result.image_id: [] for result in results}
+        for entry in self._evaluate(tabulate(results), kind, every_area=False).eval_imgs:
+            if entry is None:
+                continue
+            objects = zip(entry["gtIds"], entry["gtMatched"][0], entry["gtIgnore"], strict=True)
+            missed[entry["image_id"]] += [key for key, hit, left in objects if not (hit or left)]
+            found = zip(entry["dtIds"], entry["dtMatched"][0], entry["dtIgnore"][0], strict=True)
+            false[entry["image_id"]] += [
+                places[key] for key, hit, left in found if not (hit or left)
+            ]
+        return [
+            Unmatched(tuple(sorted(missed[key])), tuple(sorted(false[key])))
+            for key in (result.image_id for result in results)
+        ]
+
+    def objects(self, image_id: int) -> list[dict[str, Any]]:
+        """The annotations of one image, each with its mask as ``rle``."""
+        found = self._coco.load_anns(self._coco.get_ann_ids(img_ids=[image_id]))
+        return [{**one, "rle": self._coco.ann_to_rle(one)} for one in found]
+
+    def file_name(self, image_id: int) -> str:
+        """Path of an image's file inside the folder of images."""
+        return str(self._coco.imgs[image_id]["file_name"])
+
     def _evaluate(self, table: Table, kind: Kind, *, every_area: bool = True) -> Any:
         from hotcoco import COCOeval
 
@@ -159,6 +213,12 @@ class Annotations:
             evaluation.params.area_rng_lbl = evaluation.params.area_rng_lbl[:1]
         evaluation.evaluate()
         return evaluation
+
+
+def versions() -> dict[str, str]:
+    """The versions of what scores."""
+    packages = {name: metadata.version(name) for name in ("hotcoco", "numpy")}
+    return {"vitadapter-zoo": __version__, **packages}
 
 
 def _summarize(precision: Floats, recall: Floats, names: list[str]) -> Scores:

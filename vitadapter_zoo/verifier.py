@@ -39,6 +39,7 @@ def verify(
     run: str | os.PathLike[str] | None = None,
     cache_dir: cache.Home = None,
     offline: bool | None = None,
+    progress: bool = True,
     watch: Callable[[Run, Sequence[Image]], None] | None = None,
 ) -> Verification:
     """Evaluate a detector on COCO and compare with the published box and mask AP.
@@ -68,6 +69,7 @@ def verify(
             data set, the precision and the versions.
         cache_dir: as for ``load``.
         offline: as for ``load``.
+        progress: as for ``load``.
         watch: called after each image with the run and the images that are asked for.
 
     Raises:
@@ -82,12 +84,12 @@ def verify(
         raise ValueError("limit and max_minutes must be above 0")
     started = time.monotonic()
     deadline = None if max_minutes is None else started + 60 * max_minutes
-    data, folder = _opened(dataset)
+    data = _opened(dataset)
     is_part = limit is not None or max_minutes is not None
     images = datasets.sampling_order(data, seed)[:limit] if is_part else list(data.images)
     if not skip_bad_images:
         _check_images(images)
-    detector, name = _loaded(model, checkpoint, device, dtype, cache_dir, offline)
+    detector, name = _loaded(model, checkpoint, device, dtype, cache_dir, offline, progress)
     evaluator = Evaluator(detector, data.category_ids(detector.categories))
     identity = run_identity(detector, data)
     place = Path(run) if run is not None else run_directory(name, identity, cache_dir)
@@ -109,15 +111,14 @@ def verify(
     }
     return judge(
         name, data, results, published,
-        random_part=is_part, seed=seed, images=folder, details=details,
+        random_part=is_part, seed=seed, images=data.folder, details=details,
     )  # fmt: skip
 
 
-def _opened(dataset: str | os.PathLike[str] | Dataset) -> tuple[Dataset, Path | None]:
+def _opened(dataset: str | os.PathLike[str] | Dataset) -> Dataset:
     if isinstance(dataset, Dataset):
-        return dataset, dataset.images[0].path.parent if dataset.images else None
-    annotations, images = datasets.coco_paths(Path(dataset).expanduser())
-    return datasets.read_dataset(annotations, images), images
+        return dataset
+    return datasets.read_dataset(*datasets.coco_paths(Path(dataset).expanduser()))
 
 
 def _check_images(images: Sequence[Image]) -> None:
@@ -138,6 +139,7 @@ def _loaded(
     dtype: torch.dtype | None,
     cache_dir: cache.Home,
     offline: bool | None,
+    progress: bool,
 ) -> tuple[MaskRCNN, str]:
     from vitadapter_zoo.loader import load
     from vitadapter_zoo.models import MaskRCNN
@@ -153,7 +155,7 @@ def _loaded(
         return model, model.row.name
     detector = load(
         model, checkpoint=checkpoint, device=device or "cpu", dtype=dtype, cache_dir=cache_dir,
-        offline=offline,
+        offline=offline, progress=progress,
     )  # fmt: skip
     return detector, os.fspath(model)
 

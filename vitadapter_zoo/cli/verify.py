@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +21,10 @@ if TYPE_CHECKING:
 
 EXIT_STATUS = {"confirmed": 0, "refuted": 1, "inconclusive": 3}
 COULD_NOT_RUN = 2
+WORST_FIRST = (COULD_NOT_RUN, *(EXIT_STATUS[it] for it in ("refuted", "inconclusive", "confirmed")))
 INTERRUPTED = 130  # as shells count SIGINT
+REPORT = click.Path(path_type=Path, file_okay=False)
+REPORT_HELP = "Write report.html, report.json and the detections there."
 
 
 class _CouldNotRunError(click.ClickException):
@@ -83,11 +89,14 @@ Examples:
   vitadapter-zoo verify adapter-l-augreg-3x --coco /data/coco --report report
   vitadapter-zoo verify adapter-t-deit-3x --coco /data/coco --images 200
   vitadapter-zoo verify my-model --annotations own.json --images own/ --expect 41.2 38.0
+  vitadapter-zoo verify --all --coco /data/coco --report zoo
 \b
-Exit status: 0 confirmed, 1 refuted, 3 inconclusive, 2 could not run.
+Exit status: 0 confirmed, 1 refuted, 3 inconclusive, 2 could not run. With --all: 2 if any row
+could not run, else 1 if any was refuted, else 3 if any was inconclusive.
 """,
 )
-@click.argument("name")
+@click.argument("name", required=False)
+@click.option("--all", "every", is_flag=True, help="Every checkpoint of the catalog in turn.")
 @_coco_options
 @click.option(
     "--images",
@@ -110,11 +119,13 @@ Exit status: 0 confirmed, 1 refuted, 3 inconclusive, 2 could not run.
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32")
 @click.option("--run", type=click.Path(path_type=Path, file_okay=False), help="Run directory.")
+@click.option("--report", "folder", type=REPORT, help=REPORT_HELP)
 @click.option("--json", "as_json", is_flag=True, help="Print every figure as JSON.")
 @click.option("--offline", is_flag=True, help="Never use the network.")
 @click.option("--quiet", is_flag=True, help="No progress.")
 def verify(
-    name: str,
+    name: str | None,
+    every: bool,
     coco: Path | None,
     annotations: Path | None,
     choices: tuple[int | Path, ...],
@@ -126,6 +137,7 @@ def verify(
     device: str,
     dtype: str,
     run: Path | None,
+    folder: Path | None,
     as_json: bool,
     offline: bool,
     quiet: bool,
@@ -137,27 +149,43 @@ def verify(
         raise click.UsageError("--images takes one number and one folder at most")
     if folders and annotations is None:
         raise click.UsageError("--images DIR goes with --annotations")
+    if (name is None) != every:
+        raise click.UsageError("give either NAME or --all")
+    if every and (checkpoint, run, expect) != (None, None, None):
+        raise click.UsageError("--checkpoint, --run and --expect belong to one model, not to --all")
+    _prepare(folder)
     data = _dataset(coco, annotations, folders[0] if folders else None)
     import torch
 
+    from vitadapter_zoo import display
     from vitadapter_zoo.cli.predict import usable_device
     from vitadapter_zoo.verifier import verify as run_verify
 
-    found = run_verify(
-        name,
-        data,
-        checkpoint=checkpoint,
-        limit=counts[0] if counts else None,
-        max_minutes=max_minutes,
-        seed=seed,
-        expected=expect,
-        skip_bad_images=skip_bad_images,
-        device=usable_device(device),
-        dtype=getattr(torch, dtype),
-        run=run,
-        offline=offline or None,
-    )
-    _tell(found, as_json)
+    chosen_device = usable_device(device)
+
+    def evaluate(model: str) -> Verification:
+        with display.evaluation(data.annotations, not quiet, max_minutes) as watch:
+            return run_verify(
+                model,
+                data,
+                checkpoint=checkpoint,
+                limit=counts[0] if counts else None,
+                max_minutes=max_minutes,
+                seed=seed,
+                expected=expect,
+                skip_bad_images=skip_bad_images,
+                device=chosen_device,
+                dtype=getattr(torch, dtype),
+                run=run,
+                offline=offline or None,
+                progress=not quiet,
+                watch=watch,
+            )
+
+    if name is not None:
+        _tell(evaluate(name), as_json, folder)
+    else:
+        _tell_all(evaluate, data.annotations, as_json, folder)
 
 
 @click.command(
@@ -178,6 +206,7 @@ Exit status: as for `verify`.
     metavar="BOX MASK",
     help="Compare with these APs (0..100), instead of the published.",
 )
+@click.option("--report", "folder", type=REPORT, help=REPORT_HELP)
 @click.option("--json", "as_json", is_flag=True, help="Print every figure as JSON.")
 def score(
     results: Path,
@@ -185,17 +214,31 @@ def score(
     annotations: Path | None,
     name: str,
     expect: tuple[float, float] | None,
+    folder: Path | None,
     as_json: bool,
 ) -> None:
     """Judge a file of COCO results from elsewhere, of the original code for example."""
+    started = time.monotonic()
     row = get_row(name)
+    _prepare(folder)
     data = _dataset(coco, annotations, None)
+    from vitadapter_zoo import files
     from vitadapter_zoo.results import read_results
+    from vitadapter_zoo.scoring import versions
     from vitadapter_zoo.verdict import judge
 
     published = expect or ((row.box_ap, row.mask_ap) if data.is_val2017 else None)
-    found = judge(row.name, data, read_results(results, data), published)
-    _tell(found, as_json)
+    judged = read_results(results, data)
+    details = {
+        "results": str(results),
+        "results_sha256": files.sha256(results),
+        "annotations_sha256": data.sha256,
+        "environment": {"versions": versions()},
+    }
+    images = data.folder if coco is not None else None
+    found = judge(row.name, data, judged, published, images=images, details=details)
+    found.details["seconds"] = time.monotonic() - started
+    _tell(found, as_json, folder)
 
 
 def _dataset(coco: Path | None, annotations: Path | None, images: Path | None) -> Dataset:
@@ -208,12 +251,50 @@ def _dataset(coco: Path | None, annotations: Path | None, images: Path | None) -
     return read_dataset(*coco_paths(coco or Path()))
 
 
-def _tell(found: Verification, as_json: bool) -> None:
-    """Print what was found and leave with the verdict's exit status."""
+def _prepare(folder: Path | None) -> None:
+    """Tell of a report that cannot be written before the hours that lead to it."""
+    from vitadapter_zoo import report
+
+    if folder is not None:
+        report.prepare(folder)
+
+
+def _tell(found: Verification, as_json: bool, folder: Path | None) -> None:
+    """Print what was found, write the report, and leave with the verdict's exit status."""
     from vitadapter_zoo import report
 
     if as_json:
         click.echo(json.dumps(report.record(found), indent=2))
     else:
         report.print_table(found)
+    if folder is not None:
+        report.write(found, folder, command=_command())
+        click.echo(f"report: {folder / report.PAGE}", err=True)
     sys.exit(EXIT_STATUS[found.verdict])
+
+
+def _tell_all(
+    evaluate: Callable[[str], Verification],
+    annotations: Path,
+    as_json: bool,
+    folder: Path | None,
+) -> None:
+    """Evaluate and print every row, and leave with the worst one's exit status."""
+    from vitadapter_zoo import overview
+
+    content = overview.verify_all(
+        lambda row: evaluate(row.name), annotations, folder, command=_command()
+    )
+    if as_json:
+        click.echo(json.dumps(content, indent=2))
+    else:
+        overview.print_table(content)
+    if folder is not None:
+        click.echo(f"report: {folder / overview.PAGE}", err=True)
+    statuses = {EXIT_STATUS.get(row["status"], COULD_NOT_RUN) for row in content["rows"]}
+    sys.exit(next(status for status in WORST_FIRST if status in statuses))
+
+
+def _command() -> str:
+    """What was typed, for those who want to repeat it."""
+    return shlex.join(["vitadapter-zoo", *sys.argv[1:]])
