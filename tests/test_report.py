@@ -283,6 +283,29 @@ def test_the_worst_images_are_those_with_the_most_mistakes(scene: Scene) -> None
             assert max(Image.open(io.BytesIO(encoded)).size) == mistake_module.LONGEST_SIDE
 
 
+def test_unmatched_names_annotations_and_detections(scene: Scene) -> None:
+    first, second, empty = as_found(scene)
+    annotations = Annotations(scene.data.annotations)
+    doubled = replace(  # its first object a second time, as the third detection
+        second,
+        boxes=[*second.boxes[:2], second.boxes[0], *second.boxes[2:]],
+        scores=[0.9, 0.9, 0.8, *second.scores[2:]],
+        category_ids=[*second.category_ids[:2], second.category_ids[0], *second.category_ids[2:]],
+        masks=[*second.masks[:2], second.masks[0], *second.masks[2:]],
+    )
+    short = replace(
+        first,
+        boxes=first.boxes[1:],
+        scores=first.scores[1:],
+        category_ids=first.category_ids[1:],
+        masks=first.masks[1:],
+    )
+    lost = annotations.objects(first.image_id)[0]["id"]
+    found = annotations.unmatched([empty, doubled, short], "mask")
+    assert [one.missed for one in found] == [(), (), (lost,)]
+    assert [one.false for one in found] == [(), (2,), ()]
+
+
 def test_the_pictures_are_in_the_page(found: Verification, tmp_path: Path) -> None:
     content = report.write(found, tmp_path)
     assert content["worst_images"]
