@@ -7,8 +7,8 @@ import io
 import json
 import os
 import pty
-import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -316,34 +316,49 @@ def test_the_pictures_are_in_the_page(found: Verification, tmp_path: Path) -> No
         Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))).load()
 
 
-def test_a_killed_writer_leaves_whole_files(
-    scene: Scene, found: Verification, tmp_path: Path
-) -> None:
-    report.write(found, tmp_path)
-    script = f"""
+KILLED = """
+import resource, signal, sys
 from pathlib import Path
+from vitadapter_zoo import report
 from vitadapter_zoo.dataset import coco_paths, read_dataset
 from vitadapter_zoo.results import read_results
 from vitadapter_zoo.verdict import judge
-from vitadapter_zoo import report
-folder = Path({str(tmp_path)!r})
-data = read_dataset(*coco_paths(Path({str(scene.root)!r})))
-found = judge("model", data, read_results(folder / "detections.json", data), None)
-while True:
-    report.write(found, folder)
-    print("written", flush=True)
+root, folder, limit, source = *map(Path, sys.argv[1:3]), int(sys.argv[3]), Path(sys.argv[4])
+data = read_dataset(*coco_paths(root))
+found = judge("another model", data, read_results(source, data), None)
+signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+report.write(found, folder)
 """
-    expected = (tmp_path / "detections.json").read_bytes()
-    for seed in range(2):
-        process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
-        assert process.stdout
-        assert process.stdout.readline() == b"written\n"
-        time.sleep(random.Random(seed).uniform(0, 0.5))
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert (tmp_path / "detections.json").read_bytes() == expected
-        json.loads((tmp_path / "report.json").read_text())
-        assert (tmp_path / "report.html").read_text().rstrip().endswith("</html>")
+
+
+def test_a_killed_writer_leaves_whole_files(
+    scene: Scene, found: Verification, tmp_path: Path
+) -> None:
+    """The system kills a process at the byte that is over its limit."""
+    (tmp_path / "none.json").write_text("[]")
+    report.write(found, tmp_path / "old")
+    old = {path.name: path.read_bytes() for path in (tmp_path / "old").iterdir()}
+    empty = judge(NAME, scene.data, read_results(tmp_path / "none.json", scene.data), None)
+    report.write(empty, tmp_path / "new")
+    sizes = {path.name: path.stat().st_size for path in (tmp_path / "new").iterdir()}
+    assert sizes["detections.json"] < sizes["report.json"] < sizes["report.html"] - 1000
+    rounds = {
+        "detections.json": (len(old["detections.json"]) // 2, tmp_path / "old" / "detections.json"),
+        "report.json": (sizes["report.json"] // 2, tmp_path / "none.json"),
+        "report.html": (sizes["report.html"] - 1000, tmp_path / "none.json"),
+    }
+    processes = {}
+    for name, (limit, source) in rounds.items():
+        folder = shutil.copytree(tmp_path / "old", tmp_path / name)
+        arguments = [str(scene.root), str(folder), str(limit), str(source)]
+        processes[name] = subprocess.Popen([sys.executable, "-c", KILLED, *arguments])
+    for name, process in processes.items():
+        assert process.wait() == -signal.SIGXFSZ
+        assert (tmp_path / name / name).read_bytes() == old[name]
+        json.loads((tmp_path / name / "report.json").read_text())
+        report.write(empty, tmp_path / name)
+        assert {path.name for path in (tmp_path / name).iterdir()} == set(old)
 
 
 def test_a_report_that_cannot_be_written_is_told_first(tmp_path: Path) -> None:
@@ -353,6 +368,9 @@ def test_a_report_that_cannot_be_written_is_told_first(tmp_path: Path) -> None:
     )
     assert result.exit_code == 2
     assert "no report can be written to" in result.output
+    result = invoke("verify", NAME, "--coco", str(tmp_path), "--report", str(tmp_path / "out"))
+    assert result.exit_code == 2
+    assert not (tmp_path / "out").exists()
 
 
 def test_no_detections_and_no_objects_make_a_page_too(scene: Scene, tmp_path: Path) -> None:
