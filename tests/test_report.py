@@ -525,6 +525,6 @@ def test_the_running_ap_is_scored_seldom(scene: Scene) -> None:
         assert text.startswith("AP of 2: box ")
         assert text.endswith(f"mask {100 * expected:.1f}")
         run.results[scene.results[2].image_id] = scene.results[2]
-        assert running.text(run, scene.data.images) == text
-        scorer.submit(int).result()
-        assert running.text(run, scene.data.images) == text
+        for _ in range(4):
+            assert running.text(run, scene.data.images) == text
+            scorer.submit(int).result()
