@@ -7,8 +7,8 @@ import io
 import json
 import os
 import pty
-import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -283,6 +283,29 @@ def test_the_worst_images_are_those_with_the_most_mistakes(scene: Scene) -> None
             assert max(Image.open(io.BytesIO(encoded)).size) == mistake_module.LONGEST_SIDE
 
 
+def test_unmatched_names_annotations_and_detections(scene: Scene) -> None:
+    first, second, empty = as_found(scene)
+    annotations = Annotations(scene.data.annotations)
+    doubled = replace(  # its first object a second time, as the third detection
+        second,
+        boxes=[*second.boxes[:2], second.boxes[0], *second.boxes[2:]],
+        scores=[0.9, 0.9, 0.8, *second.scores[2:]],
+        category_ids=[*second.category_ids[:2], second.category_ids[0], *second.category_ids[2:]],
+        masks=[*second.masks[:2], second.masks[0], *second.masks[2:]],
+    )
+    short = replace(
+        first,
+        boxes=first.boxes[1:],
+        scores=first.scores[1:],
+        category_ids=first.category_ids[1:],
+        masks=first.masks[1:],
+    )
+    lost = annotations.objects(first.image_id)[0]["id"]
+    found = annotations.unmatched([empty, doubled, short], "mask")
+    assert [one.missed for one in found] == [(), (), (lost,)]
+    assert [one.false for one in found] == [(), (2,), ()]
+
+
 def test_the_pictures_are_in_the_page(found: Verification, tmp_path: Path) -> None:
     content = report.write(found, tmp_path)
     assert content["worst_images"]
@@ -293,34 +316,49 @@ def test_the_pictures_are_in_the_page(found: Verification, tmp_path: Path) -> No
         Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))).load()
 
 
-def test_a_killed_writer_leaves_whole_files(
-    scene: Scene, found: Verification, tmp_path: Path
-) -> None:
-    report.write(found, tmp_path)
-    script = f"""
+KILLED = """
+import resource, signal, sys
 from pathlib import Path
+from vitadapter_zoo import report
 from vitadapter_zoo.dataset import coco_paths, read_dataset
 from vitadapter_zoo.results import read_results
 from vitadapter_zoo.verdict import judge
-from vitadapter_zoo import report
-folder = Path({str(tmp_path)!r})
-data = read_dataset(*coco_paths(Path({str(scene.root)!r})))
-found = judge("model", data, read_results(folder / "detections.json", data), None)
-while True:
-    report.write(found, folder)
-    print("written", flush=True)
+root, folder, limit, source = *map(Path, sys.argv[1:3]), int(sys.argv[3]), Path(sys.argv[4])
+data = read_dataset(*coco_paths(root))
+found = judge("another model", data, read_results(source, data), None)
+signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+report.write(found, folder)
 """
-    expected = (tmp_path / "detections.json").read_bytes()
-    for seed in range(2):
-        process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
-        assert process.stdout
-        assert process.stdout.readline() == b"written\n"
-        time.sleep(random.Random(seed).uniform(0, 0.5))
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert (tmp_path / "detections.json").read_bytes() == expected
-        json.loads((tmp_path / "report.json").read_text())
-        assert (tmp_path / "report.html").read_text().rstrip().endswith("</html>")
+
+
+def test_a_killed_writer_leaves_whole_files(
+    scene: Scene, found: Verification, tmp_path: Path
+) -> None:
+    """The system kills a process at the byte that is over its limit."""
+    (tmp_path / "none.json").write_text("[]")
+    report.write(found, tmp_path / "old")
+    old = {path.name: path.read_bytes() for path in (tmp_path / "old").iterdir()}
+    empty = judge(NAME, scene.data, read_results(tmp_path / "none.json", scene.data), None)
+    report.write(empty, tmp_path / "new")
+    sizes = {path.name: path.stat().st_size for path in (tmp_path / "new").iterdir()}
+    assert sizes["detections.json"] < sizes["report.json"] < sizes["report.html"] - 1000
+    rounds = {
+        "detections.json": (len(old["detections.json"]) // 2, tmp_path / "old" / "detections.json"),
+        "report.json": (sizes["report.json"] // 2, tmp_path / "none.json"),
+        "report.html": (sizes["report.html"] - 1000, tmp_path / "none.json"),
+    }
+    processes = {}
+    for name, (limit, source) in rounds.items():
+        folder = shutil.copytree(tmp_path / "old", tmp_path / name)
+        arguments = [str(scene.root), str(folder), str(limit), str(source)]
+        processes[name] = subprocess.Popen([sys.executable, "-c", KILLED, *arguments])
+    for name, process in processes.items():
+        assert process.wait() == -signal.SIGXFSZ
+        assert (tmp_path / name / name).read_bytes() == old[name]
+        json.loads((tmp_path / name / "report.json").read_text())
+        report.write(empty, tmp_path / name)
+        assert {path.name for path in (tmp_path / name).iterdir()} == set(old)
 
 
 def test_a_report_that_cannot_be_written_is_told_first(tmp_path: Path) -> None:
@@ -330,6 +368,9 @@ def test_a_report_that_cannot_be_written_is_told_first(tmp_path: Path) -> None:
     )
     assert result.exit_code == 2
     assert "no report can be written to" in result.output
+    result = invoke("verify", NAME, "--coco", str(tmp_path), "--report", str(tmp_path / "out"))
+    assert result.exit_code == 2
+    assert not (tmp_path / "out").exists()
 
 
 def test_no_detections_and_no_objects_make_a_page_too(scene: Scene, tmp_path: Path) -> None:
@@ -484,6 +525,6 @@ def test_the_running_ap_is_scored_seldom(scene: Scene) -> None:
         assert text.startswith("AP of 2: box ")
         assert text.endswith(f"mask {100 * expected:.1f}")
         run.results[scene.results[2].image_id] = scene.results[2]
-        assert running.text(run, scene.data.images) == text
-        scorer.submit(int).result()
-        assert running.text(run, scene.data.images) == text
+        for _ in range(4):
+            assert running.text(run, scene.data.images) == text
+            scorer.submit(int).result()

@@ -71,21 +71,18 @@ def _scores(scores: Scores) -> dict[str, Any]:
     }
 
 
-def prepare(directory: Path) -> None:
-    """Make the folder of a report, before the hours that lead to it.
+def check_folder(directory: Path) -> None:
+    """Tell of a folder that no report can go to, before the hours that lead to one.
 
     Raises:
-        ZooError: it cannot be written to.
+        ZooError: it cannot be made or written to.
     """
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        if not os.access(directory, os.W_OK):
-            raise PermissionError(f"no permission to write in {directory}")
-    except OSError as error:
+    there = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
         raise ZooError(
-            f"no report can be written to {directory} ({error.strerror or error}): choose another "
-            "folder with --report"
-        ) from error
+            f"no report can be written to {directory}: {there} is no folder that can be written "
+            "to; choose another one with --report"
+        )
 
 
 def write(found: Verification, directory: Path, *, command: str | None = None) -> dict[str, Any]:
@@ -105,7 +102,6 @@ def write(found: Verification, directory: Path, *, command: str | None = None) -
     from vitadapter_zoo import page
     from vitadapter_zoo.mistakes import worst
 
-    prepare(directory)
     examples = worst(found)
     content = {
         **record(found),

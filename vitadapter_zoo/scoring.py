@@ -165,24 +165,22 @@ class Annotations:
         Returns:
             One for each of ``results``, in their order.
         """
-        places: dict[int, int] = {}  # by hotcoco's ids, which number the detections from 1
-        for result in sorted(results, key=lambda one: one.image_id):
-            for place in range(len(result.scores)):
-                places[len(places) + 1] = place
+        found = self._evaluate(tabulate(results), kind, every_area=False)
+        found = found.image_diagnostics(iou_thr=0.5)
         missed: dict[int, list[int]] = {result.image_id: [] for result in results}
-        false: dict[int, list[int]] = {result.image_id: [] for result in results}
-        for entry in self._evaluate(tabulate(results), kind, every_area=False).eval_imgs:
-            if entry is None:
-                continue
-            objects = zip(entry["gtIds"], entry["gtMatched"][0], entry["gtIgnore"], strict=True)
-            missed[entry["image_id"]] += [key for key, hit, left in objects if not (hit or left)]
-            found = zip(entry["dtIds"], entry["dtMatched"][0], entry["dtIgnore"][0], strict=True)
-            false[entry["image_id"]] += [
-                places[key] for key, hit, left in found if not (hit or left)
-            ]
+        unfound = [key for key, status in found["gt_status"].items() if status == "fn"]
+        for one in self._coco.load_anns(unfound):
+            missed[one["image_id"]].append(one["id"])
+        false: dict[int, list[int]] = {}
+        first = 1  # hotcoco numbers the detections in the order of the images
+        for result in sorted(results, key=lambda one: one.image_id):
+            places = range(len(result.scores))
+            statuses = [found["dt_status"].get(first + place) for place in places]
+            false[result.image_id] = [place for place in places if statuses[place] == "fp"]
+            first += len(places)
         return [
-            Unmatched(tuple(sorted(missed[key])), tuple(sorted(false[key])))
-            for key in (result.image_id for result in results)
+            Unmatched(tuple(sorted(missed[result.image_id])), tuple(false[result.image_id]))
+            for result in results
         ]
 
     def objects(self, image_id: int) -> list[dict[str, Any]]:
@@ -192,7 +190,7 @@ class Annotations:
 
     def file_name(self, image_id: int) -> str:
         """Path of an image's file inside the folder of images."""
-        return str(self._coco.imgs[image_id]["file_name"])
+        return str(self._coco.load_imgs([image_id])[0]["file_name"])
 
     def _evaluate(self, table: Table, kind: Kind, *, every_area: bool = True) -> Any:
         from hotcoco import COCOeval

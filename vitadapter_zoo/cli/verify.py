@@ -153,7 +153,7 @@ def verify(
         raise click.UsageError("give either NAME or --all")
     if every and (checkpoint, run, expect) != (None, None, None):
         raise click.UsageError("--checkpoint, --run and --expect belong to one model, not to --all")
-    _prepare(folder)
+    _check(folder)
     data = _dataset(coco, annotations, folders[0] if folders else None)
     import torch
 
@@ -220,7 +220,7 @@ def score(
     """Judge a file of COCO results from elsewhere, of the original code for example."""
     started = time.monotonic()
     row = get_row(name)
-    _prepare(folder)
+    _check(folder)
     data = _dataset(coco, annotations, None)
     from vitadapter_zoo import files
     from vitadapter_zoo.results import read_results
@@ -251,12 +251,12 @@ def _dataset(coco: Path | None, annotations: Path | None, images: Path | None) -
     return read_dataset(*coco_paths(coco or Path()))
 
 
-def _prepare(folder: Path | None) -> None:
+def _check(folder: Path | None) -> None:
     """Tell of a report that cannot be written before the hours that lead to it."""
     from vitadapter_zoo import report
 
     if folder is not None:
-        report.prepare(folder)
+        report.check_folder(folder)
 
 
 def _tell(found: Verification, as_json: bool, folder: Path | None) -> None:
