@@ -44,7 +44,7 @@ class RPNHead(nn.Module):
 
     def forward(self, maps: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
         """Per level: logits ``[N, 3, H, W]`` and deltas ``[N, 12, H, W]``."""
-        hidden = [F.relu(self.rpn_conv(x)) for x in maps]
+        hidden = [F.relu(self.rpn_conv(x), inplace=True) for x in maps]
         return [(self.rpn_cls(x), self.rpn_reg(x)) for x in hidden]
 
     def propose(self, maps: list[Tensor], sizes: list[tuple[int, int]]) -> list[Proposals]:
@@ -105,10 +105,21 @@ class MaskHead(nn.Module):
 
     def forward(self, pooled: Tensor) -> Tensor:
         """``[R, 256, 14, 14]`` to logits ``[R, classes, 28, 28]``."""
+        return self.conv_logits(self.features(pooled))
+
+    def features(self, pooled: Tensor) -> Tensor:
+        """``[R, 256, 14, 14]`` to what the logits are made of, ``[R, 256, 28, 28]``."""
         x = pooled
         for conv in self.convs:
-            x = F.relu(conv(x))
-        return self.conv_logits(F.relu(self.upsample(x)))
+            x = F.relu(conv(x), inplace=True)
+        return F.relu(self.upsample(x), inplace=True)
+
+    def logits_of(self, labels: Tensor, pooled: Tensor) -> Tensor:
+        """``[R, 256, 14, 14]`` to logits of one class each, ``labels`` ``[R]``: ``[R, 28, 28]``."""
+        x = self.features(pooled)
+        weight = self.conv_logits.weight.flatten(1)[labels]
+        logits = x.permute(0, 2, 3, 1).flatten(1, 2) @ weight[..., None]
+        return logits.view(-1, *x.shape[2:]) + self.conv_logits.bias[labels, None, None]
 
 
 class RoIHead(nn.Module):
@@ -170,10 +181,9 @@ class RoIHead(nn.Module):
             found.boxes * found.boxes.new_tensor(scale)
             for found, scale in zip(detections, scales, strict=True)
         ]
-        logits = self.mask_head(pool_rois(maps, _rois(boxes), 14))
         labels = torch.cat([found.labels for found in detections])
-        own = logits[torch.arange(len(labels), device=labels.device), labels]
-        return list(own.float().sigmoid().split([len(found.labels) for found in detections]))
+        logits = self.mask_head.logits_of(labels, pool_rois(maps, _rois(boxes), 14))
+        return list(logits.float().sigmoid().split([len(found.labels) for found in detections]))
 
 
 def _rois(boxes: list[Tensor]) -> Tensor:
