@@ -56,7 +56,8 @@ def channels_last(image: Tensor) -> Tensor:
 
 def tokens_to_map(tokens: Tensor, height: int, width: int) -> Tensor:
     """``[N, H * W, C]`` in row-major order to ``[N, C, H, W]``."""
-    return tokens.transpose(1, 2).unflatten(2, (height, width))
+    # In this order the strides say channels-last for a batch of one too, and kernels believe them.
+    return tokens.unflatten(1, (height, width)).permute(0, 3, 1, 2)
 
 
 def drop_path_rates(maximum: float, depth: int) -> list[float]:
