@@ -191,7 +191,9 @@ class InteractionBlock(nn.Module):
 class Convolutions(nn.Sequential):
     """3x3 convolution + BatchNorm + ReLU for each step of ``widths``, then what ``more`` adds."""
 
-    def __init__(self, *widths: int, strides: tuple[int, ...], more: tuple[nn.Module, ...] = ()):
+    def __init__(
+        self, *widths: int, strides: tuple[int, ...], more: tuple[nn.Module, ...] = ()
+    ) -> None:
         layers: list[nn.Module] = []
         for narrow, wide, stride in zip(widths[:-1], widths[1:], strides, strict=True):
             layers += [
@@ -221,10 +223,10 @@ def convolve_and_normalise(x: Tensor, convolution: nn.Conv2d, norm: nn.BatchNorm
     """
     if norm.training:
         return norm(convolution(x))
-    assert norm.running_mean is not None and norm.running_var is not None
-    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    mean, variance = norm.get_buffer("running_mean"), norm.get_buffer("running_var")
+    scale = norm.weight * (variance + norm.eps).rsqrt()
     weight = convolution.weight * scale[:, None, None, None]
-    bias = norm.bias - norm.running_mean * scale
+    bias = norm.bias - mean * scale
     return F.conv2d(x, weight, bias, convolution.stride, convolution.padding)
 
 

@@ -118,8 +118,9 @@ class MaskHead(nn.Module):
         if labels is None:
             return self.conv_logits(x)
         weight = self.conv_logits.weight.flatten(1)[labels]
+        bias = self.conv_logits.get_parameter("bias")[labels]
         logits = x.permute(0, 2, 3, 1).flatten(1, 2) @ weight[..., None]
-        return logits.view(-1, *x.shape[2:]) + self.conv_logits.bias[labels, None, None]
+        return logits.view(-1, *x.shape[2:]) + bias[:, None, None]
 
 
 class RoIHead(nn.Module):
