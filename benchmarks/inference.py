@@ -1,83 +1,401 @@
-"""Seconds per image and stage: `make benchmark`, or this file with load names behind it.
+"""Seconds per image and stage beside the original arrangement of the same computation.
 
-One image of 800 x 1216 network pixels, batch 1, float32, random weights (time does not depend on
-them, but the number of detections does: the mask head always gets 100 boxes here). Medians.
+    python benchmarks/inference.py [ROW ...] [--peer plain|mmdet] [--runs 3] [--variants] [--memory]
+
+One photo, 800 x 1216 network pixels, batch 1, stand-in weights (100 detections). ``native`` is this
+package in float32, ``peer`` the same weights through the original arrangement: all of it in plain
+PyTorch (``benchmarks/original.py``), or with ``--peer mmdet`` that backbone inside mmdet's own
+detector, which needs mmdet. First both are run once and their results compared; then they take
+turns, so that a busy machine is busy for both, and medians are printed. FLOPs are those of the
+original's matrix products and convolutions; the share is that of the rate at which this machine
+multiplies 2048 x 2048 matrices, measured before.
+
+``--variants`` runs the native model in other ways, whole images, and says how far the detections
+move. ``--memory`` gives the peak of one image above the loaded model, in processes of their own.
+``--processor-time`` uses one thread and counts its processor time: less like use, but what else
+runs on the machine hardly matters.
 """
 
-import contextlib
+import argparse
+import copy
 import statistics
+import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.ops import box_iou
 
-import vitadapter_zoo
-from vitadapter_zoo.models.heads import BoxDetections
-from vitadapter_zoo.ops import paste_masks
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "tests")]
+import original  # noqa: E402
+import standins  # noqa: E402
+
+from vitadapter_zoo import Detections, MaskRCNN, get_row  # noqa: E402
+from vitadapter_zoo.images import NetworkInput  # noqa: E402
+from vitadapter_zoo.models import build  # noqa: E402
+from vitadapter_zoo.models.heads import BoxDetections  # noqa: E402
+from vitadapter_zoo.ops import paste_masks  # noqa: E402
 
 NAMES = ["adapter-t-deit-3x", "adapter-s-deit-3x", "adapter-b-deit-3x", "adapter-l-augreg-3x"]
-ROUNDS = 3
+STAGES = ("preprocess", "backbone", "neck", "rpn", "box head", "mask head", "paste")
+SCORE = 0.05
+
+# A detector as a chain: every stage takes what all stages before it found, by their names.
+Found = dict[str, Any]
+Chain = dict[str, Callable[[Found], Any]]
+Clock = Callable[[], float]
 
 
-@contextlib.contextmanager
-def timed(times: dict[str, list[float]], stage: str) -> Iterator[None]:
-    """Note how long the block takes."""
-    start = time.perf_counter()
-    yield
-    times.setdefault(stage, []).append(time.perf_counter() - start)
+def load(name: str) -> MaskRCNN:
+    """A row with its stand-in weights."""
+    with torch.device("meta"):
+        model = build(get_row(name))
+    model.load_state_dict(standins.state_dict(name), assign=True)
+    return model.eval()
 
 
-def hundred_boxes() -> BoxDetections:
-    """100 boxes of many sizes on a 640 x 427 image."""
-    generator = torch.Generator().manual_seed(0)
-    corner = torch.rand(100, 2, generator=generator) * torch.tensor([600.0, 390.0])
-    side = torch.rand(100, 2, generator=generator) * 200 + 10
-    boxes = torch.cat([corner, (corner + side).minimum(torch.tensor([640.0, 427.0]))], dim=1)
-    return BoxDetections(boxes, torch.ones(100), torch.arange(100) % 80)
+def native(model: MaskRCNN) -> Chain:
+    """This package."""
+
+    def prepared(found: Found) -> NetworkInput:
+        item: NetworkInput = found["preprocess"]
+        return item
+
+    return {
+        "preprocess": lambda found: model.preprocess(standins.PHOTO),
+        "backbone": lambda found: model.backbone(prepared(found).tensor),
+        "neck": lambda found: model.neck(found["backbone"]),
+        "rpn": lambda found: model.rpn_head.propose(found["neck"], [prepared(found).resized]),
+        "box head": lambda found: model.roi_head.detect_boxes(
+            found["neck"][:4],
+            found["rpn"],
+            [prepared(found).resized],
+            [prepared(found).scale],
+            SCORE,
+        )[0],
+        "mask head": lambda found: model.roi_head.predict_masks(
+            found["neck"][:4], [found["box head"]], [prepared(found).scale]
+        )[0],
+        "paste": lambda found: paste_masks(
+            found["mask head"], found["box head"].boxes, prepared(found).original, 0.5
+        ),
+    }
+
+
+def plain(model: MaskRCNN) -> Chain:
+    """The original arrangement in plain PyTorch."""
+    heads = model.roi_head
+    return {
+        "preprocess": lambda found: model.preprocess(standins.PHOTO),
+        "backbone": lambda found: original.backbone(model.backbone, found["preprocess"].tensor),
+        "neck": lambda found: original.neck(model.neck, found["backbone"]),
+        "rpn": lambda found: original.propose(
+            model.rpn_head, found["neck"], found["preprocess"].resized
+        ),
+        "box head": lambda found: original.detect_boxes(
+            heads.bbox_head,
+            found["neck"][:4],
+            found["rpn"],
+            found["preprocess"].resized,
+            found["preprocess"].scale,
+            SCORE,
+        ),
+        "mask head": lambda found: original.predict_masks(
+            heads.mask_head, found["neck"][:4], found["box head"], found["preprocess"].scale
+        ),
+        "paste": lambda found: original.paste(
+            found["mask head"], found["box head"].boxes, found["preprocess"].original, 0.5
+        ),
+    }
+
+
+def mmdet(model: MaskRCNN) -> Chain:
+    """Mmdet's own detector around the backbone in the original arrangement."""
+    import numpy as np
+    from mmdet.datasets.pipelines import Compose
+
+    detector: Any = import_module("vitadapter_zoo.backends.mmdet").from_native(model)
+    heads = detector.roi_head
+    pipeline = Compose(detector.cfg.data.test.pipeline)
+
+    photo = {"img_info": {"filename": str(standins.PHOTO)}, "img_prefix": None}
+    metas = [pipeline(dict(photo))["img_metas"][0].data]
+
+    def boxes(found: Found) -> BoxDetections:
+        rows, labels = heads.simple_test_bboxes(
+            found["neck"], metas, found["rpn"], detector.test_cfg.rcnn, rescale=True
+        )
+        return BoxDetections(rows[0][:, :4], rows[0][:, 4], labels[0])
+
+    def masks(found: Found) -> Tensor:
+        scaled = found["box head"].boxes * torch.from_numpy(metas[0]["scale_factor"])
+        rois = torch.nn.functional.pad(scaled, (1, 0))
+        result: Tensor = heads._mask_forward(found["neck"], rois)["mask_pred"]
+        return result
+
+    def paste(found: Found) -> Tensor:
+        labels = found["box head"].labels
+        by_class = heads.mask_head.get_seg_masks(
+            found["mask head"],
+            found["box head"].boxes,
+            labels,
+            detector.test_cfg.rcnn,
+            metas[0]["ori_shape"],
+            metas[0]["scale_factor"],
+            True,
+        )
+        taken = [iter(of_class) for of_class in by_class]
+        return torch.from_numpy(np.stack([next(taken[label]) for label in labels.tolist()]))
+
+    return {
+        "preprocess": lambda found: pipeline(dict(photo))["img"][0][None],
+        "backbone": lambda found: original.backbone(model.backbone, found["preprocess"]),
+        "neck": lambda found: list(detector.neck(found["backbone"])),
+        "rpn": lambda found: detector.rpn_head.simple_test_rpn(found["neck"], metas),
+        "box head": boxes,
+        "mask head": masks,
+        "paste": paste,
+    }
+
+
+PEERS = {"plain": plain, "mmdet": mmdet}
+
+
+def run(chain: Chain, clock: Clock = time.perf_counter) -> tuple[Found, dict[str, float]]:
+    """All stages of one image: what they found and the seconds they took."""
+    found: Found = {}
+    seconds = {}
+    for stage, compute in chain.items():
+        start = clock()
+        found[stage] = compute(found)
+        seconds[stage] = clock() - start
+    return found, seconds
+
+
+def check(ours: Found, theirs: Found) -> str:
+    """How far two chains are apart; an error where that is more than rounding."""
+    differences = [
+        float((a - b).abs().max() / b.abs().max())
+        for stage in ("backbone", "neck")
+        for a, b in zip(ours[stage], theirs[stage], strict=True)
+    ]
+    moved = compare(detections(ours), detections(theirs))
+    summary = f"features within {max(differences):.0e} of their largest; {moved}"
+    if max(differences) > 1e-4 or moved.matched < 1 or moved.score > 1e-3:
+        raise SystemExit(f"the peer computes something else: {summary}")
+    return summary
+
+
+def detections(found: Found) -> Detections:
+    """What the last stages of a chain found."""
+    boxes = found["box head"]
+    return Detections(boxes.boxes, boxes.scores, boxes.labels, found["paste"])
+
+
+class Moved:
+    """How far one set of detections is from another: pairs of one class with IoU > 0.5."""
+
+    def __init__(self, matched: float, score: float, box: float, mask: float) -> None:
+        self.matched, self.score, self.box, self.mask = matched, score, box, mask
+
+    def __str__(self) -> str:
+        return (
+            f"{self.matched:.0%} matched, score +-{self.score:.4f}, box +-{self.box:.2f} px, "
+            f"mask IoU {self.mask:.4f}"
+        )
+
+
+def compare(found: Detections, expected: Detections) -> Moved:
+    """Share of ``expected`` that is found again, and mean differences of the pairs."""
+    overlaps = box_iou(expected.boxes, found.boxes)
+    overlaps[expected.labels[:, None] != found.labels] = 0
+    pairs = []
+    for index in range(len(expected)):
+        overlap, partner = overlaps[index].max(dim=0)
+        if overlap > 0.5:
+            overlaps[:, partner] = 0
+            pairs.append((index, int(partner)))
+    a, b = (torch.tensor(side) for side in zip(*pairs, strict=True))
+    union = (expected.masks[a] | found.masks[b]).sum((1, 2))
+    both = torch.where(union > 0, (expected.masks[a] & found.masks[b]).sum((1, 2)), 1)
+    return Moved(
+        len(pairs) / len(expected),
+        float((expected.scores[a] - found.scores[b]).abs().mean()),
+        float((expected.boxes[a] - found.boxes[b]).abs().mean()),
+        float((both / union.clamp(min=1)).mean()),
+    )
+
+
+def matrix_rate(clock: Clock, dtype: torch.dtype = torch.float32) -> float:
+    """GFLOP/s of multiplying 2048 x 2048 matrices: the best of ten."""
+    a = torch.randn(2048, 2048, dtype=dtype)
+    best = float("inf")
+    for _ in range(11):
+        start = clock()
+        a @ a
+        best = min(best, clock() - start)
+    return 2 * 2048**3 / best / 1e9
+
+
+def flops(chain: Chain) -> dict[str, float]:
+    """GFLOP of every stage's matrix products and convolutions."""
+    found: Found = {}
+    counts = {}
+    for stage, compute in chain.items():
+        with FlopCounterMode(display=False) as counter:
+            found[stage] = compute(found)
+        counts[stage] = counter.get_total_flops() / 1e9
+    return counts
+
+
+def by_stage(name: str, peer: str, runs: int, clock: Clock, console: Console) -> None:
+    """The table of one row."""
+    model = load(name)
+    chains = {"native": native(model), peer: PEERS[peer](model)}
+    console.print(f"{name}: {check(run(chains['native'])[0], run(chains[peer])[0])}")
+    taken: dict[str, list[dict[str, float]]] = {kind: [] for kind in chains}
+    for _ in range(runs):
+        for kind, chain in chains.items():
+            taken[kind].append(run(chain, clock)[1])
+    medians = {
+        kind: {stage: statistics.median(one[stage] for one in all_runs) for stage in STAGES}
+        for kind, all_runs in taken.items()
+    }
+    counts = flops(plain(model))
+    for values in (*medians.values(), counts):
+        values["total"] = sum(values.values())
+    rate = matrix_rate(clock)
+    table = Table(title=f"{name}, float32, {rate:.0f} GFLOP/s")
+    for column in ("stage", "native s", f"{peer} s", "ratio", "GFLOP", "share of rate"):
+        table.add_column(column, justify="left" if column == "stage" else "right")
+    for stage, ours in medians["native"].items():
+        theirs, work = medians[peer][stage], counts[stage]
+        share = f"{work / ours / rate:.2f}" if work else ""
+        table.add_row(
+            stage, f"{ours:.3f}", f"{theirs:.3f}", f"{theirs / ours:.2f}", f"{work:.1f}", share
+        )
+    console.print(table)
+
+
+def images(model: MaskRCNN, count: int) -> Callable[[], Detections]:
+    """A call that detects on ``count`` images at a time and gives the last one's detections."""
+    prepared = [model.preprocess(standins.PHOTO)] * count
+    return lambda: model(prepared)[-1]
+
+
+def variants(name: str, peer: str, runs: int, clock: Clock, console: Console) -> None:
+    """The native model in other ways, whole images after preprocessing."""
+    model = load(name)
+    half = copy.deepcopy(model).bfloat16()
+    compiled, compiled_half = copy.deepcopy(model), copy.deepcopy(half)
+    compiled.compile()
+    compiled_half.compile()
+    ordered = copy.deepcopy(model).to(memory_format=torch.channels_last)
+
+    def autocast() -> Detections:
+        with torch.autocast("cpu", torch.bfloat16):
+            return images(model, 1)()
+
+    calls: dict[str, tuple[Callable[[], Detections], int]] = {
+        f"{peer}, float32": (lambda: detections(run(PEERS[peer](model))[0]), 1),
+        "float32": (images(model, 1), 1),
+        "float32, channels-last weights": (images(ordered, 1), 1),
+        "float32, compiled": (images(compiled, 1), 1),
+        "float32, batch 2": (images(model, 2), 2),
+        "float32, batch 4": (images(model, 4), 4),
+        "bfloat16 autocast": (autocast, 1),
+        "bfloat16": (images(half, 1), 1),
+        "bfloat16, compiled": (images(compiled_half, 1), 1),
+        "bfloat16, batch 2": (images(half, 2), 2),
+        "bfloat16, batch 4": (images(half, 4), 4),
+    }
+    results = {label: call() for label, (call, _) in calls.items()}
+    taken: dict[str, list[float]] = {label: [] for label in calls}
+    for _ in range(runs):
+        for label, (call, count) in calls.items():
+            start = clock()
+            call()
+            taken[label].append((clock() - start) / count)
+    medians = {label: statistics.median(times) for label, times in taken.items()}
+    table = Table(title=f"{name}: seconds per image, all stages")
+    for column in ("variant", "s", "times as fast as peer", "detections beside float32"):
+        table.add_column(column, justify="right" if column[0] in "st" else "left")
+    for label, seconds in medians.items():
+        ratio = next(iter(medians.values())) / seconds
+        moved = compare(results[label], results["float32"])
+        table.add_row(label, f"{seconds:.3f}", f"{ratio:.2f}", str(moved))
+    console.print(table)
+
+
+def memory_of_one_image(name: str, kind: str) -> None:
+    """Print the peak of one image above the loaded model, MB; for a process of its own."""
+    half = kind == "bfloat16"
+    model = load(name).bfloat16() if half else load(name)
+    chain = native(model) if kind in ("native", "bfloat16") else PEERS[kind](model)
+    if half:
+        tensor = chain["preprocess"]({}).tensor.bfloat16()
+        chain["backbone"] = lambda found: model.backbone(tensor)
+
+    def status(field: str) -> float:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
+
+    before = status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far was the weights' making
+    run(chain)
+    print(status("VmHWM") - before)
+
+
+def memory(name: str, peer: str, console: Console) -> None:
+    """One line: the peaks of one image."""
+    peaks = {}
+    for kind in ("native", peer, "bfloat16"):
+        command = [sys.executable, __file__, name, "--memory-of", kind]
+        output = subprocess.run(command, check=True, capture_output=True, text=True)  # noqa: S603
+        peaks[kind] = float(output.stdout.split()[-1])
+    console.print(
+        f"{name}: one image takes {peaks['native']:.0f} MB above the loaded model, "
+        f"{peer} {peaks[peer]:.0f} MB ({peaks[peer] / peaks['native']:.2f}x), "
+        f"bfloat16 weights {peaks['bfloat16']:.0f} MB"
+    )
 
 
 @torch.inference_mode()
-def measure(name: str) -> dict[str, float]:
-    """Median seconds of each stage."""
-    model = vitadapter_zoo.load(name, pretrained=False)
-    image = np.random.default_rng(0).integers(0, 256, (427, 640, 3), dtype=np.uint8)
-    found = hundred_boxes()
-    times: dict[str, list[float]] = {}
-    for _ in range(ROUNDS + 1):  # the first round warms up
-        with timed(times, "preprocess"):
-            prepared = model.preprocess(image)
-        sizes, scales = [prepared.resized], [prepared.scale]
-        with timed(times, "backbone"):
-            maps = model.backbone(prepared.tensor)
-        with timed(times, "neck"):
-            levels = model.neck(maps)
-        with timed(times, "rpn"):
-            proposals = model.rpn_head.propose(levels, sizes)
-        with timed(times, "box head"):
-            model.roi_head.detect_boxes(levels[:4], proposals, sizes, scales, 0.05)
-        with timed(times, "mask head"):
-            masks = model.roi_head.predict_masks(levels[:4], [found], scales)
-        with timed(times, "paste"):
-            paste_masks(masks[0], found.boxes, prepared.original, 0.5)
-    medians = {stage: statistics.median(values[1:]) for stage, values in times.items()}
-    return {**medians, "total": sum(medians.values())}
-
-
 def main() -> None:
     """Measure the named rows, or one of each size, in turn."""
-    names = sys.argv[1:] or NAMES
-    results = {name: measure(name) for name in names}
-    table = Table(title=f"seconds per image, {torch.get_num_threads()} threads, float32")
-    table.add_column("stage")
-    for name in names:
-        table.add_column(name, justify="right")
-    for stage in results[names[0]]:
-        table.add_row(stage, *(f"{results[name][stage]:.3f}" for name in names))
-    Console(width=110).print(table)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("rows", nargs="*", default=NAMES)
+    parser.add_argument("--peer", choices=PEERS, default="plain")
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--variants", action="store_true")
+    parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    parser.add_argument("--processor-time", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.memory_of:
+        memory_of_one_image(arguments.rows[0], arguments.memory_of)
+        return
+    clock = time.perf_counter
+    if arguments.processor_time:
+        torch.set_num_threads(1)
+        clock = time.process_time
+    console = Console(width=130)
+    console.print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
+    for name in arguments.rows:
+        if arguments.memory:
+            memory(name, arguments.peer, console)
+        elif arguments.variants:
+            variants(name, arguments.peer, arguments.runs, clock, console)
+        else:
+            by_stage(name, arguments.peer, arguments.runs, clock, console)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,20 @@
+import copy
 from collections.abc import Callable
+from dataclasses import replace
 
+import numpy as np
 import parity
 import pytest
 import standins
 import torch
 from operators import switched_to
 from torch import Tensor, nn
-from torchvision.ops import box_iou
+from torch.fx import GraphModule
+from torchvision.ops import box_iou, roi_align
 
 from vitadapter_zoo import MaskRCNN, get_row
 from vitadapter_zoo.catalog import ROWS
-from vitadapter_zoo.models import build, uniperceiver, vit
+from vitadapter_zoo.models import adapter, boxes, build, heads, uniperceiver, vit
 
 NAMES = [row.name for row in ROWS]
 WITH_OUTPUTS = [
@@ -155,6 +159,89 @@ def test_autocast_finds_the_same_objects(tiny: MaskRCNN) -> None:
     ious = box_iou(exact.boxes, rounded.boxes)
     ious[exact.labels[:, None] != rounded.labels] = 0
     assert (ious.max(dim=1).values > 0.8).double().mean() > 0.5
+
+
+@torch.inference_mode()
+def test_bfloat16_weights_find_the_same_objects(tiny: MaskRCNN) -> None:
+    exact = tiny.predict(standins.PHOTO)[0].filter(0.5)
+    rounded = copy.deepcopy(tiny).to(torch.bfloat16).predict(standins.PHOTO)[0]
+    assert rounded.boxes.dtype == rounded.scores.dtype == torch.float32
+    ious = box_iou(exact.boxes, rounded.boxes)
+    ious[exact.labels[:, None] != rounded.labels] = 0
+    assert (ious.max(dim=1).values > 0.8).double().mean() > 0.5
+
+
+@torch.inference_mode()
+def test_compiling_in_place_keeps_results_and_names() -> None:
+    torch._dynamo.reset()
+    model = build(get_row("adapter-t-deit-3x")).eval()
+    image = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
+    prepared = model.preprocess(image)
+    prepared = replace(prepared, tensor=prepared.tensor[..., :96, :128], resized=(96, 128))
+    names = list(model.state_dict())
+    expected = model.detect([prepared], score_threshold=0.0)[0]
+    graphs: list[object] = []
+
+    def noted(module: GraphModule, inputs: list[Tensor]) -> GraphModule:
+        graphs.append(module)
+        return module
+
+    model.compile(backend=noted)
+    found = model.detect([prepared], score_threshold=0.0)[0]
+    assert list(model.state_dict()) == names
+    assert len(graphs) == 3  # backbone, neck, proposal head: one graph each, without breaks
+    torch.testing.assert_close(found.scores, expected.scores, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.boxes, expected.boxes, rtol=1e-4, atol=1e-2)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", WITH_OUTPUTS)
+def test_maps_stay_in_the_order_of_tokens(name: str) -> None:
+    # Any other order costs copies and slower kernels, yet changes no result.
+    model = build(get_row(name)).eval()
+    maps = model.backbone(torch.randn(1, 3, 64, 96))
+    ordered = [
+        x.is_contiguous(memory_format=torch.channels_last) for x in (*maps, *model.neck(maps))
+    ]
+    assert all(ordered), ordered
+
+
+@torch.inference_mode()
+def test_a_norm_in_the_convolution_s_weights_computes_the_same() -> None:
+    torch.manual_seed(0)
+    layers = adapter.Convolutions(3, 8, 16, strides=(2, 1))
+    for layer in layers:
+        if isinstance(layer, nn.BatchNorm2d):
+            for values in (*layer.parameters(), *layer.buffers()):
+                values.copy_(torch.rand(values.shape) + 0.5)
+    layers.eval()
+    x = torch.randn(2, 3, 32, 48)
+    torch.testing.assert_close(layers(x), nn.Sequential(*layers)(x))
+    assert list(layers.state_dict()) == list(nn.Sequential(*layers).state_dict())
+
+
+@torch.inference_mode()
+def test_masks_of_single_classes_are_those_of_all() -> None:
+    torch.manual_seed(0)
+    head = heads.MaskHead(80).eval()
+    pooled, labels = torch.randn(5, 256, 14, 14), torch.tensor([0, 79, 3, 3, 40])
+    torch.testing.assert_close(head(pooled, labels), head(pooled)[torch.arange(5), labels])
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("size", [7, 14])
+def test_regions_are_pooled_as_torchvision_does(size: int) -> None:
+    generator = torch.Generator().manual_seed(size)
+    x = torch.randn(2, 16, 30, 40, generator=generator)
+    # Far outside of the map, long and thin, tiny, without area, inside out.
+    corners = torch.rand(300, 2, generator=generator) * torch.tensor([420.0, 340.0]) - 50
+    sides = torch.rand(300, 2, generator=generator) ** 3 * 300 - 1
+    images = torch.randint(0, 2, (300, 1), generator=generator).float()
+    rois = torch.cat([images, corners, corners + sides], dim=1)
+    rois[:3, 3:] = rois[:3, 1:3]
+    expected = roi_align(x, rois, size, 1 / 8, -1, aligned=True)
+    for ordered in (x, x.contiguous(memory_format=torch.channels_last)):
+        torch.testing.assert_close(boxes.roi_align(ordered, rois, size, 1 / 8), expected)
 
 
 def test_training_mode_has_gradients_everywhere() -> None:

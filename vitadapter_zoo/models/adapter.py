@@ -10,7 +10,12 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from vitadapter_zoo.models.vit import LAYER_NORM_EPS, VisionTransformer, tokens_to_map
+from vitadapter_zoo.models.vit import (
+    LAYER_NORM_EPS,
+    VisionTransformer,
+    channels_last,
+    tokens_to_map,
+)
 from vitadapter_zoo.ops import ms_deform_attn_fused
 
 POINTS = 4  # sampling points per head and level
@@ -183,16 +188,46 @@ class InteractionBlock(nn.Module):
         return x, c
 
 
-def _convolutions(*widths: int, strides: tuple[int, ...]) -> list[nn.Module]:
-    """3x3 convolution + BatchNorm + ReLU for each step of ``widths``."""
-    layers: list[nn.Module] = []
-    for narrow, wide, stride in zip(widths[:-1], widths[1:], strides, strict=True):
-        layers += [
-            nn.Conv2d(narrow, wide, 3, stride=stride, padding=1, bias=False),
-            nn.BatchNorm2d(wide),
-            nn.ReLU(inplace=True),
-        ]
-    return layers
+class Convolutions(nn.Sequential):
+    """3x3 convolution + BatchNorm + ReLU for each step of ``widths``, then what ``more`` adds."""
+
+    def __init__(
+        self, *widths: int, strides: tuple[int, ...], more: tuple[nn.Module, ...] = ()
+    ) -> None:
+        layers: list[nn.Module] = []
+        for narrow, wide, stride in zip(widths[:-1], widths[1:], strides, strict=True):
+            layers += [
+                nn.Conv2d(narrow, wide, 3, stride=stride, padding=1, bias=False),
+                nn.BatchNorm2d(wide),
+                nn.ReLU(inplace=True),
+            ]
+        super().__init__(*layers, *more)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[N, widths[0], H, W]`` to ``[N, widths[-1], ...]``."""
+        convolution = None
+        for layer in self:
+            if isinstance(layer, nn.Conv2d):
+                convolution = layer
+            elif isinstance(layer, nn.BatchNorm2d) and convolution is not None:
+                x = convolve_and_normalise(x, convolution, layer)
+            else:
+                x = layer(x)
+        return x
+
+
+def convolve_and_normalise(x: Tensor, convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
+    """``norm(convolution(x))``; in evaluation one convolution with the norm's scale in it.
+
+    The maps at stride 2 are the network's largest: one pass over them less.
+    """
+    if norm.training:
+        return norm(convolution(x))
+    mean, variance = norm.get_buffer("running_mean"), norm.get_buffer("running_var")
+    scale = norm.weight * (variance + norm.eps).rsqrt()
+    weight = convolution.weight * scale[:, None, None, None]
+    bias = norm.bias - mean * scale
+    return F.conv2d(x, weight, bias, convolution.stride, convolution.padding)
 
 
 class SpatialPrior(nn.Module):
@@ -201,13 +236,12 @@ class SpatialPrior(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         width = STEM_WIDTH
-        self.stem = nn.Sequential(
-            *_convolutions(3, width, width, width, strides=(2, 1, 1)),
-            nn.MaxPool2d(3, stride=2, padding=1),
+        self.stem = Convolutions(
+            3, width, width, width, strides=(2, 1, 1), more=(nn.MaxPool2d(3, stride=2, padding=1),)
         )
-        self.conv2 = nn.Sequential(*_convolutions(width, 2 * width, strides=(2,)))
-        self.conv3 = nn.Sequential(*_convolutions(2 * width, 4 * width, strides=(2,)))
-        self.conv4 = nn.Sequential(*_convolutions(4 * width, 4 * width, strides=(2,)))
+        self.conv2 = Convolutions(width, 2 * width, strides=(2,))
+        self.conv3 = Convolutions(2 * width, 4 * width, strides=(2,))
+        self.conv4 = Convolutions(4 * width, 4 * width, strides=(2,))
         self.fc1 = nn.Conv2d(width, dim, 1)
         self.fc2 = nn.Conv2d(2 * width, dim, 1)
         self.fc3 = nn.Conv2d(4 * width, dim, 1)
@@ -215,7 +249,7 @@ class SpatialPrior(nn.Module):
 
     def forward(self, image: Tensor) -> list[Tensor]:
         """``[N, 3, H, W]`` to four maps ``[N, dim, H / s, W / s]``, s = 4, 8, 16, 32."""
-        c1 = self.stem(image)
+        c1 = self.stem(channels_last(image))
         c2 = self.conv2(c1)
         c3 = self.conv3(c2)
         c4 = self.conv4(c3)
@@ -271,7 +305,8 @@ class WithAdapter(nn.Module):
             for part, shape in zip(c.split(areas, dim=1), geometry.prior, strict=True)
         )
         return [
-            self.norm1(c1 + self.up(c2) + _rescaled(trunk, 4)),
+            # In place: a fresh tensor of this size costs more in paging than its sum.
+            self.norm1(c1.add_(self.up(c2)).add_(_rescaled(trunk, 4))),
             self.norm2(c2 + _rescaled(trunk, 2)),
             self.norm3(c3 + trunk),
             self.norm4(c4 + _rescaled(trunk, 0.5)),

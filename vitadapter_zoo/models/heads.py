@@ -44,8 +44,11 @@ class RPNHead(nn.Module):
 
     def forward(self, maps: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
         """Per level: logits ``[N, 3, H, W]`` and deltas ``[N, 12, H, W]``."""
-        hidden = [F.relu(self.rpn_conv(x)) for x in maps]
-        return [(self.rpn_cls(x), self.rpn_reg(x)) for x in hidden]
+        outputs = []
+        for x in maps:
+            hidden = F.relu(self.rpn_conv(x), inplace=True)
+            outputs.append((self.rpn_cls(hidden), self.rpn_reg(hidden)))
+        return outputs
 
     def propose(self, maps: list[Tensor], sizes: list[tuple[int, int]]) -> list[Proposals]:
         """The best 1000 boxes of each image; ``sizes`` are the resized images' (height, width)."""
@@ -103,12 +106,21 @@ class MaskHead(nn.Module):
         self.upsample = nn.ConvTranspose2d(WIDTH, WIDTH, 2, 2)
         self.conv_logits = nn.Conv2d(WIDTH, classes, 1)
 
-    def forward(self, pooled: Tensor) -> Tensor:
-        """``[R, 256, 14, 14]`` to logits ``[R, classes, 28, 28]``."""
+    def forward(self, pooled: Tensor, labels: Tensor | None = None) -> Tensor:
+        """``[R, 256, 14, 14]`` to logits ``[R, classes, 28, 28]``.
+
+        With ``labels`` ``[R]`` only those of each region's own class are made, ``[R, 28, 28]``.
+        """
         x = pooled
         for conv in self.convs:
-            x = F.relu(conv(x))
-        return self.conv_logits(F.relu(self.upsample(x)))
+            x = F.relu(conv(x), inplace=True)
+        x = F.relu(self.upsample(x), inplace=True)
+        if labels is None:
+            return self.conv_logits(x)
+        weight = self.conv_logits.weight.flatten(1)[labels]
+        bias = self.conv_logits.get_parameter("bias")[labels]
+        logits = x.permute(0, 2, 3, 1).flatten(1, 2) @ weight[..., None]
+        return logits.view(-1, *x.shape[2:]) + bias[:, None, None]
 
 
 class RoIHead(nn.Module):
@@ -170,10 +182,9 @@ class RoIHead(nn.Module):
             found.boxes * found.boxes.new_tensor(scale)
             for found, scale in zip(detections, scales, strict=True)
         ]
-        logits = self.mask_head(pool_rois(maps, _rois(boxes), 14))
         labels = torch.cat([found.labels for found in detections])
-        own = logits[torch.arange(len(labels), device=labels.device), labels]
-        return list(own.float().sigmoid().split([len(found.labels) for found in detections]))
+        logits = self.mask_head(pool_rois(maps, _rois(boxes), 14), labels)
+        return list(logits.float().sigmoid().split([len(found.labels) for found in detections]))
 
 
 def _rois(boxes: list[Tensor]) -> Tensor:

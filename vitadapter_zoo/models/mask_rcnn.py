@@ -1,7 +1,7 @@
 """Mask R-CNN: backbone, neck and heads put together."""
 
 from collections.abc import Iterator, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,15 @@ class MaskRCNN(nn.Module):
             ImageError: not an image.
         """
         return network_input(image, self.row.input_size, self.row.mean, self.row.std)
+
+    def compile(self, **options: Any) -> None:
+        """Compile backbone, neck and proposal head in place, with ``torch.compile``'s options.
+
+        The first image of every padded size then takes a minute or more; state dicts, and what
+        comes after the proposals, whose shapes follow from what is found, stay as they are.
+        """
+        for part in (self.backbone, self.neck, self.rpn_head):
+            part.compile(**options)
 
     def forward(
         self, inputs: Sequence[NetworkInput], score_threshold: float = SCORE_THRESHOLD

@@ -31,7 +31,7 @@ class FPN(nn.Module):
         merged = [lateral(x) for lateral, x in zip(self.lateral_convs, maps, strict=True)]
         for finer in (2, 1, 0):
             size = merged[finer].shape[2:]
-            merged[finer] = merged[finer] + F.interpolate(merged[finer + 1], size, mode="nearest")
+            merged[finer].add_(F.interpolate(merged[finer + 1], size, mode="nearest"))
         levels = [conv(x) for conv, x in zip(self.fpn_convs, merged, strict=True)]
         return [*levels, F.max_pool2d(levels[-1], 1, stride=2)]
 

@@ -8,6 +8,7 @@ from vitadapter_zoo.models.adapter import WithAdapter
 from vitadapter_zoo.models.vit import (
     PATCH,
     WINDOW,
+    channels_last,
     drop_path_rates,
     from_windows,
     pad_to_windows,
@@ -78,7 +79,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """``[N, 3, 16 H, 16 W]`` to ``[N, H * W, dim]``."""
-        tokens = self.proj(image)
+        tokens = self.proj(channels_last(image))
         height, width = tokens.shape[2:]
         space = resized_position_embedding(self.spatial_pos_embed.weight, height, width)
         return tokens.flatten(2).transpose(1, 2) + space + self.temporal_pos_embed.weight[0]
