@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from vitadapter_zoo.catalog import Row, get_row, list_models
 from vitadapter_zoo.errors import (
+    BackendError,
     CheckpointError,
+    ConfigError,
     DownloadError,
     ImageError,
     UnknownModelError,
@@ -24,7 +26,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "BackendError",
     "CheckpointError",
+    "ConfigError",
     "Detections",
     "DownloadError",
     "ImageError",
