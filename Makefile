@@ -4,7 +4,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-mmdet mmdet-env lint benchmark wheel test-wheel sanitize clean
+.PHONY: demo test test-slow test-mmdet mmdet-env mmdet-ready lint benchmark wheel test-wheel sanitize clean
 
 demo: .venv/.current
 	$(BIN)/python demo/run.py
@@ -15,8 +15,13 @@ test: .venv/.current
 test-slow: .venv/.current
 	$(BIN)/python -m pytest -m slow
 
-# mmdet 2.x on current PyTorch; see scripts/mmdet_env.sh.
+# mmdet 2.x on current PyTorch; see scripts/mmdet_env.sh. Ready means compiled: setting up the rest
+# takes minutes.
+MMDET_ENV := PYTHON="$(PYTHON)" TORCH="$(TORCH)" scripts/mmdet_env.sh
 mmdet-env: .venv-mmdet/.current
+
+mmdet-ready:
+	@$(MMDET_ENV) --ready
 
 test-mmdet: .venv-mmdet/.current
 	.venv-mmdet/bin/python -m pytest tests/with_mmdet
@@ -73,7 +78,7 @@ clean:
 SOURCES := pyproject.toml setup.py vitadapter_zoo/build_op.py $(wildcard csrc/*)
 
 .venv-mmdet/.current: $(SOURCES) scripts/mmdet_env.sh
-	PYTHON="$(PYTHON)" TORCH="$(TORCH)" scripts/mmdet_env.sh
+	$(MMDET_ENV)
 
 .venv/.current: $(SOURCES)
 	$(PYTHON) -m venv .venv

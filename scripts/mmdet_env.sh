@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Sets up .venv-mmdet: mmdet 2.x on current PyTorch, for the mmdet backend and its tests.
+# Sets up .venv-mmdet: mmdet 2.x on current PyTorch, for the mmdet backend and its tests. The
+# Makefile says on which Python and PyTorch.
 #
 #   scripts/mmdet_env.sh          builds what is missing; compiling mmcv-full takes 20 minutes
 #   scripts/mmdet_env.sh --ready  builds nothing: exit status 0 if mmcv-full is compiled already
@@ -9,8 +10,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-PYTHON=${PYTHON:-python3}
-TORCH=${TORCH:-torch==2.14.1 torchvision==0.29.1}
+: "${PYTHON:?} ${TORCH:?}"
 MMCV=1.7.2
 MMDET=2.28.2
 VENV=.venv-mmdet
@@ -34,9 +34,10 @@ if [[ ${1:-} == --ready ]]; then
     exit
 fi
 
-pip() { "$VENV/bin/python" -m pip ${PIPARGS:-} --disable-pip-version-check "$@"; }
+pip() { "$VENV/bin/python" -m pip --quiet --disable-pip-version-check "$@"; }
 
-# mmcv-full asks for C++14, the headers of torch 2.14 for C++20, as which it compiles.
+# mmcv-full asks for C++14, the headers of torch 2.14 for C++20, as which it compiles. Without the
+# debugging symbols that Python's own flags ask for, it does so in less time and memory.
 compile() {
     local work wheel
     work=$(mktemp -d)
@@ -44,11 +45,11 @@ compile() {
     trap "rm -rf '$work'" EXIT
     cat >"$work/c++" <<WRAPPER
 #!/usr/bin/env bash
-exec ${CXX:-c++} "\${@/#-std=c++1[47]/-std=c++20}"
+exec ${CXX:-c++} "\${@/#-std=c++1[47]/-std=c++20}" -g0
 WRAPPER
     chmod +x "$work/c++"
     echo "compiling mmcv-full $MMCV, about 20 minutes on 2 cores"
-    # With a GPU in sight mmcv would compile its CUDA sources, which do not compile.
+    # With a GPU in sight mmcv would compile its CUDA sources too.
     CXX="$work/c++" MMCV_WITH_OPS=1 FORCE_CUDA=0 CUDA_VISIBLE_DEVICES='' \
         pip wheel --no-build-isolation --no-deps --no-binary mmcv-full \
         --wheel-dir "$work/wheels" "mmcv-full==$MMCV"
@@ -66,7 +67,7 @@ pip install $TORCH 'setuptools<82' wheel ninja opencv-python-headless
 version=$("$VENV/bin/python" -c 'from importlib import metadata; print(metadata.version("torch"))')
 cache=$(wheels "$version")
 compiled "$cache" || compile "$cache"
-VITADAPTER_ZOO_BUILD_OP=1 pip install --find-links "$cache" --editable '.[dev,mmdet]' \
-    "mmdet==$MMDET"
+VITADAPTER_ZOO_BUILD_OP=1 pip install --find-links "$cache" --only-binary mmcv-full \
+    --editable '.[dev,mmdet]' "mmcv-full==$MMCV" "mmdet==$MMDET"
 "$VENV/bin/python" -c 'import mmcv.ops, mmdet.apis'
 touch "$VENV/.current"

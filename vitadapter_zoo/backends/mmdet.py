@@ -7,6 +7,7 @@ mmcv, under the original project's names, so that its configuration files work w
 """
 
 import os
+import warnings
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,9 @@ from vitadapter_zoo.images import ImageInput, read_image
 from vitadapter_zoo.models import MaskRCNN
 
 try:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "On January 1, 2023, MMCV will release v2.0.0")
+        import mmcv
     import mmcv.ops  # the compiled part, which is missing from a plain mmcv
     from mmcv.runner import OPTIMIZER_BUILDERS
     from mmdet.apis import inference_detector

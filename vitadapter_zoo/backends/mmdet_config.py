@@ -258,7 +258,7 @@ def _data(row: Row, categories: tuple[str, ...]) -> Config:
                 {"type": "RandomFlip"},
                 normalize,
                 pad,
-                {"type": "ImageToTensor", "keys": ["img"]},
+                {"type": "DefaultFormatBundle"},
                 {"type": "Collect", "keys": ["img"]},
             ],
         },

@@ -87,6 +87,10 @@ class ViTBaseline(vit.ViTBaseline):
         self.pretrained = pretrained
         _finish(self, self.blocks, layer_scale=layer_scale, with_cp=with_cp)
 
+    def forward(self, image: Tensor) -> list[Tensor]:
+        """``[N, 3, H, W]`` to four maps at strides 4 to 32, contiguous."""
+        return _contiguous(super().forward(image))
+
     def init_weights(self) -> None:
         """Read ``pretrained``, as mmdet asks for when training starts.
 
@@ -171,6 +175,10 @@ class ViTAdapter(adapter.ViTAdapter):
         _finish(self, self.blocks, layer_scale=layer_scale, with_cp=with_cp)
         _finish_adapter(self, init_values, use_extra_extractor)
 
+    def forward(self, image: Tensor) -> list[Tensor]:
+        """``[N, 3, H, W]`` to four maps at strides 4 to 32, contiguous."""
+        return _contiguous(super().forward(image))
+
     def init_weights(self) -> None:
         """Read ``pretrained``; see ``ViTBaseline.init_weights``."""
         _init_weights(self, self.pretrained)
@@ -236,6 +244,10 @@ class UniPerceiverAdapter(uniperceiver.UniPerceiverAdapter):
         self.pretrained = pretrained
         _finish(self, self.layers, layer_scale=True, with_cp=with_cp)
         _finish_adapter(self, init_values, use_extra_extractor=True)
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        """``[N, 3, H, W]`` to four maps at strides 4 to 32, contiguous."""
+        return _contiguous(super().forward(image))
 
     def init_weights(self) -> None:
         """Read ``pretrained``; see ``ViTBaseline.init_weights``."""
@@ -340,6 +352,12 @@ def _finish(network: nn.Module, blocks: nn.ModuleList, *, layer_scale: bool, wit
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         # The original's BatchNorms are synchronised, which needs a process group.
         nn.SyncBatchNorm.convert_sync_batchnorm(network)
+
+
+def _contiguous(maps: list[Tensor]) -> list[Tensor]:
+    # mmcv's RoIAlign reads the memory as N, C, H, W whatever the strides say; these maps may have
+    # the channels last, as the tokens that they come from, and would pass that on to the neck.
+    return [x.contiguous() for x in maps]
 
 
 def _recomputed(forward: Any, x: Tensor, height: int, width: int) -> Any:
