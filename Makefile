@@ -24,7 +24,7 @@ mmdet-ready:
 	@$(MMDET_ENV) --ready
 
 test-mmdet: .venv-mmdet/.current
-	.venv-mmdet/bin/python -m pytest tests/with_mmdet
+	VITADAPTER_ZOO_OP=compiled .venv-mmdet/bin/python -m pytest tests/with_mmdet
 
 lint: .venv/.current
 	$(BIN)/ruff format --check .

@@ -6,27 +6,37 @@ refused with any other: no argument goes by without an effect.
 """
 
 import functools
-import logging
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from vitadapter_zoo import cache, files, store
-from vitadapter_zoo import checkpoint as containers
-from vitadapter_zoo.errors import CheckpointError, ConfigError, DownloadError
+from vitadapter_zoo.backends.mmdet_pretraining import read_pretraining
+from vitadapter_zoo.errors import ConfigError
 from vitadapter_zoo.models import adapter, necks, uniperceiver, vit
-from vitadapter_zoo.progress import bars
-from vitadapter_zoo.source import LocalFile, Url, parse
 
-logger = logging.getLogger(__name__)
-
-# Names of the trunk's parameters, which the pretraining has too.
-TRUNK = ("patch_embed.", "pos_embed", "blocks.", "visual_embed.", "layers.")
-LAYER_SCALES = ("gamma1", "gamma2", "gamma_1", "gamma_2")
+# Arguments that the published networks agree in, with the one value that is taken.
+PUBLISHED: dict[str, object] = {
+    "patch_size": vit.PATCH,
+    "in_chans": 3,
+    "mlp_ratio": 4,
+    "qkv_bias": True,
+    "drop_rate": 0,
+    "attn_drop_rate": 0,
+    "conv_inplane": adapter.STEM_WIDTH,
+    "n_points": adapter.POINTS,
+    "with_cffn": True,
+    "cffn_ratio": adapter.CONV_FFN_RATIO,
+    "add_vit_feature": True,
+    "out_channels": necks.WIDTH,
+    "kernel_size": 1,
+    "conv_cfg": None,
+    "norm_cfg": None,
+    "act_cfg": {"type": "ReLU"},
+    "num_outs": 5,
+}
 
 
 class ViTBaseline(vit.ViTBaseline):
@@ -72,16 +82,12 @@ class ViTBaseline(vit.ViTBaseline):
         pretrained: str | None = None,
     ) -> None:
         _only_as_published(
-            patch_size=(patch_size, 16),
-            in_chans=(in_chans, 3),
-            mlp_ratio=(mlp_ratio, 4),
-            qkv_bias=(qkv_bias, True),
-            drop_rate=(drop_rate, 0),
-            attn_drop_rate=(attn_drop_rate, 0),
-            img_size=(img_size, pretrain_size),
-        )
+            patch_size=patch_size, in_chans=in_chans, mlp_ratio=mlp_ratio, qkv_bias=qkv_bias,
+            drop_rate=drop_rate, attn_drop_rate=attn_drop_rate,
+        )  # fmt: skip
+        _only("img_size", img_size, pretrain_size)
         ends = [last for _, last in _quarters(depth)]
-        _only_as_published(out_indices=(list(out_indices or ends), ends))
+        _only("out_indices", list(out_indices or ends), ends)
         windows = _windows(depth, window_attn, window_size)
         super().__init__(embed_dim, num_heads, windows, pretrain_size // vit.PATCH, drop_path_rate)
         self.pretrained = pretrained
@@ -97,7 +103,7 @@ class ViTBaseline(vit.ViTBaseline):
         Raises:
             CheckpointError: it cannot be read, or is not the trunk's.
         """
-        _init_weights(self, self.pretrained)
+        read_pretraining(self, self.pretrained)
 
 
 class ViTAdapter(adapter.ViTAdapter):
@@ -148,19 +154,12 @@ class ViTAdapter(adapter.ViTAdapter):
         pretrained: str | None = None,
     ) -> None:
         _only_as_published(
-            patch_size=(patch_size, 16),
-            in_chans=(in_chans, 3),
-            mlp_ratio=(mlp_ratio, 4),
-            qkv_bias=(qkv_bias, True),
-            drop_rate=(drop_rate, 0),
-            attn_drop_rate=(attn_drop_rate, 0),
-            img_size=(img_size, pretrain_size),
-            conv_inplane=(conv_inplane, adapter.STEM_WIDTH),
-            n_points=(n_points, adapter.POINTS),
-            with_cffn=(with_cffn, True),
-            cffn_ratio=(cffn_ratio, adapter.CONV_FFN_RATIO),
-            add_vit_feature=(add_vit_feature, True),
-        )
+            patch_size=patch_size, in_chans=in_chans, mlp_ratio=mlp_ratio, qkv_bias=qkv_bias,
+            drop_rate=drop_rate, attn_drop_rate=attn_drop_rate, conv_inplane=conv_inplane,
+            n_points=n_points, with_cffn=with_cffn, cffn_ratio=cffn_ratio,
+            add_vit_feature=add_vit_feature,
+        )  # fmt: skip
+        _only("img_size", img_size, pretrain_size)
         _check_interactions(interaction_indexes, depth)
         super().__init__(
             embed_dim,
@@ -181,14 +180,14 @@ class ViTAdapter(adapter.ViTAdapter):
 
     def init_weights(self) -> None:
         """Read ``pretrained``; see ``ViTBaseline.init_weights``."""
-        _init_weights(self, self.pretrained)
+        read_pretraining(self, self.pretrained)
 
 
 class UniPerceiverAdapter(uniperceiver.UniPerceiverAdapter):
     """The adapter on a Uni-Perceiver trunk; arguments as in the original configuration files.
 
     Args:
-        others: those of ``ViTAdapter`` that this trunk has.
+        others: ``ViTAdapter``'s, as far as this trunk has them.
 
     Raises:
         ConfigError: an argument asks for a network that this package does not have.
@@ -221,16 +220,11 @@ class UniPerceiverAdapter(uniperceiver.UniPerceiverAdapter):
         pretrained: str | None = None,
     ) -> None:
         _only_as_published(
-            patch_size=(patch_size, 16),
-            in_chans=(in_chans, 3),
-            mlp_ratio=(mlp_ratio, 4),
-            img_size=(img_size, pretrain_size),
-            conv_inplane=(conv_inplane, adapter.STEM_WIDTH),
-            n_points=(n_points, adapter.POINTS),
-            with_cffn=(with_cffn, True),
-            cffn_ratio=(cffn_ratio, adapter.CONV_FFN_RATIO),
-            add_vit_feature=(add_vit_feature, True),
-        )
+            patch_size=patch_size, in_chans=in_chans, mlp_ratio=mlp_ratio,
+            conv_inplane=conv_inplane, n_points=n_points, with_cffn=with_cffn,
+            cffn_ratio=cffn_ratio, add_vit_feature=add_vit_feature,
+        )  # fmt: skip
+        _only("img_size", img_size, pretrain_size)
         _check_interactions(interaction_indexes, depth)
         super().__init__(
             embed_dim,
@@ -251,7 +245,7 @@ class UniPerceiverAdapter(uniperceiver.UniPerceiverAdapter):
 
     def init_weights(self) -> None:
         """Read ``pretrained``; see ``ViTBaseline.init_weights``."""
-        _init_weights(self, self.pretrained)
+        read_pretraining(self, self.pretrained)
 
 
 class ChannelMapperWithPooling(necks.ChannelMapper):
@@ -277,14 +271,10 @@ class ChannelMapperWithPooling(necks.ChannelMapper):
         num_outs: int | None = None,
     ) -> None:
         _only_as_published(
-            in_channels=(list(in_channels), [in_channels[0]] * 4),
-            out_channels=(out_channels, necks.WIDTH),
-            kernel_size=(kernel_size, 1),
-            conv_cfg=(conv_cfg, None),
-            norm_cfg=(norm_cfg, None),
-            act_cfg=(act_cfg, {"type": "ReLU"}),
-            num_outs=(num_outs, 5),
-        )
+            out_channels=out_channels, kernel_size=kernel_size, conv_cfg=conv_cfg,
+            norm_cfg=norm_cfg, act_cfg=act_cfg, num_outs=num_outs,
+        )  # fmt: skip
+        _only("in_channels", list(in_channels), [in_channels[0]] * 4)
         super().__init__(in_channels[0])
 
     def init_weights(self) -> None:
@@ -296,15 +286,16 @@ class ChannelMapperWithPooling(necks.ChannelMapper):
                     nn.init.zeros_(conv.bias)
 
 
-def _only_as_published(**given_and_published: tuple[object, object]) -> None:
-    wrong = [
-        f"{name}={given!r} (only {published!r})"
-        for name, (given, published) in given_and_published.items()
-        if given != published
-    ]
-    if wrong:
+def _only_as_published(**given: object) -> None:
+    for name, value in given.items():
+        _only(name, value, PUBLISHED[name])
+
+
+def _only(name: str, given: object, published: object) -> None:
+    if given != published:
         raise ConfigError(
-            f"vitadapter-zoo has only the published networks; not supported: {', '.join(wrong)}"
+            f"{name}={given!r} is not supported: vitadapter-zoo has only the published networks, "
+            f"which have {name}={published!r}"
         )
 
 
@@ -319,7 +310,7 @@ def _quarters(depth: int) -> list[list[int]]:
 def _check_interactions(indexes: Sequence[Sequence[int]] | None, depth: int) -> None:
     quarters = _quarters(depth)
     given = quarters if indexes is None else [list(span) for span in indexes]
-    _only_as_published(interaction_indexes=(given, quarters))
+    _only("interaction_indexes", given, quarters)
 
 
 def _windows(
@@ -373,53 +364,3 @@ def _finish_adapter(
         nn.init.constant_(interaction.injector.gamma, init_values)  # type: ignore[union-attr,arg-type]
     if not use_extra_extractor:
         network.interactions[-1].extra_extractors = nn.ModuleList()
-
-
-def _init_weights(network: nn.Module, pretrained: str | None) -> None:
-    if pretrained is None:
-        return
-    path = _fetched(pretrained)
-    found = containers.read(path, pretrained).tensors
-    trunk = {name: x for name, x in network.named_parameters() if name.startswith(TRUNK)}
-    absent = [name for name in trunk if name not in found]
-    misshaped = [name for name in trunk if name in found and trunk[name].shape != found[name].shape]
-    scales = [name for name in absent if name.endswith(LAYER_SCALES)]
-    if misshaped or len(scales) < len(absent):
-        wrong = [name for name in absent if name not in scales] + misshaped
-        raise CheckpointError(
-            f"{pretrained} is not the pretraining of this backbone: {len(wrong)} parameters are "
-            f"absent or of another shape, {_few(wrong)}"
-        )
-    if scales:
-        logger.warning("%s has no layer scales; they start as they are: %s", pretrained, scales[0])
-    with torch.no_grad():
-        for name, parameter in trunk.items():
-            if name in found:
-                parameter.copy_(found[name])
-    logger.info("%s: %d parameters, not used: %s", pretrained, len(trunk) - len(scales),
-                _few(name for name in found if name not in trunk))  # fmt: skip
-
-
-def _few(names: Iterable[str]) -> str:
-    listed = list(names)
-    return ", ".join(listed[:4]) + (", ..." if len(listed) > 4 else "")
-
-
-def _fetched(pretrained: str) -> Path:
-    """The file, downloaded into the cache if it is a URL."""
-    source = parse(pretrained)
-    if isinstance(source, LocalFile):
-        return source.path
-    if not isinstance(source, Url):
-        raise ConfigError(f"pretrained={pretrained!r} is neither a file nor an http(s) URL")
-    from vitadapter_zoo.download import download, hash_in_name
-
-    target = cache.home() / "pretraining" / source.url.rpartition("/")[2]
-    with cache.locked(cache.home(), f"pretraining-{target.name}"), bars() as lines:
-        if not target.exists():
-            if store.is_offline(None):
-                raise DownloadError(f"{source} is not in {target.parent}, and this is offline mode")
-            with files.writing_to(target.parent):
-                target.parent.mkdir(parents=True, exist_ok=True)
-            download(source.url, target, hash_in_name(source.url), report=lines(target.name))
-    return target
