@@ -23,7 +23,7 @@ def make(folder: Path) -> dict[str, Path]:
     pictures = {
         "landscape.jpg": (wide, Image.Exif()),
         "portrait.jpg": (photo.crop((200, 20, 325, 395)), Image.Exif()),
-        "tiny.png": (photo.crop((280, 200, 307, 209)), Image.Exif()),
+        "tiny.png": (photo.crop((300, 300, 345, 315)), Image.Exif()),
         "grey.jpg": (photo.crop((100, 250, 400, 350)).convert("L"), Image.Exif()),
         "rotated.jpg": (turned, exif),
     }

@@ -6,6 +6,7 @@ mmcv, under the original project's names, so that its configuration files work w
 ``custom_imports = dict(imports=["vitadapter_zoo.backends.mmdet"])``.
 """
 
+import copy
 import os
 import warnings
 from typing import Any
@@ -94,8 +95,15 @@ def detect(model: nn.Module, image: ImageInput) -> Detections:
         ImageError: not an image.
     """
     rgb = read_image(image)
-    result = inference_detector(model, _as_mmdet_takes_it(image, rgb))
-    categories: Any = model.CLASSES
+    detector: Any = model
+    config = detector.cfg
+    # mmdet writes into the configuration how an array is loaded, and then finds no more files.
+    detector.cfg = copy.deepcopy(config)
+    try:
+        result = inference_detector(detector, _as_mmdet_takes_it(image, rgb))
+    finally:
+        detector.cfg = config
+    categories: Any = detector.CLASSES
     return _detections(result, (rgb.shape[0], rgb.shape[1]), tuple(categories))
 
 
