@@ -4,7 +4,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 BIN := .venv/bin
 
-.PHONY: demo test test-slow lint benchmark wheel test-wheel sanitize clean
+.PHONY: demo test test-slow test-mmdet mmdet-env mmdet-ready lint benchmark wheel test-wheel sanitize clean
 
 demo: .venv/.current
 	$(BIN)/python demo/run.py
@@ -14,6 +14,17 @@ test: .venv/.current
 
 test-slow: .venv/.current
 	$(BIN)/python -m pytest -m slow
+
+# mmdet 2.x on current PyTorch; see scripts/mmdet_env.sh. Ready means compiled: setting up the rest
+# takes minutes.
+MMDET_ENV := PYTHON="$(PYTHON)" TORCH="$(TORCH)" scripts/mmdet_env.sh
+mmdet-env: .venv-mmdet/.current
+
+mmdet-ready:
+	@$(MMDET_ENV) --ready
+
+test-mmdet: .venv-mmdet/.current
+	VITADAPTER_ZOO_OP=compiled .venv-mmdet/bin/python -m pytest tests/with_mmdet
 
 lint: .venv/.current
 	$(BIN)/ruff format --check .
@@ -66,9 +77,14 @@ sanitize: .venv/.current
 		build/sanitize/tests/test_masks.py -k "not reference"
 
 clean:
-	rm -rf .venv build dist demo-output *.egg-info
+	rm -rf .venv .venv-mmdet build dist demo-output *.egg-info
 
-.venv/.current: pyproject.toml setup.py vitadapter_zoo/build_op.py $(wildcard csrc/*)
+SOURCES := pyproject.toml setup.py vitadapter_zoo/build_op.py $(wildcard csrc/*)
+
+.venv-mmdet/.current: $(SOURCES) scripts/mmdet_env.sh
+	$(MMDET_ENV)
+
+.venv/.current: $(SOURCES)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
 	VITADAPTER_ZOO_BUILD_OP=1 $(BIN)/python -m pip install --quiet --disable-pip-version-check \

@@ -5,9 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from standins import DATA, PHOTO
-from torch import Tensor
-from torchvision.ops import box_iou
 
+from vitadapter_zoo.comparison import Stages, matches, native_stages
 from vitadapter_zoo.models import MaskRCNN
 
 
@@ -51,42 +50,24 @@ class Parity:
         return [failure for failure, passed in checks.items() if not passed]
 
 
-def matches(boxes: Tensor, scores: Tensor, reference: Tensor, reference_scores: Tensor) -> Tensor:
-    """For each reference box the index of its counterpart (IoU > 0.99, score within 1e-3), or -1.
-
-    Counterparts are used once.
-    """
-    fits = box_iou(reference.double(), boxes.double()) > 0.99
-    fits &= (reference_scores[:, None] - scores[None]).abs() < 1e-3
-    found = torch.full((len(reference),), -1)
-    for index, row in enumerate(fits):
-        candidates = row.nonzero().flatten()
-        if len(candidates):
-            best = candidates[(scores[candidates] - reference_scores[index]).abs().argmin()]
-            found[index] = best
-            fits[:, best] = False
-    return found
-
-
-@torch.inference_mode()
 def compare(model: MaskRCNN) -> Parity:
     """Run the model on the reference photo beside the original's stored outputs."""
+    return compare_stages(native_stages(model, PHOTO), model.row.name)
+
+
+def compare_stages(stages: Stages, row: str) -> Parity:
+    """What any implementation computed on the reference photo beside the stored outputs."""
     from hotcoco import mask as coco_mask
 
-    stored = np.load(DATA / "outputs" / f"{model.row.name}.npz")
-    prepared = model.preprocess(PHOTO)
-    maps = model.backbone(prepared.tensor)
-    levels = model.neck(maps)
-    proposals = model.rpn_head.propose(levels, [prepared.resized])[0]
-    detections = model.predict(PHOTO)[0]
-
-    named = {"input": prepared.tensor}
-    named |= {f"backbone.{index}": x for index, x in enumerate(maps)}
-    named |= {f"neck.{index}": x for index, x in enumerate(levels)}
+    stored = np.load(DATA / "outputs" / f"{row}.npz")
+    detections = stages.detections
+    named = {"input": stages.input}
+    named |= {f"backbone.{index}": x for index, x in enumerate(stages.backbone)}
+    named |= {f"neck.{index}": x for index, x in enumerate(stages.neck)}
     shapes = all(list(x.shape) == stored[f"{name}.shape"].tolist() for name, x in named.items())
-    shapes &= list(prepared.resized) == stored["meta.img_shape"][:2].tolist()
-    shapes &= list(prepared.original) == stored["meta.ori_shape"][:2].tolist()
-    shapes &= np.array_equal(np.array(prepared.scale, np.float32), stored["meta.scale_factor"])
+    shapes &= list(stages.resized) == stored["meta.img_shape"][:2].tolist()
+    shapes &= list(stages.original) == stored["meta.ori_shape"][:2].tolist()
+    shapes &= np.array_equal(np.array(stages.scale, np.float32), stored["meta.scale_factor"])
 
     def sampled(name: str) -> float:
         values = named[name].flatten()[torch.from_numpy(stored[f"{name}.index"])].numpy()
@@ -103,7 +84,9 @@ def compare(model: MaskRCNN) -> Parity:
         if name != "input"
     }
     reference = torch.from_numpy(stored["proposals"])
-    proposal_matches = matches(proposals.boxes, proposals.scores, reference[:, :4], reference[:, 4])
+    proposal_matches = matches(
+        stages.proposals, stages.proposal_scores, reference[:, :4], reference[:, 4]
+    )
     # Matched within the class: shifting each class far away keeps classes apart.
     apart = 1e4
     found = matches(
@@ -117,7 +100,7 @@ def compare(model: MaskRCNN) -> Parity:
     for index, (counts, match) in enumerate(zip(stored["mask_rle"], found.tolist(), strict=True)):
         if match < 0:
             continue
-        original = {"size": [int(side) for side in prepared.original], "counts": str(counts)}
+        original = {"size": [int(side) for side in stages.original], "counts": str(counts)}
         ours = coco[match]["segmentation"]
         a, b = (coco_mask.decode(rle).astype(bool) for rle in (original, ours))
         union = (a | b).sum()

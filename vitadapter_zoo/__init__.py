@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from vitadapter_zoo.catalog import Row, get_row, list_models
 from vitadapter_zoo.errors import (
+    BackendError,
     CheckpointError,
+    ConfigError,
     DatasetError,
     DownloadError,
     ImageError,
@@ -28,7 +30,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "BackendError",
     "CheckpointError",
+    "ConfigError",
     "DatasetError",
     "Detections",
     "DownloadError",

@@ -180,7 +180,9 @@ def _load_pickle(path: Path, origin: str, *, mapped: bool) -> object:
 
 
 def _state_dict(loaded: object, origin: str) -> dict[str, Tensor]:
-    state = loaded.get("state_dict", loaded) if isinstance(loaded, Mapping) else loaded
+    state = loaded
+    if isinstance(loaded, Mapping):  # DeiT and timm say "model"
+        state = loaded.get("state_dict", loaded.get("model", loaded))
     if not isinstance(state, Mapping) or not state:
         raise CheckpointError(f"{origin} holds no state_dict: it is not a checkpoint of a network")
     strange = [key for key, value in state.items() if not isinstance(value, Tensor)]

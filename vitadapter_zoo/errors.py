@@ -25,6 +25,14 @@ class UnsafeCheckpointError(CheckpointError):
     """A pickle asks for more than tensors and plain data; none of it was run."""
 
 
+class ConfigError(ZooError, ValueError):
+    """A configuration asks for a network that the zoo does not have."""
+
+
+class BackendError(ZooError):
+    """Another framework is asked for that is missing, broken, or cannot do this."""
+
+
 class ImageError(ZooError, ValueError):
     """An input is not an image that the network can take."""
 

@@ -2,9 +2,10 @@
 
 import os
 from pathlib import Path
+from typing import Literal, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitadapter_zoo import cache, convert, store
 from vitadapter_zoo import checkpoint as containers
@@ -13,6 +14,36 @@ from vitadapter_zoo.errors import CheckpointError
 from vitadapter_zoo.models import MaskRCNN, build
 from vitadapter_zoo.progress import bars
 from vitadapter_zoo.source import HubFile, parse
+
+
+@overload
+def load(
+    name: str | os.PathLike[str],
+    *,
+    checkpoint: str | os.PathLike[str] | None = None,
+    pretrained: bool = True,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    offline: bool | None = None,
+    progress: bool = True,
+    backend: Literal["native"] = "native",
+) -> MaskRCNN: ...
+
+
+@overload
+def load(
+    name: str | os.PathLike[str],
+    *,
+    checkpoint: str | os.PathLike[str] | None = None,
+    pretrained: bool = True,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    offline: bool | None = None,
+    progress: bool = True,
+    backend: Literal["mmdet"],
+) -> nn.Module: ...
 
 
 def load(
@@ -25,7 +56,8 @@ def load(
     cache_dir: str | os.PathLike[str] | None = None,
     offline: bool | None = None,
     progress: bool = True,
-) -> MaskRCNN:
+    backend: Literal["native", "mmdet"] = "native",
+) -> MaskRCNN | nn.Module:
     """Load a detector in evaluation mode.
 
     The first call downloads the row's published file, converts it to safetensors and keeps that in
@@ -46,14 +78,35 @@ def load(
         offline: True never uses the network, and says what is missing; by default that is what
             ``VITADAPTER_ZOO_OFFLINE`` says.
         progress: False shows no progress bar on a terminal either.
+        backend: ``"mmdet"`` gives a ``mmdet.models.MaskRCNN`` with the same weights, for
+            ``mmdet.apis.inference_detector`` and mmdet's tools; see
+            ``vitadapter_zoo.backends.mmdet``.
 
     Raises:
         UnknownModelError: no such name; the message offers the nearest.
         DownloadError: the file cannot be fetched, or is not the published one.
         CheckpointError: the file is damaged, unsafe, or not a checkpoint of this model.
+        BackendError: mmdet is asked for, and is missing, broken, or cannot run this ``dtype``.
         ZooError: the cache cannot be written to.
-        ValueError: ``checkpoint`` together with ``pretrained=False``.
+        ValueError: ``checkpoint`` together with ``pretrained=False``, or no such ``backend``.
     """
+    if backend not in ("native", "mmdet"):
+        raise ValueError(f"backend={backend!r}: there are 'native' and 'mmdet'")
+    if backend == "mmdet":
+        from vitadapter_zoo.backends.mmdet import from_native  # before a long download
+
+        return from_native(
+            load(
+                name,
+                checkpoint=checkpoint,
+                pretrained=pretrained,
+                device=device,
+                dtype=dtype,
+                cache_dir=cache_dir,
+                offline=offline,
+                progress=progress,
+            )
+        )
     folder = _folder(name)
     if folder is not None:
         if checkpoint is not None or not pretrained:

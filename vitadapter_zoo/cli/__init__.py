@@ -8,6 +8,7 @@ import click
 
 from vitadapter_zoo import __version__
 from vitadapter_zoo.cli.hub import cache_group, card, convert, download
+from vitadapter_zoo.cli.mmdet import compare, config
 from vitadapter_zoo.cli.models import info, list_command
 from vitadapter_zoo.cli.op import build_op_command, env_command
 from vitadapter_zoo.cli.predict import predict
@@ -50,6 +51,8 @@ for command in (
     cache_group,
     convert,
     card,
+    config,
+    compare,
     env_command,
     build_op_command,
 ):

@@ -1,0 +1,48 @@
+"""Learning rates that fall from block to block towards the image (BEiT, arXiv:2106.08254)."""
+
+from typing import Any
+
+from mmcv.runner import DefaultOptimizerConstructor
+from torch import nn
+
+EMBEDDINGS = ("backbone.patch_embed.", "backbone.pos_embed", "backbone.visual_embed.")
+BLOCKS = ("backbone.blocks.", "backbone.layers.")
+
+
+def depth_of(name: str, blocks: int) -> int:
+    """0 for the embeddings, 1 + N for block N, ``blocks`` + 1 for all that comes after them."""
+    if name.startswith(EMBEDDINGS):
+        return 0
+    if name.startswith(BLOCKS):
+        return int(name.split(".")[2]) + 1
+    return blocks + 1
+
+
+class LayerDecayOptimizerConstructor(DefaultOptimizerConstructor):  # type: ignore[misc]
+    """The original project's: ``paramwise_cfg=dict(num_layers=24, layer_decay_rate=0.8)``.
+
+    A parameter at depth d learns at ``lr * layer_decay_rate ** (num_layers + 1 - d)``. Vectors
+    (norms, biases, layer scales) have no weight decay.
+    """
+
+    def add_params(self, params: list[dict[str, Any]], module: nn.Module, **_: Any) -> None:
+        """Append one group per depth and weight decay to ``params``."""
+        blocks = self.paramwise_cfg["num_layers"]
+        rate = self.paramwise_cfg["layer_decay_rate"]
+        groups: dict[tuple[int, bool], dict[str, Any]] = {}
+        for name, parameter in module.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            depth, decays = depth_of(name, blocks), parameter.ndim > 1
+            if (depth, decays) not in groups:
+                scale = rate ** (blocks + 1 - depth)
+                groups[depth, decays] = {
+                    "params": [],
+                    "param_names": [],
+                    "lr_scale": scale,
+                    "lr": scale * self.base_lr,
+                    "weight_decay": self.base_wd if decays else 0.0,
+                }
+            groups[depth, decays]["params"].append(parameter)
+            groups[depth, decays]["param_names"].append(name)
+        params.extend(groups.values())
