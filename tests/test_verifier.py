@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import parity
 import pytest
 import scenes
 import standins
@@ -24,6 +23,7 @@ from test_scoring import by_pycocotools, random_data, written
 import vitadapter_zoo
 from vitadapter_zoo import DatasetError, ImageError, MaskRCNN, Verification, ZooError
 from vitadapter_zoo.cli import main
+from vitadapter_zoo.comparison import matches
 from vitadapter_zoo.dataset import Image, read_dataset, sampling_order
 from vitadapter_zoo.evaluation import Evaluator, Prepared, read
 from vitadapter_zoo.records import PREDICTIONS, ImageResult, open_run
@@ -109,7 +109,7 @@ def test_records_the_masks_that_the_original_gave(
     apart = 1e4  # keeps the classes from matching each other
     x, y, w, h = torch.tensor(result.boxes).unbind(1)
     shift = apart * torch.tensor(result.category_ids)[:, None]
-    found = parity.matches(
+    found = matches(
         torch.stack([x, y, x + w, y + h], dim=1) + shift,
         torch.tensor(result.scores),
         torch.from_numpy(stored["boxes"] + apart * stored["labels"][:, None]),
