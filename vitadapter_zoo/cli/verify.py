@@ -109,6 +109,9 @@ Exit status: 0 confirmed, 1 refuted, 3 inconclusive, 2 could not run.
 @click.option("--skip-bad-images", is_flag=True, help="Leave them out; ends inconclusive.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32")
+@click.option("--workers", type=click.IntRange(1), help="Compute in so many processes.")
+@click.option("--ray", metavar="auto|ADDRESS", help="Compute on the nodes of a Ray cluster.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads of each; kept to in a run.")
 @click.option("--run", type=click.Path(path_type=Path, file_okay=False), help="Run directory.")
 @click.option("--json", "as_json", is_flag=True, help="Print every figure as JSON.")
 @click.option("--offline", is_flag=True, help="Never use the network.")
@@ -125,6 +128,9 @@ def verify(
     skip_bad_images: bool,
     device: str,
     dtype: str,
+    workers: int | None,
+    ray: str | None,
+    threads: int | None,
     run: Path | None,
     as_json: bool,
     offline: bool,
@@ -152,8 +158,11 @@ def verify(
         seed=seed,
         expected=expect,
         skip_bad_images=skip_bad_images,
-        device=usable_device(device),
+        device=usable_device(device) if ray is None else device,
         dtype=getattr(torch, dtype),
+        workers=workers,
+        ray=ray,
+        threads=threads,
         run=run,
         offline=offline or None,
     )
