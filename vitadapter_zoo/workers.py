@@ -30,7 +30,7 @@ def processes(spec: Spec, count: int) -> Crew:
     one, unless ``spec.threads`` says how many.
     """
     places = itertools.cycle(_places(spec, count))
-    return Crew(lambda events: _Process(next(places), events), count)
+    return Crew(lambda events: ProcessWorker(next(places), events), count)
 
 
 def _places(spec: Spec, count: int) -> list[Spec]:
@@ -50,7 +50,7 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-class _Process:
+class ProcessWorker:
     """A worker of its own process, spoken to through a pipe."""
 
     def __init__(self, spec: Spec, events: Events) -> None:
@@ -73,8 +73,9 @@ class _Process:
             self._pipe.send(image)
 
     def stop(self) -> None:
-        """Kill it."""
+        """Kill it, and wait until it is gone."""
         self._process.kill()
+        self._process.join()
 
     def _listen(self, process: BaseProcess, events: Events) -> None:
         with contextlib.suppress(EOFError, OSError):
