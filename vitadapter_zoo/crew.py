@@ -11,14 +11,13 @@ import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Protocol, TypeAlias
 
 import torch
 
-from vitadapter_zoo import cache
 from vitadapter_zoo.dataset import Dataset, Image
 from vitadapter_zoo.errors import ZooError
 from vitadapter_zoo.evaluation import AHEAD, Evaluator, Task
@@ -42,7 +41,7 @@ class Spec:
         cache_dir: as for ``load``; None is the cache of the worker's own machine.
         offline: as for ``load``.
         threads: of torch on the CPU; None keeps torch's own choice.
-        data: the data set, without its images.
+        data: the data set; its images are not looked at.
     """
 
     name: str
@@ -53,23 +52,6 @@ class Spec:
     offline: bool | None
     threads: int | None
     data: Dataset
-
-    @classmethod
-    def of(
-        cls,
-        name: str,
-        checkpoint: str | None,
-        device: str,
-        dtype: torch.dtype | None,
-        cache_dir: cache.Home,
-        offline: bool | None,
-        threads: int | None,
-        data: Dataset,
-    ) -> Spec:
-        """The spec, with no more of the data set than its classes."""
-        home = None if cache_dir is None else Path(cache_dir).absolute()
-        slim = replace(data, images=())
-        return cls(name, checkpoint, device, dtype, home, offline, threads, slim)
 
 
 class Bench:
@@ -157,11 +139,14 @@ class Crew:
     Args:
         start: makes one more worker that reports to the given queue.
         size: how many there are to be.
+
+    Attributes:
+        size: the same, less those that were left out.
     """
 
     def __init__(self, start: Callable[[Events], Worker], size: int) -> None:
+        self.size = size
         self._start = start
-        self._size = size
         self._events: Events = SimpleQueue()
         self._seats: dict[Worker, _Seat] = {}
         self._facts: Facts | None = None
@@ -227,7 +212,7 @@ class Crew:
 
     def _fill(self) -> None:
         """Start workers until there are enough."""
-        while len(self._seats) < self._size and self._failed_starts < DEATHS:
+        while len(self._seats) < self.size and self._failed_starts < DEATHS:
             self._seats[self._start(self._events)] = _Seat()
         if not self._seats:
             raise ZooError(
@@ -258,7 +243,7 @@ class Crew:
             )
             worker.stop()
             del self._seats[worker]
-            self._size -= 1
+            self.size -= 1
             self._last_reason = differing
             return
         seat.ready = True

@@ -8,7 +8,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -16,6 +16,7 @@ import torch
 
 from vitadapter_zoo import cache
 from vitadapter_zoo import dataset as datasets
+from vitadapter_zoo.catalog import list_models
 from vitadapter_zoo.dataset import Dataset, Image
 from vitadapter_zoo.environment import environment
 from vitadapter_zoo.errors import ImageError
@@ -101,7 +102,7 @@ def verify(
             process, and the cores shared out among workers. The last bits of the results depend
             on it, and on nothing else of how the work is divided: a run keeps to one number.
         run: the run directory; by default one in the cache that belongs to the checkpoint, the
-            data set, the precision and the versions.
+            data set, the precision, the processor and the versions.
         cache_dir: as for ``load``.
         offline: as for ``load``.
         watch: called after each image with the run and the images that are asked for.
@@ -130,7 +131,7 @@ def verify(
             stack.enter_context(_torch_threads(threads))
             detector, name = _loaded(model, checkpoint, device, dtype, cache_dir, offline)
             evaluator = Evaluator(detector, data.category_ids(detector.categories))
-            facts, compute = facts_of(detector, data), _in_process(evaluator)
+            facts, compute, crew = facts_of(detector, data), _in_process(evaluator), None
         else:
             crew, name = _crew(
                 model, checkpoint, device, dtype, cache_dir, offline,
@@ -153,6 +154,7 @@ def verify(
         "images_sha256": _digest_of_images(results),
         "images_before": before,
         "seconds": time.monotonic() - started,
+        "workers": crew.size if crew else 1,
         "sample_seed": seed if is_part else None,
     }
     return judge(
@@ -239,7 +241,7 @@ def _crew(
     from vitadapter_zoo.models import MaskRCNN
     from vitadapter_zoo.pretrained import save_pretrained
 
-    source = None if checkpoint is None else os.fspath(checkpoint)
+    source = None if checkpoint is None else _absolute(os.fspath(checkpoint))
     if isinstance(model, MaskRCNN):
         if checkpoint is not None:
             raise ValueError("a loaded detector has its weights: leave checkpoint out")
@@ -251,18 +253,27 @@ def _crew(
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="vitadapter-zoo-"))
         path, name = os.fspath(save_pretrained(model, folder)), model.row.name
     else:
-        path = name = os.fspath(model)
-    spec = Spec.of(path, source, str(device), dtype, cache_dir, offline, threads, data)
+        name = os.fspath(model)
+        path = name if name in list_models() else _absolute(name)
+    home = None if cache_dir is None else Path(cache_dir).absolute()
+    slim = replace(data, images=())
+    spec = Spec(path, source, str(device), dtype, home, offline, threads, slim)
     if ray is not None:
         from vitadapter_zoo.cluster import actors
 
         return stack.enter_context(actors(spec, ray, workers, most)), name
     from vitadapter_zoo.workers import processes
 
-    if path == name:
+    if not isinstance(model, MaskRCNN):
         # Once for all of them: it is downloaded where somebody sees how far it is.
         _loaded(path, source, "cpu", None, cache_dir, offline)
     return stack.enter_context(processes(spec, min(workers or 1, max(1, most)))), name
+
+
+def _absolute(name: str) -> str:
+    """What a worker in another directory finds too: a file or folder by its whole path."""
+    path = Path(name).expanduser()
+    return os.fspath(path.absolute()) if path.exists() else name
 
 
 def run_identity(model: MaskRCNN, data: Dataset) -> dict[str, Any]:
