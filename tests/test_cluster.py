@@ -74,9 +74,9 @@ def test_no_cluster_and_no_room_are_one_error(cluster: Any, tiny: MaskRCNN, tmp_
     small = scenes.small(tiny)
     folder = vitadapter_zoo.save_pretrained(small, tmp_path / "model")
     coco = scenes.write_coco(tmp_path / "coco", small, 1)
+    with pytest.raises(ZooError, match=r"cannot join the Ray cluster '127\.0\.0\.1:1'"):
+        vitadapter_zoo.verify(folder, coco, ray="127.0.0.1:1")
     with pytest.raises(ZooError, match="no node of the Ray cluster has CPUs"):
         vitadapter_zoo.verify(folder, coco, ray=cluster.address)
     with pytest.raises(ZooError, match="no node of the Ray cluster has a GPU"):
         vitadapter_zoo.verify(folder, coco, ray=cluster.address, device="cuda")
-    with pytest.raises(ZooError, match=r"cannot join the Ray cluster '127\.0\.0\.1:1'"):
-        vitadapter_zoo.verify(folder, coco, ray="127.0.0.1:1")

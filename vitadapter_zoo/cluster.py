@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -42,6 +43,7 @@ def actors(spec: Spec, address: str, count: int | None, most: int) -> Iterator[C
     joined = not ray.is_initialized()
     if joined:
         try:
+            _check_reachable(address)
             ray.init(address=address, logging_level="warning", log_to_driver=False)
         # Ray raises ConnectionError, ValueError, RuntimeError and its own, as the address has it.
         except Exception as error:
@@ -73,6 +75,13 @@ def _ray() -> Any:
             "Ray is not installed here: `pip install 'vitadapter-zoo[ray]'`, on every node, or "
             "leave --ray out"
         ) from error
+
+
+def _check_reachable(address: str) -> None:
+    """Fail where nobody listens, for which Ray itself would wait for minutes."""
+    host, _, port = address.rpartition(":")
+    if host and "/" not in host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=10).close()
 
 
 def _plan(
