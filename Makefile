@@ -4,13 +4,18 @@ PYTHON ?= python3
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-mmdet mmdet-env mmdet-ready lint benchmark wheel test-wheel sanitize clean
+.PHONY: demo test test-slow test-ray test-mmdet mmdet-env mmdet-ready lint benchmark wheel test-wheel sanitize clean
 
 demo: .venv/.current
 	$(BIN)/python demo/run.py
 
 test: .venv/.current
 	$(BIN)/python -m pytest
+
+# A process of its own: Ray stays in the one that it was imported in.
+test-ray: .venv/.current
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "ray>=2.40"
+	$(BIN)/python -m pytest -m ray
 
 test-slow: .venv/.current
 	$(BIN)/python -m pytest -m slow

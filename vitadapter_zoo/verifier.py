@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
 from vitadapter_zoo import cache
 from vitadapter_zoo import dataset as datasets
+from vitadapter_zoo.catalog import list_models
 from vitadapter_zoo.dataset import Dataset, Image
 from vitadapter_zoo.environment import environment
 from vitadapter_zoo.errors import ImageError
@@ -21,7 +25,31 @@ from vitadapter_zoo.records import ImageResult, Run, open_run
 from vitadapter_zoo.verdict import Verification, judge
 
 if TYPE_CHECKING:
+    from vitadapter_zoo.crew import Crew
     from vitadapter_zoo.models import MaskRCNN
+
+# Evaluates images, handing each result on, until a moment of time.monotonic (None: all).
+Compute: TypeAlias = Callable[
+    [Iterator[Image], Callable[[ImageResult], None], "float | None"], None
+]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a run has to know of a detector, wherever that is loaded.
+
+    Attributes:
+        identity: what the results depend on, ready for JSON.
+        published: box and mask AP in points (0..100).
+    """
+
+    identity: dict[str, Any]
+    published: tuple[float, float]
+
+
+def facts_of(model: MaskRCNN, data: Dataset) -> Facts:
+    """The facts of a loaded detector."""
+    return Facts(run_identity(model, data), (model.row.box_ap, model.row.mask_ap))
 
 
 def verify(
@@ -36,6 +64,9 @@ def verify(
     skip_bad_images: bool = False,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
+    workers: int | None = None,
+    ray: str | None = None,
+    threads: int | None = None,
     run: str | os.PathLike[str] | None = None,
     cache_dir: cache.Home = None,
     offline: bool | None = None,
@@ -65,8 +96,15 @@ def verify(
         device: where the network computes; the CPU by default. A loaded detector stays where it
             is.
         dtype: floating-point type of the weights; float32 by default, a loaded detector's own.
+        workers: how many processes compute; by default this one alone, and with ``ray`` one for
+            each GPU, or each node, of the cluster. On ``cuda`` they take the devices in turn.
+        ray: ``"auto"`` or the address of a Ray cluster whose nodes compute; needs
+            ``vitadapter-zoo[ray]``.
+        threads: of torch, for each worker, on the CPU; by default torch's own number in this
+            process, and the cores shared out among workers. The last bits of the results depend
+            on it, and on nothing else of how the work is divided: a run keeps to one number.
         run: the run directory; by default one in the cache that belongs to the checkpoint, the
-            data set, the precision and the versions.
+            data set, the precision, the processor and the versions.
         cache_dir: as for ``load``.
         offline: as for ``load``.
         progress: as for ``load``.
@@ -77,11 +115,14 @@ def verify(
         ImageError: an image is missing, damaged, or of another size than annotated.
         ZooError: the run directory cannot be written to, or belongs to another run; and what
             ``load`` raises.
-        ValueError: ``limit`` or ``max_minutes`` below what makes sense; ``checkpoint``, ``device``
-            or ``dtype`` beside a loaded detector, or one in training mode.
+        ValueError: ``limit``, ``max_minutes``, ``workers`` or ``threads`` below what makes sense;
+            ``checkpoint``, ``device`` or ``dtype`` beside a loaded detector, or one in training
+            mode, or one with ``ray``.
     """
     if (limit is not None and limit < 1) or (max_minutes is not None and max_minutes <= 0):
         raise ValueError("limit and max_minutes must be above 0")
+    if (workers is not None and workers < 1) or (threads is not None and threads < 1):
+        raise ValueError("workers and threads must be at least 1")
     started = time.monotonic()
     deadline = None if max_minutes is None else started + 60 * max_minutes
     data = _opened(dataset)
@@ -89,17 +130,27 @@ def verify(
     images = datasets.sampling_order(data, seed)[:limit] if is_part else list(data.images)
     if not skip_bad_images:
         _check_images(images)
-    detector, name = _loaded(model, checkpoint, device, dtype, cache_dir, offline, progress)
-    evaluator = Evaluator(detector, data.category_ids(detector.categories))
-    identity = run_identity(detector, data)
-    place = Path(run) if run is not None else run_directory(name, identity, cache_dir)
-    with open_run(place, identity) as opened:
+    with contextlib.ExitStack() as stack:
+        if ray is None and (workers or 1) == 1:
+            stack.enter_context(_torch_threads(threads))
+            detector, name = _loaded(model, checkpoint, device, dtype, cache_dir, offline, progress)
+            evaluator = Evaluator(detector, data.category_ids(detector.categories))
+            facts, compute, crew = facts_of(detector, data), _in_process(evaluator), None
+        else:
+            crew, name = _crew(
+                model, checkpoint, device, dtype, cache_dir, offline, progress,
+                data, workers, len(images), ray, threads, stack,
+            )  # fmt: skip
+            facts, compute = crew.facts(), crew.evaluate
+        identity = facts.identity
+        place = Path(run) if run is not None else run_directory(name, identity, cache_dir)
+        opened = stack.enter_context(open_run(place, identity))
         before = sum(image.image_id in opened.results for image in images)
-        _evaluate(evaluator, images, opened, deadline, skip_bad_images, watch)
+        _evaluate(compute, images, opened, deadline, skip_bad_images, watch)
         results = [
             opened.results[image.image_id] for image in images if image.image_id in opened.results
         ]
-    published = expected or ((_published(detector)) if data.is_val2017 else None)
+    published = expected or (facts.published if data.is_val2017 else None)
     details = {
         "run": str(place),
         "identity": identity,
@@ -107,6 +158,7 @@ def verify(
         "images_sha256": _digest_of_images(results),
         "images_before": before,
         "seconds": time.monotonic() - started,
+        "workers": crew.size if crew else 1,
         "sample_seed": seed if is_part else None,
     }
     return judge(
@@ -145,13 +197,7 @@ def _loaded(
     from vitadapter_zoo.models import MaskRCNN
 
     if isinstance(model, MaskRCNN):
-        if not (checkpoint is None and device is None and dtype is None):
-            raise ValueError(
-                "a loaded detector has its weights, device and dtype: leave checkpoint, device and "
-                "dtype out"
-            )
-        if model.training:
-            raise ValueError("the detector is in training mode: call model.eval() first")
+        _check_loaded(model, checkpoint, device, dtype)
         return model, model.row.name
     detector = load(
         model, checkpoint=checkpoint, device=device or "cpu", dtype=dtype, cache_dir=cache_dir,
@@ -160,8 +206,94 @@ def _loaded(
     return detector, os.fspath(model)
 
 
-def _published(model: MaskRCNN) -> tuple[float, float]:
-    return model.row.box_ap, model.row.mask_ap
+def _check_loaded(
+    model: MaskRCNN,
+    checkpoint: str | os.PathLike[str] | None,
+    device: str | torch.device | None,
+    dtype: torch.dtype | None,
+) -> None:
+    """Refuse to change a detector that belongs to the caller."""
+    if not (checkpoint is None and device is None and dtype is None):
+        raise ValueError(
+            "a loaded detector has its weights, device and dtype: leave checkpoint, device and "
+            "dtype out"
+        )
+    if model.training:
+        raise ValueError("the detector is in training mode: call model.eval() first")
+
+
+def _in_process(evaluator: Evaluator) -> Compute:
+    def compute(
+        images: Iterator[Image], keep: Callable[[ImageResult], None], deadline: float | None
+    ) -> None:
+        stream(evaluator, until(deadline, images), keep)
+
+    return compute
+
+
+@contextlib.contextmanager
+def _torch_threads(threads: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _crew(
+    model: str | os.PathLike[str] | MaskRCNN,
+    checkpoint: str | os.PathLike[str] | None,
+    device: str | torch.device | None,
+    dtype: torch.dtype | None,
+    cache_dir: cache.Home,
+    offline: bool | None,
+    progress: bool,
+    data: Dataset,
+    workers: int | None,
+    most: int,
+    ray: str | None,
+    threads: int | None,
+    stack: contextlib.ExitStack,
+) -> tuple[Crew, str]:
+    """Workers, no more than ``most``, that end with the stack; and what the detector is called."""
+    from vitadapter_zoo.crew import Spec
+    from vitadapter_zoo.models import MaskRCNN
+    from vitadapter_zoo.pretrained import save_pretrained
+
+    source = None if checkpoint is None else _absolute(os.fspath(checkpoint))
+    if isinstance(model, MaskRCNN):
+        _check_loaded(model, checkpoint, device, dtype)
+        if ray is not None:
+            raise ValueError(
+                "a loaded detector stays on this machine: write it with save_pretrained to a "
+                "folder that every node sees, or push_to_hub, and give verify that place"
+            )
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="vitadapter-zoo-"))
+        path, name = os.fspath(save_pretrained(model, folder)), model.row.name
+    else:
+        name = os.fspath(model)
+        path = name if name in list_models() else _absolute(name)
+    where = next(model.parameters()).device if isinstance(model, MaskRCNN) else device or "cpu"
+    home = None if cache_dir is None else Path(cache_dir).absolute()
+    slim = replace(data, images=())
+    spec = Spec(path, source, str(where), dtype, home, offline, threads, slim)
+    if ray is not None:
+        from vitadapter_zoo.cluster import actors
+
+        return stack.enter_context(actors(spec, ray, workers, most)), name
+    from vitadapter_zoo.workers import processes
+
+    if not isinstance(model, MaskRCNN):
+        # Once for all of them: it is downloaded where somebody sees how far it is.
+        _loaded(path, source, "cpu", None, cache_dir, offline, progress)
+    return stack.enter_context(processes(spec, min(workers or 1, max(1, most)))), name
+
+
+def _absolute(name: str) -> str:
+    """What a worker in another directory finds too: a file or folder by its whole path."""
+    path = Path(name).expanduser()
+    return os.fspath(path.absolute()) if path.exists() else name
 
 
 def run_identity(model: MaskRCNN, data: Dataset) -> dict[str, Any]:
@@ -169,6 +301,11 @@ def run_identity(model: MaskRCNN, data: Dataset) -> dict[str, Any]:
     weights = next(model.parameters())
     kind = weights.device.type
     found = environment()
+    processor = (
+        torch.cuda.get_device_name(weights.device)
+        if kind == "cuda"
+        else found["machine"]["processor"]
+    )
     wanted = ("vitadapter-zoo", "torch", "torchvision", "opencv-python-headless")
     return {
         "model": model.row.name,
@@ -180,6 +317,8 @@ def run_identity(model: MaskRCNN, data: Dataset) -> dict[str, Any]:
         "annotations_sha256": data.sha256,
         "precision": str(weights.dtype).removeprefix("torch."),
         "device": kind,
+        "processor": processor,
+        "threads": torch.get_num_threads() if kind == "cpu" else None,
         "operator": "compiled" if found["operator"][kind]["compiled"] else "reference",
         "resize": "OpenCV bilinear",
         "versions": {name: found["versions"][name] for name in wanted},
@@ -202,7 +341,7 @@ def run_directory(name: str, identity: dict[str, Any], cache_dir: cache.Home = N
 
 
 def _evaluate(
-    evaluator: Evaluator,
+    compute: Compute,
     images: Sequence[Image],
     run: Run,
     deadline: float | None,
@@ -221,7 +360,7 @@ def _evaluate(
         if watch is not None:
             watch(run, images)
 
-    stream(evaluator, until(deadline, _todo(images, run)), keep)
+    compute(_todo(images, run), keep, deadline)
 
 
 def _todo(images: Sequence[Image], run: Run) -> Iterator[Image]:

@@ -118,6 +118,9 @@ could not run, else 1 if any was refuted, else 3 if any was inconclusive.
 @click.option("--skip-bad-images", is_flag=True, help="Leave them out; ends inconclusive.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32")
+@click.option("--workers", type=click.IntRange(1), help="Compute in so many processes.")
+@click.option("--ray", metavar="auto|ADDRESS", help="Compute on the nodes of a Ray cluster.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads of each; kept to in a run.")
 @click.option("--run", type=click.Path(path_type=Path, file_okay=False), help="Run directory.")
 @click.option("--report", "folder", type=REPORT, help=REPORT_HELP)
 @click.option("--json", "as_json", is_flag=True, help="Print every figure as JSON.")
@@ -136,6 +139,9 @@ def verify(
     skip_bad_images: bool,
     device: str,
     dtype: str,
+    workers: int | None,
+    ray: str | None,
+    threads: int | None,
     run: Path | None,
     folder: Path | None,
     as_json: bool,
@@ -161,7 +167,7 @@ def verify(
     from vitadapter_zoo.cli.predict import usable_device
     from vitadapter_zoo.verifier import verify as run_verify
 
-    chosen_device = usable_device(device)
+    chosen_device = usable_device(device) if ray is None else device
 
     def evaluate(model: str) -> Verification:
         with display.evaluation(data.annotations, not quiet, max_minutes) as watch:
@@ -176,6 +182,9 @@ def verify(
                 skip_bad_images=skip_bad_images,
                 device=chosen_device,
                 dtype=getattr(torch, dtype),
+                workers=workers,
+                ray=ray,
+                threads=threads,
                 run=run,
                 offline=offline or None,
                 progress=not quiet,
