@@ -93,25 +93,33 @@ class Detections:
             raise ZooError(
                 "to_coco writes COCO's category ids, but these detections have other classes"
             )
-        from hotcoco import mask as coco_mask
-
-        # RLE runs down the columns, hence Fortran order.
-        columns = np.asfortranarray(self.masks.permute(1, 2, 0).numpy().astype(np.uint8))
-        encoded = cast("list[dict[str, Any]]", coco_mask.encode(columns) if len(self) else [])
-        x1, y1, x2, y2 = self.boxes.unbind(1)
-        boxes = torch.stack([x1, y1, x2 - x1, y2 - y1], dim=1).tolist()
         return [
             {
                 "image_id": image_id,
                 "category_id": COCO_CATEGORY_IDS[label],
                 "bbox": box,
                 "score": score,
-                "segmentation": {"size": list(rle["size"]), "counts": _text(rle["counts"])},
+                "segmentation": {"size": list(self.masks.shape[1:]), "counts": counts},
             }
-            for label, box, score, rle in zip(
-                self.labels.tolist(), boxes, self.scores.tolist(), encoded, strict=True
+            for label, box, score, counts in zip(
+                self.labels.tolist(),
+                xywh(self.boxes),
+                self.scores.tolist(),
+                self.run_lengths(),
+                strict=True,
             )
         ]
+
+    def run_lengths(self) -> list[str]:
+        """The masks as counts of COCO's compressed RLE."""
+        from hotcoco import mask as coco_mask
+
+        if not len(self):
+            return []
+        # RLE runs down the columns, hence Fortran order.
+        columns = np.asfortranarray(self.masks.permute(1, 2, 0).numpy().astype(np.uint8))
+        encoded = cast("list[dict[str, bytes | str]]", coco_mask.encode(columns))
+        return [_text(rle["counts"]) for rle in encoded]
 
     def draw(self, image: ImageInput) -> Image.Image:
         """The image with masks, boxes, class names and scores on it.
@@ -148,6 +156,12 @@ class Detections:
                 fill_labels=True,
             )
         return Image.fromarray(canvas.permute(1, 2, 0).numpy())
+
+
+def xywh(boxes: Tensor) -> list[list[float]]:
+    """Boxes (x1, y1, x2, y2) as COCO's ``[x, y, width, height]``."""
+    x1, y1, x2, y2 = boxes.cpu().unbind(1)
+    return cast("list[list[float]]", torch.stack([x1, y1, x2 - x1, y2 - y1], dim=1).tolist())
 
 
 def _text(counts: bytes | str) -> str:

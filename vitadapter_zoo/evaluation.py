@@ -11,9 +11,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from vitadapter_zoo.dataset import Image
-from vitadapter_zoo.detections import Instances
+from vitadapter_zoo.detections import Detections, Instances, xywh
 from vitadapter_zoo.errors import ImageError
 from vitadapter_zoo.images import NetworkInput
 from vitadapter_zoo.models import MaskRCNN
@@ -73,23 +74,42 @@ class Evaluator:
         return Prepared(image, digest, prepared)
 
     @torch.inference_mode()
-    def detect(self, prepared: Prepared) -> Instances:
+    def detect(self, prepared: Prepared) -> Instances | Detections:
         """The network's part."""
         return self.model.detect([prepared.input])[0]
 
-    def finish(self, prepared: Prepared, found: Instances) -> ImageResult:
+    def finish(self, prepared: Prepared, found: Instances | Detections) -> ImageResult:
         """Encode what was found in COCO's terms."""
-        masks = paste_rle(found.mask_probabilities, found.boxes, found.size)
-        x1, y1, x2, y2 = found.boxes.cpu().unbind(1)
+        if isinstance(found, Detections):
+            masks = found.run_lengths()
+        else:
+            masks = paste_rle(found.mask_probabilities, found.boxes, found.size)
         return ImageResult(
             image_id=prepared.image.image_id,
-            size=found.size,
-            boxes=torch.stack([x1, y1, x2 - x1, y2 - y1], dim=1).tolist(),
+            size=prepared.image.size,
+            boxes=xywh(found.boxes),
             scores=found.scores.tolist(),
             category_ids=[self.category_ids[label] for label in found.labels.tolist()],
             masks=masks,
             image_sha256=prepared.sha256,
         )
+
+
+@dataclass(frozen=True)
+class MmdetEvaluator(Evaluator):
+    """The same detector inside mmdet, through mmdet's own test pipeline.
+
+    Attributes:
+        peer: what ``vitadapter_zoo.backends.mmdet.from_native`` makes of ``model``.
+    """
+
+    peer: nn.Module
+
+    def detect(self, prepared: Prepared) -> Detections:
+        """All that mmdet does, from reading the file to masks on the image."""
+        from vitadapter_zoo.backends.mmdet import detect
+
+        return detect(self.peer, prepared.image.path)
 
 
 def read(image: Image) -> Task:
@@ -117,7 +137,7 @@ def stream(
             task = None if ended.is_set() else next(tasks, None)
             return None if task is None else evaluator.prepare(task)
 
-        def finish(prepared: Prepared, found: Instances) -> None:
+        def finish(prepared: Prepared, found: Instances | Detections) -> None:
             keep(evaluator.finish(prepared, found))
 
         coming = deque(decoder.submit(next_prepared) for _ in range(AHEAD))

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 
@@ -20,7 +20,7 @@ from vitadapter_zoo.catalog import list_models
 from vitadapter_zoo.dataset import Dataset, Image
 from vitadapter_zoo.environment import environment
 from vitadapter_zoo.errors import ImageError
-from vitadapter_zoo.evaluation import Evaluator, stream, until
+from vitadapter_zoo.evaluation import Evaluator, MmdetEvaluator, stream, until
 from vitadapter_zoo.records import ImageResult, Run, open_run
 from vitadapter_zoo.verdict import Verification, judge
 
@@ -47,9 +47,10 @@ class Facts:
     published: tuple[float, float]
 
 
-def facts_of(model: MaskRCNN, data: Dataset) -> Facts:
+def facts_of(model: MaskRCNN, data: Dataset, backend: str = "native") -> Facts:
     """The facts of a loaded detector."""
-    return Facts(run_identity(model, data), (model.row.box_ap, model.row.mask_ap))
+    identity = {**run_identity(model, data), "backend": backend}
+    return Facts(identity, (model.row.box_ap, model.row.mask_ap))
 
 
 def verify(
@@ -64,6 +65,7 @@ def verify(
     skip_bad_images: bool = False,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
+    backend: Literal["native", "mmdet"] = "native",
     workers: int | None = None,
     ray: str | None = None,
     threads: int | None = None,
@@ -96,6 +98,7 @@ def verify(
         device: where the network computes; the CPU by default. A loaded detector stays where it
             is.
         dtype: floating-point type of the weights; float32 by default, a loaded detector's own.
+        backend: ``"mmdet"`` evaluates the same weights inside mmdet, through its own test pipeline.
         workers: how many processes compute; by default this one alone, and with ``ray`` one for
             each GPU, or each node, of the cluster. On ``cuda`` they take the devices in turn.
         ray: ``"auto"`` or the address of a Ray cluster whose nodes compute; needs
@@ -117,8 +120,13 @@ def verify(
             ``load`` raises.
         ValueError: ``limit``, ``max_minutes``, ``workers`` or ``threads`` below what makes sense;
             ``checkpoint``, ``device`` or ``dtype`` beside a loaded detector, or one in training
-            mode, or one with ``ray``.
+            mode, or one with ``ray``; ``backend="mmdet"`` with workers; or no such ``backend``.
+        BackendError: mmdet is asked for and is missing or broken.
     """
+    if backend not in ("native", "mmdet"):
+        raise ValueError(f"backend={backend!r}: there are 'native' and 'mmdet'")
+    if backend == "mmdet" and (ray is not None or (workers or 1) > 1):
+        raise ValueError("the mmdet backend runs in this process: leave workers and ray out")
     if (limit is not None and limit < 1) or (max_minutes is not None and max_minutes <= 0):
         raise ValueError("limit and max_minutes must be above 0")
     if (workers is not None and workers < 1) or (threads is not None and threads < 1):
@@ -131,11 +139,11 @@ def verify(
     if not skip_bad_images:
         _check_images(images)
     with contextlib.ExitStack() as stack:
-        if ray is None and (workers or 1) == 1:
+        if backend == "mmdet" or (ray is None and (workers or 1) == 1):
             stack.enter_context(_torch_threads(threads))
             detector, name = _loaded(model, checkpoint, device, dtype, cache_dir, offline, progress)
-            evaluator = Evaluator(detector, data.category_ids(detector.categories))
-            facts, compute, crew = facts_of(detector, data), _in_process(evaluator), None
+            compute = _in_process(_evaluator(detector, data, backend))
+            facts, crew = facts_of(detector, data, backend), None
         else:
             crew, name = _crew(
                 model, checkpoint, device, dtype, cache_dir, offline, progress,
@@ -220,6 +228,15 @@ def _check_loaded(
         )
     if model.training:
         raise ValueError("the detector is in training mode: call model.eval() first")
+
+
+def _evaluator(model: MaskRCNN, data: Dataset, backend: str) -> Evaluator:
+    category_ids = data.category_ids(model.categories)
+    if backend == "native":
+        return Evaluator(model, category_ids)
+    from vitadapter_zoo.backends.mmdet import from_native
+
+    return MmdetEvaluator(model, category_ids, from_native(model))
 
 
 def _in_process(evaluator: Evaluator) -> Compute:

@@ -11,6 +11,7 @@ import mmdet.models
 import numpy as np
 import parity
 import pytest
+import scenes
 import standins
 import torch
 from mmcv.parallel import MMDataParallel
@@ -21,7 +22,7 @@ from PIL import Image
 from torch import nn
 
 import vitadapter_zoo
-from vitadapter_zoo import BackendError, Detections, MaskRCNN, get_row
+from vitadapter_zoo import BackendError, Detections, MaskRCNN, ZooError, get_row
 from vitadapter_zoo.backends import mmdet as backend
 from vitadapter_zoo.backends.mmdet_config import as_python, mmdet_config
 from vitadapter_zoo.catalog import ROWS
@@ -349,3 +350,20 @@ def test_a_broken_mmcv_is_one_error(broken: str, cause: str, tmp_path: Path) -> 
     assert cause in result.stderr
     assert "make mmdet-env" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_verify_runs_mmdet_s_own_pipeline(tiny: MaskRCNN, tmp_path: Path) -> None:
+    model = scenes.small(tiny)
+    coco = scenes.write_coco(tmp_path / "coco", model, 4)
+    ours = vitadapter_zoo.verify(model, coco)
+    theirs = vitadapter_zoo.verify(model, coco, backend="mmdet")
+    assert theirs.details["identity"]["backend"] == "mmdet"
+    assert theirs.details["run"] != ours.details["run"]
+    assert [len(one.scores) for one in theirs.results] == [len(one.scores) for one in ours.results]
+    for figure, value in ours.mask.figures.items():
+        assert theirs.mask.figures[figure] == pytest.approx(value, abs=0.01)
+    assert ours.box.ap > 0.05
+    with pytest.raises(ZooError, match="holds another run"):
+        vitadapter_zoo.verify(model, coco, backend="mmdet", run=ours.details["run"])
+    with pytest.raises(ValueError, match="runs in this process"):
+        vitadapter_zoo.verify(model, coco, backend="mmdet", workers=2)

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -118,6 +118,10 @@ could not run, else 1 if any was refuted, else 3 if any was inconclusive.
 @click.option("--skip-bad-images", is_flag=True, help="Leave them out; ends inconclusive.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32")
+@click.option(
+    "--backend", type=click.Choice(["native", "mmdet"]), default="native", show_default=True,
+    help="mmdet: the same weights inside mmdet, through its own test pipeline.",
+)  # fmt: skip
 @click.option("--workers", type=click.IntRange(1), help="Compute in so many processes.")
 @click.option("--ray", metavar="auto|ADDRESS", help="Compute on the nodes of a Ray cluster.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads of each; kept to in a run.")
@@ -139,6 +143,7 @@ def verify(
     skip_bad_images: bool,
     device: str,
     dtype: str,
+    backend: Literal["native", "mmdet"],
     workers: int | None,
     ray: str | None,
     threads: int | None,
@@ -157,6 +162,8 @@ def verify(
         raise click.UsageError("--images DIR goes with --annotations")
     if (name is None) != every:
         raise click.UsageError("give either NAME or --all")
+    if backend == "mmdet" and (ray is not None or (workers or 1) > 1):
+        raise click.UsageError("--backend mmdet runs in one process, without --workers and --ray")
     if every and (checkpoint, run, expect) != (None, None, None):
         raise click.UsageError("--checkpoint, --run and --expect belong to one model, not to --all")
     _check(folder)
@@ -182,6 +189,7 @@ def verify(
                 skip_bad_images=skip_bad_images,
                 device=chosen_device,
                 dtype=getattr(torch, dtype),
+                backend=backend,
                 workers=workers,
                 ray=ray,
                 threads=threads,
