@@ -26,6 +26,7 @@ from vitadapter_zoo import BackendError, Detections, MaskRCNN, ZooError, get_row
 from vitadapter_zoo.backends import mmdet as backend
 from vitadapter_zoo.backends.mmdet_config import as_python, mmdet_config
 from vitadapter_zoo.catalog import ROWS
+from vitadapter_zoo.coco import COCO_CATEGORY_IDS, COCO_CLASSES
 from vitadapter_zoo.comparison import detection_differences, differences, native_stages
 from vitadapter_zoo.convert import to_mmdet
 
@@ -58,7 +59,10 @@ def annotated(images: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
             }
             for index, (width, height) in enumerate(sizes)
         ],
-        "categories": [{"id": 1, "name": "person"}],
+        "categories": [
+            {"id": key, "name": name}
+            for key, name in zip(COCO_CATEGORY_IDS, COCO_CLASSES, strict=True)
+        ],
     }  # fmt: skip
     (folder / "annotations.json").write_text(json.dumps(content))
     return {
