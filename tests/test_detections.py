@@ -130,4 +130,5 @@ def test_rois_are_pooled_from_the_level_of_their_size() -> None:
     sides = (10, 111, 113, 223, 225, 447, 449, 790)
     rois = torch.tensor([[0, 5, 5, 5 + side, 5 + side] for side in sides], dtype=torch.float32)
     pooled = pool_rois(maps, rois, 7)
-    assert pooled[:, 0, 3, 3].tolist() == [4, 4, 8, 8, 16, 16, 32, 32]
+    expected = torch.tensor([4.0, 4, 8, 8, 16, 16, 32, 32])
+    torch.testing.assert_close(pooled[:, 0, 3, 3], expected)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -217,7 +218,11 @@ def kill_rounds(
     for round_ in range(rounds):
         run = tmp_path / f"run-{round_}"
         arguments = [*COMMAND, str(folder), "--coco", str(coco), "--run", str(run), "--json"]
-        process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            # What runs in the background of a script ignores SIGINT, and so would its children.
+            preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+        )  # fmt: skip
         while process.poll() is None and not (run / PREDICTIONS).exists():
             time.sleep(0.01)
         time.sleep(rng.random() * 1.5)

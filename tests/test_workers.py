@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -209,9 +210,12 @@ def test_workers_end_with_the_command_and_the_run_continues(
     run = tmp_path / "run"
     command = [sys.executable, "-m", "vitadapter_zoo.cli", "verify", str(folder), "--coco"]
     options = [str(coco), "--workers", "2", "--threads", "1", "--run", str(run)]
+    # What runs in the background of a script ignores SIGINT, and so would its children.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(
-        [*command, *options], stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+        [*command, *options], stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=heed,
+    )  # fmt: skip
     wait_until(lambda: (run / PREDICTIONS).exists())
     family = children(process.pid)
     if number == signal.SIGINT:
@@ -241,7 +245,7 @@ def test_what_makes_no_sense_is_refused(small: MaskRCNN, coco: Path, tmp_path: P
         vitadapter_zoo.verify(small, coco, workers=0)
     with pytest.raises(ValueError, match="save_pretrained"):
         vitadapter_zoo.verify(small, coco, ray="auto")
-    with pytest.raises(ValueError, match="leave checkpoint out"):
+    with pytest.raises(ValueError, match="leave checkpoint, device and dtype out"):
         vitadapter_zoo.verify(small, coco, checkpoint=tmp_path, workers=2)
 
 

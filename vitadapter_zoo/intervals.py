@@ -133,6 +133,8 @@ def bootstrap(
     spread = (values - values.mean()) * np.sqrt(ratio)
     intervals = []
     for level in levels:
-        low, high = np.quantile(spread, [(1 - level) / 2, (1 + level) / 2])
+        # Of R values the k-th lies at k / (R + 1): with k / R few replicates seem too certain.
+        tails = [(1 - level) / 2, (1 + level) / 2]
+        low, high = np.quantile(spread, tails, method="weibull")
         intervals.append(Interval(estimate, estimate - float(high), estimate - float(low), level))
     return intervals

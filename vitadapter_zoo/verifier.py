@@ -49,7 +49,7 @@ class Facts:
 
 def facts_of(model: MaskRCNN, data: Dataset, backend: str = "native") -> Facts:
     """The facts of a loaded detector."""
-    identity = {**run_identity(model, data), "backend": backend}
+    identity = run_identity(model, data, backend)
     return Facts(identity, (model.row.box_ap, model.row.mask_ap))
 
 
@@ -313,7 +313,7 @@ def _absolute(name: str) -> str:
     return os.fspath(path.absolute()) if path.exists() else name
 
 
-def run_identity(model: MaskRCNN, data: Dataset) -> dict[str, Any]:
+def run_identity(model: MaskRCNN, data: Dataset, backend: str = "native") -> dict[str, Any]:
     """What the results of a run depend on, ready for JSON."""
     weights = next(model.parameters())
     kind = weights.device.type
@@ -326,6 +326,7 @@ def run_identity(model: MaskRCNN, data: Dataset) -> dict[str, Any]:
     wanted = ("vitadapter-zoo", "torch", "torchvision", "opencv-python-headless")
     return {
         "model": model.row.name,
+        "backend": backend,
         "weights_sha256": weights_sha256(model),
         "input_size": list(model.row.input_size),
         "mean": list(model.row.mean),
