@@ -156,7 +156,7 @@ def mmdet(model: MaskRCNN) -> Chain:
         return torch.from_numpy(np.stack([next(taken[label]) for label in labels.tolist()]))
 
     return {
-        "preprocess": lambda found: pipeline(dict(photo))["img"][0][None],
+        "preprocess": lambda found: pipeline(dict(photo))["img"][0].data[None],
         "backbone": lambda found: original.backbone(model.backbone, found["preprocess"]),
         "neck": lambda found: list(detector.neck(found["backbone"])),
         "rpn": lambda found: detector.rpn_head.simple_test_rpn(found["neck"], metas),

@@ -83,13 +83,14 @@ def pool_rois(maps: list[Tensor], rois: Tensor, size: int) -> Tensor:
     """
     scales = ((rois[:, 3] - rois[:, 1]) * (rois[:, 4] - rois[:, 2])).sqrt()
     levels = (scales / FINEST_SCALE + 1e-6).log2().floor().clamp(0, len(ROI_STRIDES) - 1)
-    pooled = maps[0].new_zeros(len(rois), maps[0].shape[1], size, size)
+    # Channels-last, the order in which the mask head's convolutions are fastest.
+    pooled = maps[0].new_zeros(len(rois), size, size, maps[0].shape[1]).permute(0, 3, 1, 2)
     for level, (x, stride) in enumerate(zip(maps, ROI_STRIDES, strict=True)):
         chosen = (levels == level).nonzero().squeeze(1)
         if len(chosen):
             # In float32 whatever the maps' type: rounded boxes would pool from elsewhere.
             aligned = roi_align(x.float(), rois[chosen], size, 1 / stride)
-            pooled = pooled.index_copy(0, chosen, aligned.to(pooled.dtype))
+            pooled[chosen] = aligned.to(pooled.dtype)
     return pooled
 
 
