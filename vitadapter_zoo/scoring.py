@@ -122,7 +122,7 @@ class Unmatched:
 
 @contextlib.contextmanager
 def _without_collection() -> Iterator[None]:
-    """For half a million dictionaries at once: to look for garbage takes longer than to make them."""
+    """For half a million dictionaries at once: looking for garbage takes longer than making them."""
     collected = gc.isenabled()
     gc.disable()
     try:
