@@ -122,7 +122,7 @@ class Unmatched:
 
 @contextlib.contextmanager
 def _without_collection() -> Iterator[None]:
-    """For half a million dictionaries at once: looking for garbage takes longer than making them."""
+    """For half a million dictionaries at once: looking for garbage takes longer than that."""
     collected = gc.isenabled()
     gc.disable()
     try:
