@@ -229,7 +229,7 @@ def kill_rounds(
         if process.poll() is None:
             process.send_signal(rng.choice([signal.SIGKILL, signal.SIGINT]))
             killed += 1
-        # An interrupt after the command, while Python ends, is the death by SIGINT that shells expect.
+        # An interrupt while Python ends is a death by SIGINT, which shells count as 130 too.
         assert process.wait() in (3, -signal.SIGKILL, 130, -signal.SIGINT)
         ended = subprocess.run(arguments, capture_output=True, text=True, check=False)
         assert ended.returncode == 3, ended.stderr
