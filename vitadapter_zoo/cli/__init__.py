@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import click
@@ -16,8 +17,25 @@ from vitadapter_zoo.cli.verify import score, verify
 from vitadapter_zoo.errors import ZooError
 
 
+INTERRUPTED = 130  # as shells count SIGINT
+
+
 class _ZooGroup(click.Group):
     """Turns the zoo's errors into one line on stderr and exit status 1, without a traceback."""
+
+    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+        """Click's own, except that an interrupt ends with 130: click's 1 would say *refuted*."""
+        if not standalone_mode:
+            return super().main(*args, standalone_mode=False, **extra)
+        try:
+            status = super().main(*args, standalone_mode=False, **extra)
+        except click.ClickException as error:
+            error.show()
+            status = error.exit_code
+        except click.Abort:
+            click.echo("interrupted", err=True)
+            status = INTERRUPTED
+        sys.exit(status)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 EXIT_STATUS = {"confirmed": 0, "refuted": 1, "inconclusive": 3}
 COULD_NOT_RUN = 2
 WORST_FIRST = (COULD_NOT_RUN, *(EXIT_STATUS[it] for it in ("refuted", "inconclusive", "confirmed")))
-INTERRUPTED = 130  # as shells count SIGINT
 REPORT = click.Path(path_type=Path, file_okay=False)
 REPORT_HELP = "Write report.html, report.json and the detections there."
 
@@ -43,7 +42,7 @@ class _VerdictCommand(click.Command):
             raise _CouldNotRunError(str(error)) from error
         except KeyboardInterrupt:
             click.echo("\nstopped; the same command continues where it was", err=True)
-            sys.exit(INTERRUPTED)
+            raise
 
 
 class _CountOrFolder(click.ParamType[Any]):
