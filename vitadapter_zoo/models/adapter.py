@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
+from vitadapter_zoo.models.tokens import PIECE, Linear, by_pieces, on_cpu_without_gradients
 from vitadapter_zoo.models.vit import (
     LAYER_NORM_EPS,
     VisionTransformer,
@@ -71,18 +72,18 @@ class MSDeformAttn(nn.Module):
         self.heads = heads
         self.levels = levels
         value_dim = int(dim * ratio)
-        self.sampling_offsets = nn.Linear(dim, heads * levels * POINTS * 2)
-        self.attention_weights = nn.Linear(dim, heads * levels * POINTS)
-        self.value_proj = nn.Linear(dim, value_dim)
-        self.output_proj = nn.Linear(value_dim, dim)
+        self.sampling_offsets = Linear(dim, heads * levels * POINTS * 2)
+        self.attention_weights = Linear(dim, heads * levels * POINTS)
+        self.value_proj = Linear(dim, value_dim)
+        self.output_proj = Linear(value_dim, dim)
 
     def forward(self, query: Tensor, points: Tensor, value: Tensor, shapes: Tensor) -> Tensor:
         """Attend from ``query`` ``[N, Q, dim]`` at ``points`` ``[Q, 2]`` (0..1) to ``value``.
 
-        ``value`` is ``[N, S, dim]``, ``shapes`` ``[levels, 2]`` its levels' (height, width), int64;
-        the result is ``[N, Q, dim]``.
+        ``value`` is ``[N, S, width of the values]``, projected; ``shapes`` ``[levels, 2]`` its
+        levels' (height, width), int64; the result is ``[N, Q, dim]``.
         """
-        values = self.value_proj(value).unflatten(-1, (self.heads, -1))
+        values = value.unflatten(-1, (self.heads, -1))
         grouped = (self.heads, self.levels, POINTS)
         offsets = self.sampling_offsets(query).unflatten(-1, (*grouped, 2))
         logits = self.attention_weights(query).unflatten(-1, grouped)
@@ -108,19 +109,27 @@ class DWConv(nn.Module):
 
 
 class ConvFFN(nn.Module):
-    """Feed-forward network with a depthwise convolution between its layers."""
+    """Feed-forward network with a depthwise convolution between its layers.
+
+    Its steps are called apart, by the extractor: ``reduce``, ``dwconv``, ``expand``. Only the
+    middle one looks at a token's neighbours.
+    """
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         hidden = int(dim * CONV_FFN_RATIO)
-        self.fc1 = nn.Linear(dim, hidden)
+        self.fc1 = Linear(dim, hidden)
         self.dwconv = DWConv(hidden)
         self.act = nn.GELU()
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc2 = Linear(hidden, dim)
 
-    def forward(self, tokens: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
-        """``[N, sum of H_l * W_l, dim]`` to the same."""
-        return self.fc2(self.act(self.dwconv(self.fc1(tokens), shapes)))
+    def reduce(self, tokens: Tensor) -> Tensor:
+        """``[N, L, dim]`` to ``[N, L, hidden]``."""
+        return self.fc1(tokens)
+
+    def expand(self, hidden: Tensor) -> Tensor:
+        """``[N, L, hidden]`` to ``[N, L, dim]``."""
+        return self.fc2(self.act(hidden))
 
 
 class Injector(nn.Module):
@@ -135,10 +144,13 @@ class Injector(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor, geometry: Geometry) -> Tensor:
         """Trunk tokens ``x`` and prior tokens ``c`` to new trunk tokens."""
-        attended = self.attn(
-            self.query_norm(x), geometry.trunk_points, self.feat_norm(c), geometry.prior_shapes
-        )
-        return x + self.gamma * attended
+        values = by_pieces(lambda c: self.attn.value_proj(self.feat_norm(c)), c)
+
+        def inject(x: Tensor, points: Tensor) -> Tensor:
+            query = self.query_norm(x)
+            return x + self.gamma * self.attn(query, points[0], values, geometry.prior_shapes)
+
+        return by_pieces(inject, x, geometry.trunk_points[None])
 
 
 class Extractor(nn.Module):
@@ -154,12 +166,24 @@ class Extractor(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, c: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
-        """Prior tokens ``c`` and trunk tokens ``x`` to new prior tokens."""
-        c = c + self.attn(
-            self.query_norm(c), geometry.prior_points, self.feat_norm(x), geometry.trunk_shapes
-        )
-        c = c + self.drop_path(self.ffn(self.ffn_norm(c), geometry.prior))
-        return c
+        """Prior tokens ``c`` and trunk tokens ``x`` to new prior tokens.
+
+        Without gradients the new ones may lie where ``c`` was: a fresh tensor of this size costs
+        more in paging than what is computed.
+        """
+        values = by_pieces(lambda x: self.attn.value_proj(self.feat_norm(x)), x)
+
+        def extract(c: Tensor, points: Tensor) -> Tensor:
+            query = self.query_norm(c)
+            return c + self.attn(query, points[0], values, geometry.trunk_shapes)
+
+        def feed_forward(c: Tensor, hidden: Tensor) -> Tensor:
+            return c + self.drop_path(self.ffn.expand(hidden))
+
+        c = by_pieces(extract, c, geometry.prior_points[None], out=c)
+        hidden = by_pieces(lambda c: self.ffn.reduce(self.ffn_norm(c)), c)
+        hidden = self.ffn.dwconv(hidden, geometry.prior)
+        return by_pieces(feed_forward, c, hidden, out=c)
 
 
 class InteractionBlock(nn.Module):
@@ -248,12 +272,16 @@ class SpatialPrior(nn.Module):
         self.fc4 = nn.Conv2d(4 * width, dim, 1)
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        """``[N, 3, H, W]`` to four maps ``[N, dim, H / s, W / s]``, s = 4, 8, 16, 32."""
+        """``[N, 3, H, W]`` to four maps at strides 4, 8, 16 and 32.
+
+        The first is ``[N, 64, H / 4, W / 4]`` and still to go through ``fc1``; the others are
+        ``[N, dim, H / s, W / s]``.
+        """
         c1 = self.stem(channels_last(image))
         c2 = self.conv2(c1)
         c3 = self.conv3(c2)
         c4 = self.conv4(c3)
-        return [self.fc1(c1), self.fc2(c2), self.fc3(c3), self.fc4(c4)]
+        return [c1, self.fc2(c2), self.fc3(c3), self.fc4(c4)]
 
 
 class WithAdapter(nn.Module):
@@ -286,7 +314,7 @@ class WithAdapter(nn.Module):
             Four maps ``[N, dim, H / s, W / s]``, s = 4, 8, 16, 32.
         """
         geometry = Geometry.of(image)
-        c1, *prior = self.spm(image)
+        stem, *prior = self.spm(image)
         c = torch.cat(
             [
                 part.flatten(2).transpose(1, 2) + level
@@ -305,12 +333,33 @@ class WithAdapter(nn.Module):
             for part, shape in zip(c.split(areas, dim=1), geometry.prior, strict=True)
         )
         return [
-            # In place: a fresh tensor of this size costs more in paging than its sum.
-            self.norm1(c1.add_(self.up(c2)).add_(_rescaled(trunk, 4))),
+            self._finest(stem, c2, trunk),
             self.norm2(c2 + _rescaled(trunk, 2)),
             self.norm3(c3 + trunk),
             self.norm4(c4 + _rescaled(trunk, 0.5)),
         ]
+
+    def _finest(self, stem: Tensor, c2: Tensor, trunk: Tensor) -> Tensor:
+        """The map at stride 4, the network's largest: a few rows at a time where that pays."""
+        batch, dim, height, width = trunk.shape
+        rows = max(1, PIECE // (batch * dim * 4 * 4 * width * trunk.element_size()))
+        if rows >= height or torch.compiler.is_compiling() or not on_cpu_without_gradients(trunk):
+            return self.norm1(self.spm.fc1(stem) + self.up(c2) + _rescaled(trunk, 4))
+        whole = torch.empty(
+            (batch, dim, 4 * height, 4 * width),
+            dtype=trunk.dtype,
+            device=trunk.device,
+            memory_format=torch.channels_last,
+        )
+        for top in range(0, height, rows):
+            end = min(top + rows, height)
+            above = min(top, 1)  # interpolation looks at one row more on either side
+            resized = _rescaled(trunk[:, :, top - above : end + 1], 4)
+            part = self.spm.fc1(stem[:, :, 4 * top : 4 * end])
+            part.add_(self.up(c2[:, :, 2 * top : 2 * end]))
+            part.add_(resized[:, :, 4 * above :][:, :, : 4 * (end - top)])
+            whole[:, :, 4 * top : 4 * end] = self.norm1(part)
+        return whole
 
 
 def _rescaled(x: Tensor, scale: float) -> Tensor:

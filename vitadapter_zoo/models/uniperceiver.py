@@ -1,10 +1,13 @@
 """The adapter on a Uni-Perceiver trunk (arXiv:2112.01522): other names, other padding."""
 
+from functools import partial
+
 import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
 from vitadapter_zoo.models.adapter import WithAdapter
+from vitadapter_zoo.models.tokens import Linear, by_pieces
 from vitadapter_zoo.models.vit import (
     PATCH,
     WINDOW,
@@ -28,8 +31,8 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.windowed = windowed
-        self.in_proj = nn.Linear(dim, 3 * dim)
-        self.out_proj = nn.Linear(dim, dim)
+        self.in_proj = Linear(dim, 3 * dim)
+        self.out_proj = Linear(dim, dim)
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
         """``[N, height * width, dim]`` to the same."""
@@ -41,8 +44,8 @@ class SelfAttention(nn.Module):
             merged = from_windows(windows, WINDOW, x.shape[0], *padded.shape[1:3])
             attended = merged[:, :height, :width].flatten(1, 2)
         else:
-            attended = self_attention(self.in_proj(x), self.heads)
-        return self.out_proj(attended)
+            attended = self_attention(by_pieces(self.in_proj, x), self.heads)
+        return by_pieces(self.out_proj, attended)
 
 
 class Layer(nn.Module):
@@ -53,19 +56,27 @@ class Layer(nn.Module):
         self.gamma_1 = nn.Parameter(torch.zeros(dim))
         self.gamma_2 = nn.Parameter(torch.zeros(dim))
         self.self_attn = SelfAttention(dim, heads, windowed)
-        self.linear1 = nn.Linear(dim, 4 * dim)
+        self.linear1 = Linear(dim, 4 * dim)
         self.act = nn.GELU()
-        self.linear2 = nn.Linear(4 * dim, dim)
+        self.linear2 = Linear(4 * dim, dim)
         self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
         """``[N, height * width, dim]`` to the same."""
-        x = x + self.drop_path(self.gamma_1 * self.self_attn(self.norm1(x), height, width))
-        feedforward = self.linear2(self.act(self.linear1(self.norm2(x))))
-        x = x + self.drop_path(self.gamma_2 * feedforward)
-        return x
+        if self.self_attn.windowed:  # rows of windows know nothing of each other
+            return by_pieces(partial(self._forward, width=width), x, multiple=WINDOW * width)
+        return self._forward(x, width)
+
+    def _forward(self, x: Tensor, width: int) -> Tensor:
+        attended = self.self_attn(self.norm1(x), x.shape[1] // width, width)
+        x = x + self.drop_path(self.gamma_1 * attended)
+        return by_pieces(self._feed_forward, x)
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        fed = self.linear2(self.act(self.linear1(self.norm2(x))))
+        return x + self.drop_path(self.gamma_2 * fed)
 
 
 class PatchEmbed(nn.Module):

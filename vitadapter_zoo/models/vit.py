@@ -1,9 +1,13 @@
 """The plain ViT trunk and the plain ViT detector backbone (no adapter)."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, Mlp
+from timm.layers import DropPath
 from torch import Tensor, nn
+
+from vitadapter_zoo.models.tokens import Linear, Mlp, by_pieces
 
 PATCH = 16
 WINDOW = 14  # ViTDet-style windows are as large as the pretraining grid at 224 pixels
@@ -84,12 +88,12 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.windowed = windowed
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
         """``[N, height * width, dim]`` to the same."""
-        qkv = self.qkv(x)
+        qkv = by_pieces(self.qkv, x)
         if self.windowed:
             # The *projected* map is padded and nothing is masked: padded tokens take part in the
             # softmax with key = value = 0, as in training. Masking them would change the result.
@@ -99,7 +103,7 @@ class Attention(nn.Module):
             attended = merged[:, :height, :width].flatten(1, 2)
         else:
             attended = self_attention(qkv, self.heads)
-        return self.proj(attended)
+        return by_pieces(self.proj, attended)
 
 
 class Block(nn.Module):
@@ -117,9 +121,14 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
         """``[N, height * width, dim]`` to the same."""
-        x = x + self.drop_path(self.gamma1 * self.attn(self.norm1(x), height, width))
-        x = x + self.drop_path(self.gamma2 * self.mlp(self.norm2(x)))
-        return x
+        if self.attn.windowed:  # rows of windows know nothing of each other
+            return by_pieces(partial(self._forward, width=width), x, multiple=WINDOW * width)
+        return self._forward(x, width)
+
+    def _forward(self, x: Tensor, width: int) -> Tensor:
+        attended = self.attn(self.norm1(x), x.shape[1] // width, width)
+        x = x + self.drop_path(self.gamma1 * attended)
+        return by_pieces(lambda x: x + self.drop_path(self.gamma2 * self.mlp(self.norm2(x))), x)
 
 
 class VisionTransformer(nn.Module):
