@@ -1,9 +1,10 @@
 """Seconds per image and stage beside the original arrangement of the same computation.
 
-    python benchmarks/inference.py [ROW ...] [--peer plain|mmdet] [--runs 3] [--variants] [--memory]
+    python benchmarks/inference.py [ROW ...] [--peer plain|mmdet] [--runs 3] [--dtype bfloat16]
+                                   [--variants | --memory]
 
 One photo, 800 x 1216 network pixels, batch 1, stand-in weights (100 detections). ``native`` is this
-package in float32, ``peer`` the same weights through the original arrangement: all of it in plain
+package in float32 or ``--dtype``, ``peer`` the same weights through the original arrangement: all of it in plain
 PyTorch (``benchmarks/original.py``), or with ``--peer mmdet`` that backbone inside mmdet's own
 detector, which needs mmdet. First both are run once and their results compared; then they take
 turns, so that a busy machine is busy for both, and medians are printed. FLOPs are those of the
@@ -63,7 +64,8 @@ def load(name: str) -> MaskRCNN:
 
 
 def native(model: MaskRCNN) -> Chain:
-    """This package."""
+    """This package, in the dtype of the weights."""
+    dtype = next(model.parameters()).dtype
 
     def prepared(found: Found) -> NetworkInput:
         item: NetworkInput = found["preprocess"]
@@ -71,7 +73,7 @@ def native(model: MaskRCNN) -> Chain:
 
     return {
         "preprocess": lambda found: model.preprocess(standins.PHOTO),
-        "backbone": lambda found: model.backbone(prepared(found).tensor),
+        "backbone": lambda found: model.backbone(prepared(found).tensor.to(dtype)),
         "neck": lambda found: model.neck(found["backbone"]),
         "rpn": lambda found: model.rpn_head.propose(found["neck"], [prepared(found).resized]),
         "box head": lambda found: model.roi_head.detect_boxes(
@@ -180,8 +182,8 @@ def run(chain: Chain, clock: Clock = time.perf_counter) -> tuple[Found, dict[str
     return found, seconds
 
 
-def check(ours: Found, theirs: Found) -> str:
-    """How far two chains are apart; an error where that is more than rounding."""
+def check(ours: Found, theirs: Found, dtype: torch.dtype) -> str:
+    """How far two chains are apart; an error where that is more than float32's rounding."""
     differences = [
         float((a - b).abs().max() / b.abs().max())
         for stage in ("backbone", "neck")
@@ -189,6 +191,8 @@ def check(ours: Found, theirs: Found) -> str:
     ]
     moved = compare(detections(ours), detections(theirs))
     summary = f"features within {max(differences):.0e} of their largest; {moved}"
+    if dtype != torch.float32:
+        return summary
     if max(differences) > 1e-4 or moved.matched < 1 or moved.score > 1e-3:
         raise SystemExit(f"the peer computes something else: {summary}")
     return summary
@@ -234,7 +238,7 @@ def compare(found: Detections, expected: Detections) -> Moved:
     )
 
 
-def matrix_rate(clock: Clock, dtype: torch.dtype = torch.float32) -> float:
+def matrix_rate(clock: Clock, dtype: torch.dtype) -> float:
     """GFLOP/s of multiplying 2048 x 2048 matrices: the best of ten."""
     a = torch.randn(2048, 2048, dtype=dtype)
     best = float("inf")
@@ -256,11 +260,13 @@ def flops(chain: Chain) -> dict[str, float]:
     return counts
 
 
-def by_stage(name: str, peer: str, runs: int, clock: Clock, console: Console) -> None:
-    """The table of one row."""
+def by_stage(
+    name: str, peer: str, runs: int, dtype: torch.dtype, clock: Clock, console: Console
+) -> None:
+    """The table of one row; the peer is in float32 always."""
     model = load(name)
-    chains = {"native": native(model), peer: PEERS[peer](model)}
-    console.print(f"{name}: {check(run(chains['native'])[0], run(chains[peer])[0])}")
+    chains = {"native": native(copy.deepcopy(model).to(dtype)), peer: PEERS[peer](model)}
+    console.print(f"{name}: {check(run(chains['native'])[0], run(chains[peer])[0], dtype)}")
     taken: dict[str, list[dict[str, float]]] = {kind: [] for kind in chains}
     for _ in range(runs):
         for kind, chain in chains.items():
@@ -272,8 +278,8 @@ def by_stage(name: str, peer: str, runs: int, clock: Clock, console: Console) ->
     counts = flops(plain(model))
     for values in (*medians.values(), counts):
         values["total"] = sum(values.values())
-    rate = matrix_rate(clock)
-    table = Table(title=f"{name}, float32, {rate:.0f} GFLOP/s")
+    rate = matrix_rate(clock, dtype)
+    table = Table(title=f"{name}, native {str(dtype)[6:]}, {rate:.0f} GFLOP/s")
     for column in ("stage", "native s", f"{peer} s", "ratio", "GFLOP", "share of rate"):
         table.add_column(column, justify="left" if column == "stage" else "right")
     for stage, ours in medians["native"].items():
@@ -337,12 +343,10 @@ def variants(name: str, peer: str, runs: int, clock: Clock, console: Console) ->
 
 def memory_of_one_image(name: str, kind: str) -> None:
     """Print the peak of one image above the loaded model, MB; for a process of its own."""
-    half = kind == "bfloat16"
-    model = load(name).bfloat16() if half else load(name)
-    chain = native(model) if kind in ("native", "bfloat16") else PEERS[kind](model)
-    if half:
-        tensor = chain["preprocess"]({}).tensor.bfloat16()
-        chain["backbone"] = lambda found: model.backbone(tensor)
+    if kind in PEERS:
+        chain = PEERS[kind](load(name))
+    else:
+        chain = native(load(name).to(torch.bfloat16 if kind == "bfloat16" else torch.float32))
 
     def status(field: str) -> float:
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -377,6 +381,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--variants", action="store_true")
     parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     parser.add_argument("--processor-time", action="store_true")
     arguments = parser.parse_args()
@@ -395,7 +400,8 @@ def main() -> None:
         elif arguments.variants:
             variants(name, arguments.peer, arguments.runs, clock, console)
         else:
-            by_stage(name, arguments.peer, arguments.runs, clock, console)
+            dtype = getattr(torch, arguments.dtype)
+            by_stage(name, arguments.peer, arguments.runs, dtype, clock, console)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from torchvision.ops import box_iou, roi_align
 
 from vitadapter_zoo import MaskRCNN, get_row
 from vitadapter_zoo.catalog import ROWS
-from vitadapter_zoo.models import adapter, boxes, build, heads, uniperceiver, vit
+from vitadapter_zoo.models import adapter, boxes, build, heads, tokens, uniperceiver, vit
 
 NAMES = [row.name for row in ROWS]
 WITH_OUTPUTS = [
@@ -60,6 +60,32 @@ def test_computes_what_the_original_computed(
     name: str, standin_model: Callable[[str], MaskRCNN]
 ) -> None:
     assert parity.compare(standin_model(name)).failures() == []
+
+
+@pytest.mark.parametrize("name", WITH_OUTPUTS)
+def test_pieces_of_an_image_compute_what_the_whole_computes(
+    name: str, standin_model: Callable[[str], MaskRCNN], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = standin_model(name).backbone
+    images = torch.randn(2, 3, 256, 320)
+    with torch.enable_grad():  # where nothing is cut, and linear layers are PyTorch's own
+        expected = [level.detach() for level in backbone(images)]
+    for size in (2**17, 2**20):  # one row of windows, one of the map, few tokens; and more
+        monkeypatch.setattr(tokens, "PIECE", size)
+        with torch.inference_mode():
+            for ours, whole in zip(backbone(images), expected, strict=True):
+                torch.testing.assert_close(ours, whole, rtol=1e-4, atol=1e-4)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(("batch", "length"), [(3, 196), (2, 500), (1, 2500)])
+def test_attention_in_bfloat16_is_attention(batch: int, length: int) -> None:
+    torch.manual_seed(0)
+    qkv = torch.randn(batch, length, 3 * 2 * 64)
+    rounded = vit.self_attention(qkv.bfloat16(), 2)
+    assert rounded.dtype == torch.bfloat16
+    exact = vit.self_attention(qkv, 2)
+    assert (rounded - exact).norm() < 0.02 * exact.norm()
 
 
 def test_computes_what_the_original_computed_without_the_compiled_operator(

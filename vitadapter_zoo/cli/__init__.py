@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -16,26 +17,36 @@ from vitadapter_zoo.cli.predict import predict
 from vitadapter_zoo.cli.verify import score, verify
 from vitadapter_zoo.errors import ZooError
 
-
 INTERRUPTED = 130  # as shells count SIGINT
 
 
 class _ZooGroup(click.Group):
     """Turns the zoo's errors into one line on stderr and exit status 1, without a traceback."""
 
-    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        **extra: Any,
+    ) -> Any:
         """Click's own, except that an interrupt ends with 130: click's 1 would say *refuted*."""
-        if not standalone_mode:
-            return super().main(*args, standalone_mode=False, **extra)
         try:
-            status = super().main(*args, standalone_mode=False, **extra)
+            found = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
         except click.ClickException as error:
+            if not standalone_mode:
+                raise
             error.show()
-            status = error.exit_code
+            found = error.exit_code
         except click.Abort:
+            if not standalone_mode:
+                raise
             click.echo("interrupted", err=True)
-            status = INTERRUPTED
-        sys.exit(status)
+            found = INTERRUPTED
+        if standalone_mode:
+            sys.exit(found)
+        return found
 
     def invoke(self, ctx: click.Context) -> Any:
         try:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from vitadapter_zoo.models.tokens import PIECE, Linear, by_pieces, on_cpu_without_gradients
+from vitadapter_zoo.models.tokens import Linear, at_a_time, by_pieces
 from vitadapter_zoo.models.vit import (
     LAYER_NORM_EPS,
     VisionTransformer,
@@ -342,8 +342,8 @@ class WithAdapter(nn.Module):
     def _finest(self, stem: Tensor, c2: Tensor, trunk: Tensor) -> Tensor:
         """The map at stride 4, the network's largest: a few rows at a time where that pays."""
         batch, dim, height, width = trunk.shape
-        rows = max(1, PIECE // (batch * dim * 4 * 4 * width * trunk.element_size()))
-        if rows >= height or torch.compiler.is_compiling() or not on_cpu_without_gradients(trunk):
+        rows = at_a_time(trunk, batch * dim * 4 * 4 * width)
+        if rows is None or rows >= height:
             return self.norm1(self.spm.fc1(stem) + self.up(c2) + _rescaled(trunk, 4))
         whole = torch.empty(
             (batch, dim, 4 * height, 4 * width),

@@ -23,6 +23,16 @@ def on_cpu_without_gradients(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.is_grad_enabled()
 
 
+def at_a_time(x: Tensor, numbers: int) -> int | None:
+    """How many parts of ``x`` to work on at a time, where one of them leads to so many numbers.
+
+    None where it is best to take all of them together.
+    """
+    if torch.compiler.is_compiling() or not on_cpu_without_gradients(x):
+        return None
+    return max(1, PIECE // (numbers * x.element_size()))
+
+
 def by_pieces(
     compute: Callable[..., Tensor], *tokens: Tensor, multiple: int = 1, out: Tensor | None = None
 ) -> Tensor:
@@ -36,8 +46,8 @@ def by_pieces(
     """
     first = tokens[0]
     batch, length, width = first.shape
-    limit = PIECE // (4 * batch * width * first.element_size())
-    if length <= limit or torch.compiler.is_compiling() or not on_cpu_without_gradients(first):
+    limit = at_a_time(first, 4 * batch * width)
+    if limit is None or length <= limit:
         return compute(*tokens)
     limit = max(1, limit // multiple) * multiple
     count = -(-length // limit)

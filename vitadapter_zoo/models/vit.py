@@ -7,11 +7,12 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from vitadapter_zoo.models.tokens import Linear, Mlp, by_pieces
+from vitadapter_zoo.models.tokens import Linear, Mlp, by_pieces, on_cpu_without_gradients
 
 PATCH = 16
 WINDOW = 14  # ViTDet-style windows are as large as the pretraining grid at 224 pixels
 LAYER_NORM_EPS = 1e-6
+QUERIES = 1900  # of global attention at a time, where its weights are in memory: 14 MB
 
 
 def to_windows(x: Tensor, size: int) -> Tensor:
@@ -37,7 +38,30 @@ def self_attention(qkv: Tensor, heads: int) -> Tensor:
     """Softmax attention over ``[N, L, 3 * C]`` (q, k, v side by side), giving ``[N, L, C]``."""
     n, length, channels = qkv.shape
     q, k, v = qkv.view(n, length, 3, heads, channels // (3 * heads)).permute(2, 0, 3, 1, 4)
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, length, -1)
+    if qkv.dtype == torch.bfloat16 and on_cpu_without_gradients(qkv):
+        attended = _attention_of_products(q, k, v)
+    else:
+        attended = F.scaled_dot_product_attention(q, k, v)
+    return attended.transpose(1, 2).reshape(n, length, -1)
+
+
+def _attention_of_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention over ``[N, heads, L, C]``, with its weights in memory.
+
+    PyTorch's fused attention is no faster in bfloat16 than in float32 on CPUs without AMX; their
+    matrix products are.
+    """
+    n, heads, length, channels = q.shape
+    keys = (k * channels**-0.5).transpose(-2, -1)
+    if length <= WINDOW**2:
+        return (q @ keys).softmax(dim=-1) @ v
+    attended = q.new_empty(n, length, heads, channels).transpose(1, 2)
+    for head in range(heads):
+        for start in range(0, length, QUERIES):
+            piece = slice(start, start + QUERIES)
+            weights = (q[:, head, piece] @ keys[:, head]).softmax(dim=-1)
+            attended[:, head, piece] = weights @ v[:, head]
+    return attended
 
 
 def resized_position_embedding(embedding: Tensor, height: int, width: int) -> Tensor:
