@@ -4,9 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import scenes
 import standins
 import torch
 
+import vitadapter_zoo
 from vitadapter_zoo import MaskRCNN, get_row
 from vitadapter_zoo.models import build
 
@@ -50,3 +52,15 @@ def standin_model() -> Callable[[str], MaskRCNN]:
 def tiny(standin_model: Callable[[str], MaskRCNN]) -> MaskRCNN:
     """The adapter-T detector with stand-in weights; tests must not change it."""
     return standin_model("adapter-t-deit-3x")
+
+
+@pytest.fixture(scope="session")
+def small(tiny: MaskRCNN) -> MaskRCNN:
+    """The same for small inputs, quick; tests must not change it."""
+    return scenes.small(tiny)
+
+
+@pytest.fixture(scope="session")
+def folder(small: MaskRCNN, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small detector saved; tests must not change it."""
+    return vitadapter_zoo.save_pretrained(small, tmp_path_factory.mktemp("model"))

@@ -36,19 +36,9 @@ PICTURES = 6
 
 
 @pytest.fixture(scope="module")
-def small(tiny: MaskRCNN) -> MaskRCNN:
-    return scenes.small(tiny)
-
-
-@pytest.fixture(scope="module")
 def coco(small: MaskRCNN, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data set in COCO's layout; tests that change it copy it."""
     return scenes.write_coco(tmp_path_factory.mktemp("coco"), small, PICTURES)
-
-
-@pytest.fixture(scope="module")
-def folder(small: MaskRCNN, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return vitadapter_zoo.save_pretrained(small, tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +219,7 @@ def kill_rounds(
         if process.poll() is None:
             process.send_signal(rng.choice([signal.SIGKILL, signal.SIGINT]))
             killed += 1
-        # An interrupt while Python ends is a death by SIGINT, which shells count as 130 too.
+        # Before and after the command's own code Python dies by SIGINT: 130 too, to shells.
         assert process.wait() in (3, -signal.SIGKILL, 130, -signal.SIGINT)
         ended = subprocess.run(arguments, capture_output=True, text=True, check=False)
         assert ended.returncode == 3, ended.stderr

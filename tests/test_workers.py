@@ -26,18 +26,8 @@ Watch = Callable[[Run, Sequence[Image]], None]
 
 
 @pytest.fixture(scope="module")
-def small(tiny: MaskRCNN) -> MaskRCNN:
-    return scenes.small(tiny)
-
-
-@pytest.fixture(scope="module")
 def coco(small: MaskRCNN, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return scenes.write_coco(tmp_path_factory.mktemp("coco"), small, PICTURES)
-
-
-@pytest.fixture(scope="module")
-def folder(small: MaskRCNN, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return vitadapter_zoo.save_pretrained(small, tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

@@ -53,6 +53,19 @@ def facts_of(model: MaskRCNN, data: Dataset, backend: str = "native") -> Facts:
     return Facts(identity, (model.row.box_ap, model.row.mask_ap))
 
 
+@dataclass(frozen=True)
+class _Wanted:
+    """The detector that is asked for, and how it is loaded: arguments of ``verify``."""
+
+    model: str | os.PathLike[str] | MaskRCNN
+    checkpoint: str | os.PathLike[str] | None
+    device: str | torch.device | None
+    dtype: torch.dtype | None
+    cache_dir: cache.Home
+    offline: bool | None
+    progress: bool
+
+
 def verify(
     model: str | os.PathLike[str] | MaskRCNN,
     dataset: str | os.PathLike[str] | Dataset,
@@ -138,17 +151,15 @@ def verify(
     images = datasets.sampling_order(data, seed)[:limit] if is_part else list(data.images)
     if not skip_bad_images:
         _check_images(images)
+    wanted = _Wanted(model, checkpoint, device, dtype, cache_dir, offline, progress)
     with contextlib.ExitStack() as stack:
         if backend == "mmdet" or (ray is None and (workers or 1) == 1):
             stack.enter_context(_torch_threads(threads))
-            detector, name = _loaded(model, checkpoint, device, dtype, cache_dir, offline, progress)
+            detector, name = _loaded(wanted)
             compute = _in_process(_evaluator(detector, data, backend))
             facts, crew = facts_of(detector, data, backend), None
         else:
-            crew, name = _crew(
-                model, checkpoint, device, dtype, cache_dir, offline, progress,
-                data, workers, len(images), ray, threads, stack,
-            )  # fmt: skip
+            crew, name = _crew(wanted, data, workers, len(images), ray, threads, stack)
             facts, compute = crew.facts(), crew.evaluate
         identity = facts.identity
         place = Path(run) if run is not None else run_directory(name, identity, cache_dir)
@@ -192,36 +203,29 @@ def _check_images(images: Sequence[Image]) -> None:
         )
 
 
-def _loaded(
-    model: str | os.PathLike[str] | MaskRCNN,
-    checkpoint: str | os.PathLike[str] | None,
-    device: str | torch.device | None,
-    dtype: torch.dtype | None,
-    cache_dir: cache.Home,
-    offline: bool | None,
-    progress: bool,
-) -> tuple[MaskRCNN, str]:
+def _loaded(wanted: _Wanted) -> tuple[MaskRCNN, str]:
+    """The detector and what it is called."""
     from vitadapter_zoo.loader import load
     from vitadapter_zoo.models import MaskRCNN
 
-    if isinstance(model, MaskRCNN):
-        _check_loaded(model, checkpoint, device, dtype)
-        return model, model.row.name
+    if isinstance(wanted.model, MaskRCNN):
+        _check_loaded(wanted.model, wanted)
+        return wanted.model, wanted.model.row.name
     detector = load(
-        model, checkpoint=checkpoint, device=device or "cpu", dtype=dtype, cache_dir=cache_dir,
-        offline=offline, progress=progress,
-    )  # fmt: skip
-    return detector, os.fspath(model)
+        wanted.model,
+        checkpoint=wanted.checkpoint,
+        device=wanted.device or "cpu",
+        dtype=wanted.dtype,
+        cache_dir=wanted.cache_dir,
+        offline=wanted.offline,
+        progress=wanted.progress,
+    )
+    return detector, os.fspath(wanted.model)
 
 
-def _check_loaded(
-    model: MaskRCNN,
-    checkpoint: str | os.PathLike[str] | None,
-    device: str | torch.device | None,
-    dtype: torch.dtype | None,
-) -> None:
+def _check_loaded(model: MaskRCNN, wanted: _Wanted) -> None:
     """Refuse to change a detector that belongs to the caller."""
-    if not (checkpoint is None and device is None and dtype is None):
+    if (wanted.checkpoint, wanted.device, wanted.dtype) != (None, None, None):
         raise ValueError(
             "a loaded detector has its weights, device and dtype: leave checkpoint, device and "
             "dtype out"
@@ -259,13 +263,7 @@ def _torch_threads(threads: int | None) -> Iterator[None]:
 
 
 def _crew(
-    model: str | os.PathLike[str] | MaskRCNN,
-    checkpoint: str | os.PathLike[str] | None,
-    device: str | torch.device | None,
-    dtype: torch.dtype | None,
-    cache_dir: cache.Home,
-    offline: bool | None,
-    progress: bool,
+    wanted: _Wanted,
     data: Dataset,
     workers: int | None,
     most: int,
@@ -278,9 +276,10 @@ def _crew(
     from vitadapter_zoo.models import MaskRCNN
     from vitadapter_zoo.pretrained import save_pretrained
 
+    model, checkpoint = wanted.model, wanted.checkpoint
     source = None if checkpoint is None else _absolute(os.fspath(checkpoint))
     if isinstance(model, MaskRCNN):
-        _check_loaded(model, checkpoint, device, dtype)
+        _check_loaded(model, wanted)
         if ray is not None:
             raise ValueError(
                 "a loaded detector stays on this machine: write it with save_pretrained to a "
@@ -288,13 +287,14 @@ def _crew(
             )
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="vitadapter-zoo-"))
         path, name = os.fspath(save_pretrained(model, folder)), model.row.name
+        where = next(model.parameters()).device
     else:
         name = os.fspath(model)
         path = name if name in list_models() else _absolute(name)
-    where = next(model.parameters()).device if isinstance(model, MaskRCNN) else device or "cpu"
-    home = None if cache_dir is None else Path(cache_dir).absolute()
+        where = torch.device(wanted.device or "cpu")
+    home = None if wanted.cache_dir is None else Path(wanted.cache_dir).absolute()
     slim = replace(data, images=())
-    spec = Spec(path, source, str(where), dtype, home, offline, threads, slim)
+    spec = Spec(path, source, str(where), wanted.dtype, home, wanted.offline, threads, slim)
     if ray is not None:
         from vitadapter_zoo.cluster import actors
 
@@ -303,7 +303,7 @@ def _crew(
 
     if not isinstance(model, MaskRCNN):
         # Once for all of them: it is downloaded where somebody sees how far it is.
-        _loaded(path, source, "cpu", None, cache_dir, offline, progress)
+        _loaded(replace(wanted, model=path, checkpoint=source, device="cpu", dtype=None))
     return stack.enter_context(processes(spec, min(workers or 1, max(1, most)))), name
 
 
