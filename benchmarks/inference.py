@@ -24,34 +24,23 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops import box_iou
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "tests")]
-import original  # noqa: E402
 import standins  # noqa: E402
+from chains import PEERS, STAGES, Chain, Found, native, plain  # noqa: E402
 
 from vitadapter_zoo import Detections, MaskRCNN, get_row  # noqa: E402
-from vitadapter_zoo.images import NetworkInput  # noqa: E402
 from vitadapter_zoo.models import build  # noqa: E402
-from vitadapter_zoo.models.heads import BoxDetections  # noqa: E402
-from vitadapter_zoo.ops import paste_masks  # noqa: E402
 
 NAMES = ["adapter-t-deit-3x", "adapter-s-deit-3x", "adapter-b-deit-3x", "adapter-l-augreg-3x"]
-STAGES = ("preprocess", "backbone", "neck", "rpn", "box head", "mask head", "paste")
-SCORE = 0.05
 
-# A detector as a chain: every stage takes what all stages before it found, by their names.
-Found = dict[str, Any]
-Chain = dict[str, Callable[[Found], Any]]
 Clock = Callable[[], float]
 
 
@@ -61,117 +50,6 @@ def load(name: str) -> MaskRCNN:
         model = build(get_row(name))
     model.load_state_dict(standins.state_dict(name), assign=True)
     return model.eval()
-
-
-def native(model: MaskRCNN) -> Chain:
-    """This package, in the dtype of the weights."""
-    dtype = next(model.parameters()).dtype
-
-    def prepared(found: Found) -> NetworkInput:
-        item: NetworkInput = found["preprocess"]
-        return item
-
-    return {
-        "preprocess": lambda found: model.preprocess(standins.PHOTO),
-        "backbone": lambda found: model.backbone(prepared(found).tensor.to(dtype)),
-        "neck": lambda found: model.neck(found["backbone"]),
-        "rpn": lambda found: model.rpn_head.propose(found["neck"], [prepared(found).resized]),
-        "box head": lambda found: model.roi_head.detect_boxes(
-            found["neck"][:4],
-            found["rpn"],
-            [prepared(found).resized],
-            [prepared(found).scale],
-            SCORE,
-        )[0],
-        "mask head": lambda found: model.roi_head.predict_masks(
-            found["neck"][:4], [found["box head"]], [prepared(found).scale]
-        )[0],
-        "paste": lambda found: paste_masks(
-            found["mask head"], found["box head"].boxes, prepared(found).original, 0.5
-        ),
-    }
-
-
-def plain(model: MaskRCNN) -> Chain:
-    """The original arrangement in plain PyTorch."""
-    heads = model.roi_head
-    return {
-        "preprocess": lambda found: model.preprocess(standins.PHOTO),
-        "backbone": lambda found: original.backbone(model.backbone, found["preprocess"].tensor),
-        "neck": lambda found: original.neck(model.neck, found["backbone"]),
-        "rpn": lambda found: original.propose(
-            model.rpn_head, found["neck"], found["preprocess"].resized
-        ),
-        "box head": lambda found: original.detect_boxes(
-            heads.bbox_head,
-            found["neck"][:4],
-            found["rpn"],
-            found["preprocess"].resized,
-            found["preprocess"].scale,
-            SCORE,
-        ),
-        "mask head": lambda found: original.predict_masks(
-            heads.mask_head, found["neck"][:4], found["box head"], found["preprocess"].scale
-        ),
-        "paste": lambda found: original.paste(
-            found["mask head"], found["box head"].boxes, found["preprocess"].original, 0.5
-        ),
-    }
-
-
-def mmdet(model: MaskRCNN) -> Chain:
-    """Mmdet's own detector around the backbone in the original arrangement."""
-    import numpy as np
-    from mmdet.datasets.pipelines import Compose
-
-    detector: Any = import_module("vitadapter_zoo.backends.mmdet").from_native(model)
-    heads = detector.roi_head
-    pipeline = Compose(detector.cfg.data.test.pipeline)
-
-    photo = {"img_info": {"filename": str(standins.PHOTO)}, "img_prefix": None}
-    metas = [pipeline(dict(photo))["img_metas"][0].data]
-
-    def boxes(found: Found) -> BoxDetections:
-        rows, labels = heads.simple_test_bboxes(
-            found["neck"], metas, found["rpn"], detector.test_cfg.rcnn, rescale=True
-        )
-        return BoxDetections(rows[0][:, :4], rows[0][:, 4], labels[0])
-
-    def scaled(found: Found) -> Tensor:
-        boxes: Tensor = found["box head"].boxes * torch.from_numpy(metas[0]["scale_factor"])
-        return boxes
-
-    def masks(found: Found) -> Tensor:
-        rois = torch.nn.functional.pad(scaled(found), (1, 0))
-        result: Tensor = heads._mask_forward(found["neck"], rois)["mask_pred"]
-        return result
-
-    def paste(found: Found) -> Tensor:
-        labels = found["box head"].labels
-        by_class = heads.mask_head.get_seg_masks(
-            found["mask head"],
-            scaled(found),
-            labels,
-            detector.test_cfg.rcnn,
-            metas[0]["ori_shape"],
-            metas[0]["scale_factor"],
-            True,
-        )
-        taken = [iter(of_class) for of_class in by_class]
-        return torch.from_numpy(np.stack([next(taken[label]) for label in labels.tolist()]))
-
-    return {
-        "preprocess": lambda found: pipeline(dict(photo))["img"][0].data[None],
-        "backbone": lambda found: original.backbone(model.backbone, found["preprocess"]),
-        "neck": lambda found: list(detector.neck(found["backbone"])),
-        "rpn": lambda found: detector.rpn_head.simple_test_rpn(found["neck"], metas),
-        "box head": boxes,
-        "mask head": masks,
-        "paste": paste,
-    }
-
-
-PEERS = {"plain": plain, "mmdet": mmdet}
 
 
 def run(chain: Chain, clock: Clock = time.perf_counter) -> tuple[Found, dict[str, float]]:
