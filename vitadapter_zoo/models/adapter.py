@@ -340,10 +340,13 @@ class WithAdapter(nn.Module):
         ]
 
     def _finest(self, stem: Tensor, c2: Tensor, trunk: Tensor) -> Tensor:
-        """The map at stride 4, the network's largest: a few rows at a time where that pays."""
+        """The map at stride 4, the network's largest: a few rows at a time where that pays.
+
+        Not where the statistics of the whole map are wanted.
+        """
         batch, dim, height, width = trunk.shape
         rows = at_a_time(trunk, batch * dim * 4 * 4 * width)
-        if rows is None or rows >= height:
+        if rows is None or rows >= height or self.norm1.training:
             return self.norm1(self.spm.fc1(stem) + self.up(c2) + _rescaled(trunk, 4))
         whole = torch.empty(
             (batch, dim, 4 * height, 4 * width),
