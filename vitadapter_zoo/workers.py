@@ -61,6 +61,7 @@ class ProcessWorker:
             self._process.start()
         theirs.close()
         self.name = f"worker process {self._process.pid}"
+        self._waiting = threading.Lock()  # of two who wait for a process, one never learns its end
         # A thread for each: a process that stops in the middle of a message holds up no other.
         listener = threading.Thread(
             target=self._listen, args=(self._process, events), name=self.name, daemon=True
@@ -75,13 +76,15 @@ class ProcessWorker:
     def stop(self) -> None:
         """Kill it, and wait until it is gone."""
         self._process.kill()
-        self._process.join()
+        with self._waiting:
+            self._process.join()
 
     def _listen(self, process: BaseProcess, events: Events) -> None:
         with contextlib.suppress(EOFError, OSError):
             while True:
                 events.put((self, self._pipe.recv()))
-        process.join()
+        with self._waiting:
+            process.join()
         events.put((self, Ended(_cause(process.exitcode))))
 
 
