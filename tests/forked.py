@@ -8,6 +8,7 @@ of its own, to be waited for or killed like any other.
 import functools
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,11 @@ EVERYTHING = ("vitadapter_zoo.cli", "vitadapter_zoo.pretrained", "vitadapter_zoo
 BEFORE_THE_HUB = ("torch", "torchvision", "torch._subclasses.fake_tensor", "cv2", "requests",
                   "safetensors.torch")  # fmt: skip
 COMMAND = "from vitadapter_zoo.cli import main\nmain(prog_name='vitadapter-zoo')"
+
+
+def heed_interrupts() -> None:
+    """For ``preexec_fn``: what runs in a script's background ignores SIGINT, its children too."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @dataclass(frozen=True)

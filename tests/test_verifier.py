@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import scenes
 import standins
 import torch
 from click.testing import CliRunner, Result
+from forked import heed_interrupts
 from test_scoring import by_pycocotools, random_data, written
 
 import vitadapter_zoo
@@ -210,8 +210,7 @@ def kill_rounds(
         arguments = [*COMMAND, str(folder), "--coco", str(coco), "--run", str(run), "--json"]
         process = subprocess.Popen(
             arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-            # What runs in the background of a script ignores SIGINT, and so would its children.
-            preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+            preexec_fn=heed_interrupts,
         )  # fmt: skip
         while process.poll() is None and not (run / PREDICTIONS).exists():
             time.sleep(0.01)

@@ -7,12 +7,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 import scenes
+from forked import heed_interrupts
 
 import vitadapter_zoo
 from vitadapter_zoo import DatasetError, ImageError, MaskRCNN, Verification, ZooError
@@ -200,11 +200,9 @@ def test_workers_end_with_the_command_and_the_run_continues(
     run = tmp_path / "run"
     command = [sys.executable, "-m", "vitadapter_zoo.cli", "verify", str(folder), "--coco"]
     options = [str(coco), "--workers", "2", "--threads", "1", "--run", str(run)]
-    # What runs in the background of a script ignores SIGINT, and so would its children.
-    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(
         [*command, *options], stderr=subprocess.PIPE, text=True, start_new_session=True,
-        preexec_fn=heed,
+        preexec_fn=heed_interrupts,
     )  # fmt: skip
     wait_until(lambda: (run / PREDICTIONS).exists())
     family = children(process.pid)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import click
@@ -32,21 +33,20 @@ class _ZooGroup(click.Group):
         **extra: Any,
     ) -> Any:
         """Click's own, except that an interrupt ends with 130: click's 1 would say *refuted*."""
+        run: Callable[[], Any] = partial(
+            super().main, args, prog_name, complete_var, standalone_mode=False, **extra
+        )
+        if not standalone_mode:
+            return run()
         try:
-            found = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
+            status = run()
         except click.ClickException as error:
-            if not standalone_mode:
-                raise
             error.show()
-            found = error.exit_code
+            status = error.exit_code
         except click.Abort:
-            if not standalone_mode:
-                raise
             click.echo("interrupted", err=True)
-            found = INTERRUPTED
-        if standalone_mode:
-            sys.exit(found)
-        return found
+            status = INTERRUPTED
+        sys.exit(status)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:

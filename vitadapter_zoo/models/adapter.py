@@ -111,8 +111,8 @@ class DWConv(nn.Module):
 class ConvFFN(nn.Module):
     """Feed-forward network with a depthwise convolution between its layers.
 
-    Its steps are called apart, by the extractor: ``reduce``, ``dwconv``, ``expand``. Only the
-    middle one looks at a token's neighbours.
+    Its steps are called apart, by the extractor: ``fc1``, ``dwconv``, ``expand``. Only the middle
+    one looks at a token's neighbours.
     """
 
     def __init__(self, dim: int) -> None:
@@ -122,10 +122,6 @@ class ConvFFN(nn.Module):
         self.dwconv = DWConv(hidden)
         self.act = nn.GELU()
         self.fc2 = Linear(hidden, dim)
-
-    def reduce(self, tokens: Tensor) -> Tensor:
-        """``[N, L, dim]`` to ``[N, L, hidden]``."""
-        return self.fc1(tokens)
 
     def expand(self, hidden: Tensor) -> Tensor:
         """``[N, L, hidden]`` to ``[N, L, dim]``."""
@@ -181,7 +177,7 @@ class Extractor(nn.Module):
             return c + self.drop_path(self.ffn.expand(hidden))
 
         c = by_pieces(extract, c, geometry.prior_points[None], out=c)
-        hidden = by_pieces(lambda c: self.ffn.reduce(self.ffn_norm(c)), c)
+        hidden = by_pieces(lambda c: self.ffn.fc1(self.ffn_norm(c)), c)
         hidden = self.ffn.dwconv(hidden, geometry.prior)
         return by_pieces(feed_forward, c, hidden, out=c)
 
