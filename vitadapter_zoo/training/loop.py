@@ -117,7 +117,7 @@ class Training:
         self._saved = self._looked = now
         self._images = 0
         self._evaluated_at = -1
-        self._window = Window()
+        self._window, self._norms = Window(), Window()
         self._parameters = [x for x in self.model.parameters() if x.requires_grad]
         self._share = 0.0  # of the time limit that has passed, the same in every process
 
@@ -138,10 +138,11 @@ class Training:
                     total = torch.stack(list(parts.values())).sum()
                     self.accelerator.backward(total)
                     whole = self.accelerator.sync_gradients
-                    norm = self._clipped_norm() if whole else total.new_zeros(())
+                    if whole:
+                        self._norms.add({"gradient_norm": self._clipped_norm()})
                     self.optimizer.step()
                     self.optimizer.zero_grad()
-                self._window.add({**parts, "loss": total, "gradient_norm": norm})
+                self._window.add({**parts, "loss": total})
                 self._images += len(batch.counts)
                 if whole:
                     self.progress.step += 1
@@ -201,7 +202,7 @@ class Training:
         """
         now = time.monotonic()
         self.progress.seconds = now - self._began
-        figures = self._window.means()
+        figures = {**self._window.means(), **self._norms.means()}
         if not all(math.isfinite(value) for value in figures.values()):
             raise ZooError(self._diverged(figures))
         if self.max_seconds is not None:
