@@ -9,12 +9,18 @@ import os
 import sys
 import sysconfig
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from setuptools import find_packages, setup
 
-sys.path.insert(0, str(Path(__file__).parent))
-from vitadapter_zoo import build_op
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+# The package's own `ops/__init__.py` registers the operators with torch, which may be missing here.
+ops = ModuleType("vitadapter_zoo.ops")
+ops.__path__ = [str(HERE / "vitadapter_zoo" / "ops")]
+sys.modules[ops.__name__] = ops
+from vitadapter_zoo.ops import build  # noqa: E402
 
 
 def find_torch() -> bool:
@@ -59,7 +65,7 @@ def options() -> dict[str, Any]:
                 print(f"vitadapter-zoo: the operator is not compiled: {error}", file=sys.stderr)
 
     return {
-        "ext_modules": build_op.extensions(Path("csrc")),
+        "ext_modules": build.extensions(Path("csrc")),
         "cmdclass": {"build_ext": BuildOperator},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }
@@ -69,6 +75,10 @@ setup(
     # The sources go along, for `vitadapter-zoo build-op`.
     packages=[*find_packages(include=["vitadapter_zoo*"]), "vitadapter_zoo.csrc"],
     package_dir={"vitadapter_zoo.csrc": "csrc"},
-    package_data={"vitadapter_zoo": ["py.typed", "templates/*"], "vitadapter_zoo.csrc": ["*"]},
+    package_data={
+        "vitadapter_zoo": ["py.typed"],
+        "vitadapter_zoo.reports": ["templates/*"],
+        "vitadapter_zoo.csrc": ["*"],
+    },
     **options(),
 )

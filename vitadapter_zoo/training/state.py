@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitadapter_zoo import files
 from vitadapter_zoo.errors import ZooError
 from vitadapter_zoo.models import MaskRCNN
-from vitadapter_zoo.pretrained import save_pretrained
+from vitadapter_zoo.publishing.pretrained import save_pretrained
+from vitadapter_zoo.weights import atomic
 
 STATE = "state.pt"
 LOG = "log.jsonl"
@@ -58,7 +58,7 @@ def write_state(directory: Path, content: Mapping[str, Any]) -> None:
     Raises:
         ZooError: it cannot be written.
     """
-    with files.replacing(directory / STATE) as partial:
+    with atomic.replacing(directory / STATE) as partial:
         torch.save(dict(content), partial)
 
 
@@ -155,7 +155,7 @@ def truncate_log(directory: Path, step: int) -> None:
     """
     if (directory / LOG).exists():
         kept = [entry for entry in read_log(directory) if entry["step"] <= step]
-        files.write_text(directory / LOG, "".join(json.dumps(entry) + "\n" for entry in kept))
+        atomic.write_text(directory / LOG, "".join(json.dumps(entry) + "\n" for entry in kept))
 
 
 def is_finite(model: nn.Module) -> bool:
