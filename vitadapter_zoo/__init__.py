@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from vitadapter_zoo.loader import load
     from vitadapter_zoo.models import MaskRCNN
     from vitadapter_zoo.pretrained import push_to_hub, save_pretrained
+    from vitadapter_zoo.training.run import train
     from vitadapter_zoo.verdict import Verification
     from vitadapter_zoo.verifier import verify
 
@@ -48,6 +49,7 @@ __all__ = [
     "load",
     "push_to_hub",
     "save_pretrained",
+    "train",
     "verify",
 ]
 
@@ -60,6 +62,7 @@ _LAZY = {
     "load": "vitadapter_zoo.loader",
     "push_to_hub": "vitadapter_zoo.pretrained",
     "save_pretrained": "vitadapter_zoo.pretrained",
+    "train": "vitadapter_zoo.training.run",
     "verify": "vitadapter_zoo.verifier",
 }
 

@@ -34,8 +34,10 @@ from vitadapter_zoo.models.targets import (
     Sampling,
     assign,
     mask_targets,
-    sample as draw,
     take_all,
+)
+from vitadapter_zoo.models.targets import (
+    sample as draw,
 )
 
 if TYPE_CHECKING:
@@ -64,13 +66,14 @@ def losses(
 
     Args:
         model: the detector.
-        inputs: from ``model.preprocess``. Images of several padded sizes are padded with zeros at the
-            bottom and right to the largest.
-        targets: one per image with ``boxes`` ``[n, 4]`` (x1, y1, x2, y2; network pixels), ``labels``
-            int64 ``[n]``, and ``masks``: bool ``[n, H, W]`` of the image's own padded size, or per
-            object COCO polygons in network pixels or a COCO RLE. An image may have no objects.
-        sample: draw 256 anchors and 512 proposals per image as in training. False takes every anchor
-            and every training proposal, so that nothing is random.
+        inputs: from ``model.preprocess``. Images of several padded sizes are padded with zeros at
+            the bottom and right to the largest.
+        targets: one per image with ``boxes`` ``[n, 4]`` (x1, y1, x2, y2; network pixels),
+            ``labels`` int64 ``[n]``, and ``masks``: bool ``[n, H, W]`` of the image's own padded
+            size, or per object COCO polygons in network pixels or a COCO RLE. An image may have no
+            objects.
+        sample: draw 256 anchors and 512 proposals per image as in training. False takes every
+            anchor and every training proposal, so that nothing is random.
         generator: draws the samples; it must be on the network's device. By default the device's
             global generator, which ``torch.manual_seed`` seeds.
 

@@ -103,7 +103,9 @@ class MaskRCNN(nn.Module):
             item if isinstance(item, NetworkInput) else self.preprocess(item) for item in inputs
         ]
         if not self.training:
-            return self._detections(items, targets if isinstance(targets, float) else SCORE_THRESHOLD)
+            return self._detections(
+                items, targets if isinstance(targets, float) else SCORE_THRESHOLD
+            )
         if isinstance(targets, (float, int)):
             raise ValueError(
                 "in training mode the detector is called with targets, model(inputs, targets), and "

@@ -34,9 +34,9 @@ def read_targets(
 
     Args:
         targets: per image ``boxes`` ``[n, 4]`` (x1, y1, x2, y2; network pixels), ``labels`` int64
-            ``[n]`` in 0..classes - 1, and ``masks``: bool ``[n, H, W]`` of the image's padded network
-            size, or ``n`` entries that are each COCO polygons (lists of x, y, x, y, ... in network
-            pixels) or a COCO RLE. ``n`` may be 0.
+            ``[n]`` in 0..classes - 1, and ``masks``: bool ``[n, H, W]`` of the image's padded
+            network size, or ``n`` entries that are each COCO polygons (lists of x, y, x, y, ... in
+            network pixels) or a COCO RLE. ``n`` may be 0.
         inputs: the images that they belong to.
         classes: how many classes the network has.
         device: where the network is.
@@ -117,7 +117,8 @@ def _bitmap(mask: Any, size: tuple[int, int]) -> Tensor:
                 f"an RLE must have the padded network size {list(size)}, got {list(mask['size'])}"
             )
         counts = mask["counts"]
-        rle = dict(mask) if isinstance(counts, (str, bytes)) else coco_mask.frPyObjects(mask, *size)
+        compressed = isinstance(counts, (str, bytes))
+        rle = dict(mask) if compressed else coco_mask.frPyObjects(dict(mask), *size)
     elif isinstance(mask, Sequence) and not isinstance(mask, (str, bytes)):
         polygons = mask if len(mask) and isinstance(mask[0], Sequence) else [mask]
         rle = coco_mask.merge(coco_mask.frPyObjects([list(part) for part in polygons], *size))

@@ -1,7 +1,7 @@
 """What the heads should predict: matching boxes with objects, sampling, mask targets.
 
-The rules are those of the original's configuration (mmdet 2.25, ``mask_rcnn_r50_fpn``). Matching and
-sampling have fixed output shapes, so they never wait for a GPU.
+The rules are those of the original's configuration (mmdet 2.25, ``mask_rcnn_r50_fpn``). Matching
+and sampling have fixed output shapes, so they never wait for a GPU.
 """
 
 from typing import NamedTuple
