@@ -97,9 +97,7 @@ def background(
 def colour(rng: np.random.Generator) -> Image:
     """A random RGB colour, float32 ``[3]`` in 0..255; grey tones are as likely as bright ones."""
     value = rng.uniform(20, 245)
-    return np.asarray(
-        np.clip(value + rng.normal(0, 1, 3) * rng.uniform(5, 75), 0, 255), np.float32
-    )
+    return np.asarray(np.clip(value + rng.normal(0, 1, 3) * rng.uniform(5, 75), 0, 255), np.float32)
 
 
 def _photo(

@@ -29,9 +29,7 @@ from vitadapter_zoo.catalog import COCO_CATEGORY_IDS, COCO_CLASSES
 
 SPLITS = ("train", "val")
 JPEG_QUALITY = 80
-CATEGORIES = [
-    {"id": COCO_CATEGORY_IDS[COCO_CLASSES.index(name)], "name": name} for name in CLASSES
-]
+CATEGORIES = [{"id": COCO_CATEGORY_IDS[COCO_CLASSES.index(name)], "name": name} for name in CLASSES]
 
 _renderers: dict[tuple[str, Path], Renderer] = {}  # one per process: glyphs and photos stay loaded
 
