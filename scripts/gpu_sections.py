@@ -106,9 +106,10 @@ def device() -> Found:
 
 def build() -> Found:
     """Compile the operators for this device into the cache."""
-    from vitadapter_zoo import build_op
+    from vitadapter_zoo.ops.build import build as compile_operators
+    from vitadapter_zoo.ops.build import cuda_architectures
 
-    return {"libraries": [path.name for path in build_op.build()], "for": build_op.cuda_architectures()}
+    return {"libraries": [path.name for path in compile_operators()], "for": cuda_architectures()}
 
 
 def operator() -> Found:

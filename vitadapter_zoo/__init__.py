@@ -6,6 +6,7 @@ Importing the package does not import torch: what needs it is imported when it i
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from vitadapter_zoo._version import __version__ as __version__
 from vitadapter_zoo.catalog import Row, get_row, list_models
 from vitadapter_zoo.errors import (
     BackendError,
@@ -21,13 +22,11 @@ from vitadapter_zoo.errors import (
 
 if TYPE_CHECKING:
     from vitadapter_zoo.detections import Detections
+    from vitadapter_zoo.evaluation.verdict import Verification
+    from vitadapter_zoo.evaluation.verify import verify
     from vitadapter_zoo.loader import load
     from vitadapter_zoo.models import MaskRCNN
-    from vitadapter_zoo.pretrained import push_to_hub, save_pretrained
-    from vitadapter_zoo.verdict import Verification
-    from vitadapter_zoo.verifier import verify
-
-__version__ = "0.1.0"
+    from vitadapter_zoo.publishing.pretrained import push_to_hub, save_pretrained
 
 __all__ = [
     "BackendError",
@@ -56,11 +55,11 @@ __all__ = [
 _LAZY = {
     "Detections": "vitadapter_zoo.detections",
     "MaskRCNN": "vitadapter_zoo.models",
-    "Verification": "vitadapter_zoo.verdict",
+    "Verification": "vitadapter_zoo.evaluation.verdict",
     "load": "vitadapter_zoo.loader",
-    "push_to_hub": "vitadapter_zoo.pretrained",
-    "save_pretrained": "vitadapter_zoo.pretrained",
-    "verify": "vitadapter_zoo.verifier",
+    "push_to_hub": "vitadapter_zoo.publishing.pretrained",
+    "save_pretrained": "vitadapter_zoo.publishing.pretrained",
+    "verify": "vitadapter_zoo.evaluation.verify",
 }
 
 

@@ -4,8 +4,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from vitadapter_zoo.catalog import Row
-from vitadapter_zoo.coco import COCO_CLASSES
+from vitadapter_zoo.catalog import COCO_CLASSES, Row
 from vitadapter_zoo.models.adapter import ViTAdapter
 from vitadapter_zoo.models.mask_rcnn import MaskRCNN
 from vitadapter_zoo.models.necks import FPN, ChannelMapper

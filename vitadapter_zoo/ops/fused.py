@@ -2,8 +2,8 @@
 
 Between those layers and `ms_deform_attn` lie a softmax, a division and an addition over tensors as
 large as its own input; composed of PyTorch's operators they took three times as long as the
-sampling. The compiled kernels do them on the way: on the CPU for every shape, on CUDA for the shapes
-of the published networks.
+sampling. The compiled kernels do them on the way: on the CPU for every shape, on CUDA for the
+shapes of the published networks.
 """
 
 from typing import Any

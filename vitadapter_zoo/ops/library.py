@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import math
-import os
-import platform
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,9 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vitadapter_zoo import __version__, build_op, cache
+from vitadapter_zoo import settings
 from vitadapter_zoo.errors import ZooError
-from vitadapter_zoo.ops import reference
+from vitadapter_zoo.ops import paths, reference
 
 # Relative error that the check after loading allows: sums in another order, and no more.
 TOLERANCE = 1e-4
@@ -42,17 +39,15 @@ class Implementation:
 def implementation(device: str | torch.device) -> Implementation:
     """How the operator is computed on ``"cpu"``, ``"cuda:1"`` or another device.
 
-    Loads the compiled library and checks it on that device when it is called first. Where there is none, or where it
-    does not give what PyTorch's operators give, those are used, and a warning says so once.
+    The first call loads the compiled library and checks it on that device. Where there is none, or
+    where it does not give what PyTorch's operators give, those are used, with one warning.
     ``VITADAPTER_ZOO_OP=reference`` asks for them; ``=compiled`` makes their use an error.
 
     Raises:
         ZooError: ``VITADAPTER_ZOO_OP=compiled`` and the compiled operator cannot be used, or the
             variable has another value.
     """
-    wish = os.environ.get("VITADAPTER_ZOO_OP", "")
-    if wish not in ("", "compiled", "reference"):
-        raise ZooError(f"VITADAPTER_ZOO_OP is {wish!r}; it may be 'compiled' or 'reference'")
+    wish = settings.operator()
     if wish == "reference":
         return Implementation(compiled=False, why="VITADAPTER_ZOO_OP=reference")
     device = torch.device(device)
@@ -76,23 +71,13 @@ class _UnusableError(Exception):
     """Why the compiled operator is not used."""
 
 
-def built_folder() -> Path:
-    """Where ``vitadapter-zoo build-op`` puts the libraries of these sources for this machine."""
-    digest = hashlib.sha256(__version__.encode())
-    folder = build_op.sources()
-    for name in sorted(path.name for path in folder.iterdir() if path.is_file()):
-        digest.update((folder / name).read_bytes())
-    cuda = (torch.version.cuda or "none").split(".")[0]
-    return cache.home() / "op" / f"{platform.machine()}-cuda-{cuda}-{digest.hexdigest()[:12]}"
-
-
 def find(name: str) -> Path | None:
     """The library ``name``: as installed with the package, or else as built by ``build-op``."""
     file = f"{name}.abi3.so"
-    installed = Path(__file__).parents[1] / file
+    installed = paths.PACKAGE / file
     if installed.is_file():
         return installed  # without reading the sources, which tell one build in the cache by
-    built = built_folder() / file
+    built = paths.built_folder(torch.version.cuda) / file
     return built if built.is_file() else None
 
 
@@ -103,7 +88,7 @@ def _load(device: torch.device) -> str:
         _UnusableError: there is none, it cannot be loaded, it does not run on this device, or it
             computes something else.
     """
-    path = find(build_op.CUDA_LIBRARY if device.type == "cuda" else build_op.CPU_LIBRARY)
+    path = find(paths.CUDA_LIBRARY if device.type == "cuda" else paths.CPU_LIBRARY)
     if path is None:
         raise _UnusableError(f"the compiled operator for {device.type} is not installed")
     try:
