@@ -229,14 +229,16 @@ class Convolutions(nn.Sequential):
         for layer in self:
             if isinstance(layer, nn.Conv2d):
                 convolution = layer
-            elif isinstance(layer, nn.BatchNorm2d) and convolution is not None:
+            elif isinstance(layer, (nn.BatchNorm2d, nn.SyncBatchNorm)) and convolution is not None:
                 x = convolve_and_normalise(x, convolution, layer)
             else:
                 x = layer(x)
         return x
 
 
-def convolve_and_normalise(x: Tensor, convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
+def convolve_and_normalise(
+    x: Tensor, convolution: nn.Conv2d, norm: nn.BatchNorm2d | nn.SyncBatchNorm
+) -> Tensor:
     """``norm(convolution(x))``; in evaluation one convolution with the norm's scale in it.
 
     The maps at stride 2 are the network's largest: one pass over them less.

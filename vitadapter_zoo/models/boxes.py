@@ -57,6 +57,23 @@ def decode(
     return decoded.clamp(min=0).minimum(decoded.new_tensor([width, height, width, height]))
 
 
+def encode(boxes: Tensor, targets: Tensor, stds: tuple[float, float, float, float]) -> Tensor:
+    """The deltas with which `decode` turns ``boxes`` into ``targets`` (its inverse).
+
+    Args:
+        boxes: ``[N, 4]`` in network pixels.
+        targets: ``[N, 4]`` in network pixels.
+        stds: what one unit of each delta means.
+
+    Returns:
+        ``[N, 4]`` as (dx, dy, dw, dh) in units of ``stds``.
+    """
+    sides = boxes[:, 2:] - boxes[:, :2]
+    shifts = (targets[:, :2] + targets[:, 2:]) * 0.5 - (boxes[:, :2] + boxes[:, 2:]) * 0.5
+    growth = (targets[:, 2:] - targets[:, :2]) / sides
+    return torch.cat([shifts / sides, growth.log()], dim=-1) / boxes.new_tensor(stds)
+
+
 def nms_by_group(boxes: Tensor, scores: Tensor, groups: Tensor, threshold: float) -> Tensor:
     """Suppress overlaps within each group; indices of what is kept, best score first.
 

@@ -52,25 +52,40 @@ class RPNHead(nn.Module):
 
     def propose(self, maps: list[Tensor], sizes: list[tuple[int, int]]) -> list[Proposals]:
         """The best 1000 boxes of each image; ``sizes`` are the resized images' (height, width)."""
-        outputs = self(maps)
+        return self.select(self(maps), sizes, PROPOSALS)
+
+    def select(
+        self, outputs: list[tuple[Tensor, Tensor]], sizes: list[tuple[int, int]], candidates: int
+    ) -> list[Proposals]:
+        """The best 1000 boxes of each image, of the ``candidates`` best of each level.
+
+        ``outputs`` are ``forward``'s, ``sizes`` the resized images' (height, width).
+        """
         grids = [
             anchors(logits.shape[2], logits.shape[3], stride, logits.device)
             for (logits, _), stride in zip(outputs, RPN_STRIDES, strict=True)
         ]
         return [
             self._propose_one(
-                [(logits[index], deltas[index]) for logits, deltas in outputs], grids, size
+                [(logits[index], deltas[index]) for logits, deltas in outputs],
+                grids,
+                size,
+                candidates,
             )
             for index, size in enumerate(sizes)
         ]
 
     def _propose_one(
-        self, outputs: list[tuple[Tensor, Tensor]], grids: list[Tensor], size: tuple[int, int]
+        self,
+        outputs: list[tuple[Tensor, Tensor]],
+        grids: list[Tensor],
+        size: tuple[int, int],
+        candidates: int,
     ) -> Proposals:
         kept: list[tuple[Tensor, Tensor, Tensor]] = []
         for level, ((logits, deltas), grid) in enumerate(zip(outputs, grids, strict=True)):
             scores = logits.permute(1, 2, 0).reshape(-1).float().sigmoid()
-            scores, best = scores.topk(min(PROPOSALS, len(scores)))
+            scores, best = scores.topk(min(candidates, len(scores)))
             deltas = deltas.permute(1, 2, 0).reshape(-1, 4)[best].float()
             boxes = decode(grid[best], deltas, RPN_STDS, size)
             solid = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(dim=1)
