@@ -23,13 +23,14 @@ from vitadapter_zoo.errors import (
 )
 
 if TYPE_CHECKING:
-    from vitadapter_zoo import backends, evaluation, models, ops, reports
+    from vitadapter_zoo import backends, evaluation, models, ops, reports, training
     from vitadapter_zoo.detections import Detections
     from vitadapter_zoo.evaluation.verdict import Verification
     from vitadapter_zoo.evaluation.verify import verify
     from vitadapter_zoo.loader import load
     from vitadapter_zoo.models import MaskRCNN
     from vitadapter_zoo.publishing.pretrained import push_to_hub, save_pretrained
+    from vitadapter_zoo.training.run import train
 
 __all__ = [
     "BackendError",
@@ -56,6 +57,8 @@ __all__ = [
     "push_to_hub",
     "reports",
     "save_pretrained",
+    "train",
+    "training",
     "verify",
 ]
 
@@ -67,9 +70,10 @@ _LAZY = {
     "load": "loader",
     "push_to_hub": "publishing.pretrained",
     "save_pretrained": "publishing.pretrained",
+    "train": "training.run",
     "verify": "evaluation.verify",
 }
-_SUBPACKAGES = ("backends", "evaluation", "models", "ops", "reports")
+_SUBPACKAGES = ("backends", "evaluation", "models", "ops", "reports", "training")
 
 _moved.install()
 

@@ -21,11 +21,16 @@ FINEST_SCALE = 56  # FPN paper, equation 1 with k0 = 4 at 224 pixels: level 0 be
 ROI_STRIDES = (4, 8, 16, 32)
 
 
-def anchors(height: int, width: int, stride: int, device: torch.device) -> Tensor:
-    """Anchors of one level, ``[height * width * 3, 4]`` in network pixels: row, column, ratio."""
+def anchors(
+    height: int, width: int, stride: int, device: torch.device, scale: int = ANCHOR_SCALE
+) -> Tensor:
+    """Anchors of one level, ``[height * width * 3, 4]`` in network pixels: row, column, ratio.
+
+    ``scale`` is the side of the square anchor in strides.
+    """
     ratios = torch.tensor(ANCHOR_RATIOS, device=device).sqrt()
-    half_width = 0.5 * ANCHOR_SCALE * stride / ratios
-    half_height = 0.5 * ANCHOR_SCALE * stride * ratios
+    half_width = 0.5 * scale * stride / ratios
+    half_height = 0.5 * scale * stride * ratios
     base = torch.stack([-half_width, -half_height, half_width, half_height], dim=-1)
     y, x = torch.meshgrid(
         torch.arange(height, device=device) * stride,
@@ -55,6 +60,23 @@ def decode(
     decoded = torch.cat([centres - sides * 0.5, centres + sides * 0.5], dim=-1)
     height, width = size
     return decoded.clamp(min=0).minimum(decoded.new_tensor([width, height, width, height]))
+
+
+def encode(boxes: Tensor, targets: Tensor, stds: tuple[float, float, float, float]) -> Tensor:
+    """The deltas with which `decode` turns ``boxes`` into ``targets`` (its inverse).
+
+    Args:
+        boxes: ``[N, 4]`` in network pixels.
+        targets: ``[N, 4]`` in network pixels.
+        stds: what one unit of each delta means.
+
+    Returns:
+        ``[N, 4]`` as (dx, dy, dw, dh) in units of ``stds``.
+    """
+    sides = boxes[:, 2:] - boxes[:, :2]
+    shifts = (targets[:, :2] + targets[:, 2:]) * 0.5 - (boxes[:, :2] + boxes[:, 2:]) * 0.5
+    growth = (targets[:, 2:] - targets[:, :2]) / sides
+    return torch.cat([shifts / sides, growth.log()], dim=-1) / boxes.new_tensor(stds)
 
 
 def nms_by_group(boxes: Tensor, scores: Tensor, groups: Tensor, threshold: float) -> Tensor:

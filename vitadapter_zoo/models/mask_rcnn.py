@@ -1,7 +1,7 @@
 """Mask R-CNN: backbone, neck and heads put together."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import Any, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,8 @@ from vitadapter_zoo.detections import Detections, Instances
 from vitadapter_zoo.images import ImageInput, NetworkInput, network_input
 from vitadapter_zoo.models.boxes import ROI_STRIDES
 from vitadapter_zoo.models.heads import RoIHead, RPNHead
+from vitadapter_zoo.models.losses import losses
+from vitadapter_zoo.models.objects import Target
 from vitadapter_zoo.ops import paste_masks
 
 MASK_THRESHOLD = 0.5
@@ -28,6 +30,8 @@ class MaskRCNN(nn.Module):
         backbone: ``[N, 3, H, W]`` to four maps.
         neck: four maps to five.
         categories: names of the classes, in the order of the outputs.
+        rpn_head: the published networks' by default.
+        roi_head: likewise.
     """
 
     def __init__(
@@ -36,14 +40,17 @@ class MaskRCNN(nn.Module):
         backbone: nn.Module,
         neck: nn.Module,
         categories: tuple[str, ...] = COCO_CLASSES,
+        *,
+        rpn_head: RPNHead | None = None,
+        roi_head: RoIHead | None = None,
     ) -> None:
         super().__init__()
         self.row = row
         self.categories = categories
         self.backbone = backbone
         self.neck = neck
-        self.rpn_head = RPNHead()
-        self.roi_head = RoIHead(len(categories))
+        self.rpn_head = rpn_head or RPNHead()
+        self.roi_head = roi_head or RoIHead(len(categories))
 
     def preprocess(self, image: ImageInput) -> NetworkInput:
         """Decode, resize, normalise and pad one image as the row's evaluation did.
@@ -65,18 +72,49 @@ class MaskRCNN(nn.Module):
         for part in (self.backbone, self.neck, self.rpn_head):
             part.compile(**options)
 
+    @overload
     def forward(
-        self, inputs: Sequence[NetworkInput], score_threshold: float = SCORE_THRESHOLD
-    ) -> list[Detections]:
-        """Detect on prepared images whose tensors have one common shape.
+        self, inputs: Sequence[NetworkInput | ImageInput], targets: Sequence[Target]
+    ) -> dict[str, Tensor]: ...
+
+    @overload
+    def forward(
+        self, inputs: Sequence[NetworkInput | ImageInput], targets: float = SCORE_THRESHOLD
+    ) -> list[Detections]: ...
+
+    def forward(
+        self,
+        inputs: Sequence[NetworkInput | ImageInput],
+        targets: Sequence[Target] | float = SCORE_THRESHOLD,
+    ) -> dict[str, Tensor] | list[Detections]:
+        """In training mode the losses, in evaluation mode the detections, as torchvision's models.
 
         Args:
-            inputs: from ``preprocess``.
-            score_threshold: lowest score kept, 0..1.
+            inputs: from ``preprocess``, or images that it takes.
+            targets: in training mode what is in the images, see ``vitadapter_zoo.training.losses``.
+                In evaluation mode the lowest score kept (0..1); targets are not looked at.
 
         Raises:
-            ValueError: the tensors' shapes differ; ``predict`` sorts that out.
+            ValueError: in training mode no targets, or targets that do not fit; in evaluation mode
+                the inputs' padded shapes differ, which ``predict`` sorts out.
         """
+        items = [
+            item if isinstance(item, NetworkInput) else self.preprocess(item) for item in inputs
+        ]
+        if not self.training:
+            return self._detections(
+                items, targets if isinstance(targets, float) else SCORE_THRESHOLD
+            )
+        if isinstance(targets, (float, int)):
+            raise ValueError(
+                "in training mode the detector is called with targets, model(inputs, targets), and "
+                "returns losses; call model.eval() first to detect"
+            )
+        return losses(self, items, targets)
+
+    def _detections(
+        self, inputs: Sequence[NetworkInput], score_threshold: float
+    ) -> list[Detections]:
         return [
             Detections(
                 boxes=found.boxes.cpu(),
@@ -95,7 +133,12 @@ class MaskRCNN(nn.Module):
     ) -> list[Instances]:
         """Detect without pasting the masks on the images: all that the network computes.
 
-        Arguments and errors are ``forward``'s.
+        Args:
+            inputs: from ``preprocess``, with tensors of one common shape.
+            score_threshold: lowest score kept, 0..1.
+
+        Raises:
+            ValueError: the tensors' shapes differ; ``predict`` sorts that out.
         """
         shapes = {tuple(item.tensor.shape) for item in inputs}
         if len(shapes) != 1:
@@ -148,7 +191,7 @@ class MaskRCNN(nn.Module):
         return [
             detections
             for batch in _batches(inputs, batch_size)
-            for detections in self(batch, score_threshold)
+            for detections in self._detections(batch, score_threshold)
         ]
 
 

@@ -1,0 +1,288 @@
+"""The losses of Mask R-CNN (arXiv:1703.06870, section 3), as the original computed them.
+
+Weights and averages are those of mmdet 2.25 with the configuration ``mask_rcnn_r50_fpn``. All of it
+is computed in float32, under autocast too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vitadapter_zoo.images import NetworkInput
+from vitadapter_zoo.models.boxes import (
+    ANCHOR_RATIOS,
+    ANCHOR_SCALE,
+    ROI_STRIDES,
+    anchors,
+    encode,
+    pool_rois,
+)
+from vitadapter_zoo.models.heads import BOX_STDS, RPN_STDS, RPN_STRIDES, RoIHead
+from vitadapter_zoo.models.objects import Objects, Target, read_targets
+from vitadapter_zoo.models.targets import (
+    BACKGROUND,
+    ROI_MATCHING,
+    ROI_SAMPLING,
+    RPN_MATCHING,
+    RPN_SAMPLING,
+    Sample,
+    Sampling,
+    assign,
+    mask_targets,
+    take_all,
+)
+from vitadapter_zoo.models.targets import (
+    sample as draw,
+)
+
+if TYPE_CHECKING:
+    from vitadapter_zoo.models.mask_rcnn import MaskRCNN
+
+TRAINING_CANDIDATES = 2000  # proposals per level before suppression; 1000 are left after it
+
+# From the boxes' objects to those that a loss takes.
+Choose: TypeAlias = Callable[[Tensor, Sampling], Sample]
+
+
+def losses(
+    model: MaskRCNN,
+    inputs: Sequence[NetworkInput],
+    targets: Sequence[Target],
+    *,
+    sample: bool = True,
+    generator: torch.Generator | None = None,
+) -> dict[str, Tensor]:
+    """Compute the five losses of a batch, with gradients.
+
+    The network stays in the mode that it is in: in evaluation mode BatchNorms use their running
+    statistics and no block is dropped. Crowd regions have no effect in the original, which neither
+    trains on them nor ignores what overlaps them (``ignore_iof_thr=-1``): leave them out of
+    ``targets``.
+
+    Args:
+        model: the detector.
+        inputs: from ``model.preprocess``. Images of several padded sizes are padded with zeros at
+            the bottom and right to the largest.
+        targets: one per image with ``boxes`` ``[n, 4]`` (x1, y1, x2, y2; network pixels),
+            ``labels`` int64 ``[n]``, and ``masks``: bool ``[n, H, W]`` of the image's own padded
+            size, or per object COCO polygons in network pixels or a COCO RLE. An image may have no
+            objects.
+        sample: draw 256 anchors and 512 proposals per image as in training. False takes every
+            anchor and every training proposal, so that nothing is random.
+        generator: draws the samples; it must be on the network's device. By default the device's
+            global generator, which ``torch.manual_seed`` seeds.
+
+    Returns:
+        Scalars ``loss_rpn_cls``, ``loss_rpn_bbox``, ``loss_cls``, ``loss_bbox`` and ``loss_mask``.
+        Their sum is the training loss.
+
+    Raises:
+        ValueError: no images, or targets that do not fit the images or each other.
+    """
+    weights = next(model.parameters())
+    objects = read_targets(targets, inputs, len(model.categories), weights.device)
+    x = padded_batch(inputs).to(weights.device, weights.dtype)
+    maps = model.neck(model.backbone(x))
+    outputs = model.rpn_head(maps)
+
+    sizes = [item.resized for item in inputs]
+
+    def choose(assigned: Tensor, sampling: Sampling) -> Sample:
+        return draw(assigned, sampling, generator) if sample else take_all(assigned)
+
+    padded = [_size(item) for item in inputs]
+    rpn = rpn_losses(outputs, objects, padded, choose, model.rpn_head.anchor_scale)
+    proposals = model.rpn_head.select(
+        [(logits.detach(), deltas.detach()) for logits, deltas in outputs],
+        sizes,
+        TRAINING_CANDIDATES,
+    )
+    taken = Sampling(model.roi_head.regions, model.roi_head.regions // 4)
+    regions = sample_regions([found.boxes for found in proposals], objects, choose, taken)
+    return rpn | roi_losses(model.roi_head, maps[: len(ROI_STRIDES)], regions, objects)
+
+
+def padded_batch(inputs: Sequence[NetworkInput]) -> Tensor:
+    """The images as one tensor ``[N, 3, H, W]``, padded with zeros to the largest of them.
+
+    Raises:
+        ValueError: no images.
+    """
+    if not inputs:
+        raise ValueError("a batch needs at least one image")
+    sizes = {_size(item) for item in inputs}
+    if len(sizes) == 1:
+        return torch.cat([item.tensor for item in inputs])
+    height, width = (max(sides) for sides in zip(*sizes, strict=True))
+    batch = inputs[0].tensor.new_zeros(len(inputs), 3, height, width)
+    for image, item in zip(batch, inputs, strict=True):
+        image[:, : item.tensor.shape[2], : item.tensor.shape[3]] = item.tensor[0]
+    return batch
+
+
+def _size(item: NetworkInput) -> tuple[int, int]:
+    height, width = item.tensor.shape[-2:]
+    return height, width
+
+
+def rpn_losses(
+    outputs: list[tuple[Tensor, Tensor]],
+    objects: list[Objects],
+    sizes: list[tuple[int, int]],
+    choose: Choose,
+    anchor_scale: int = ANCHOR_SCALE,
+) -> dict[str, Tensor]:
+    """Binary cross-entropy of the anchors' scores and L1 of the positive anchors' deltas.
+
+    Both are divided by the number of anchors taken in the whole batch; as in the original, an image
+    without a positive (or without a negative) anchor counts as if it had one.
+
+    Args:
+        outputs: logits ``[N, 3, H, W]`` and deltas ``[N, 12, H, W]`` per level.
+        objects: per image.
+        sizes: (height, width) of each image's own padded input; anchors beyond it are ignored.
+        choose: selects the anchors.
+        anchor_scale: side of the square anchor in strides.
+    """
+    logits = torch.cat([part.permute(0, 2, 3, 1).flatten(1) for part, _ in outputs], dim=1).float()
+    deltas = torch.cat(
+        [part.permute(0, 2, 3, 1).reshape(len(part), -1, 4) for _, part in outputs], dim=1
+    ).float()
+    grids = [tuple(part.shape[2:]) for part, _ in outputs]
+    boxes = torch.cat(
+        [
+            anchors(height, width, stride, logits.device, anchor_scale)
+            for (height, width), stride in zip(grids, RPN_STRIDES, strict=True)
+        ]
+    )
+    cls_sum, bbox_sum, total = logits.new_zeros(()), logits.new_zeros(()), logits.new_zeros(())
+    for image, (own, size) in enumerate(zip(objects, sizes, strict=True)):
+        assigned = assign(boxes, own.boxes, RPN_MATCHING, _valid(grids, size, logits.device))
+        chosen = choose(assigned, RPN_SAMPLING)
+        scores = logits[image].index_select(0, chosen.indices)
+        wanted = chosen.positive.float()
+        errors = F.binary_cross_entropy_with_logits(scores, wanted, reduction="none")
+        cls_sum = cls_sum + torch.where(chosen.taken, errors, 0.0).sum()
+        offsets = deltas[image].index_select(0, chosen.indices)
+        if len(own.boxes):
+            owners = assigned[chosen.indices].clamp(min=0)
+            wanted = encode(boxes[chosen.indices], own.boxes[owners], RPN_STDS)
+            # Background may have infinite deltas, whose difference has the gradient NaN.
+            wanted = torch.where(chosen.positive[:, None], wanted, 0.0)
+            offsets = offsets - wanted
+        bbox_sum = bbox_sum + torch.where(chosen.positive[:, None], offsets.abs(), 0.0).sum()
+        positives = chosen.positive.sum()
+        total = total + positives.clamp(min=1) + (chosen.taken.sum() - positives).clamp(min=1)
+    return {"loss_rpn_cls": cls_sum / total, "loss_rpn_bbox": bbox_sum / total}
+
+
+def _valid(
+    grids: list[tuple[int, ...]], size: tuple[int, int], device: torch.device
+) -> Tensor | None:
+    """Which anchors are centred on the image's own padded input; None for all of them."""
+    flags = []
+    for (height, width), stride in zip(grids, RPN_STRIDES, strict=True):
+        rows, columns = -(-size[0] // stride), -(-size[1] // stride)
+        inside = torch.zeros(height, width, len(ANCHOR_RATIOS), dtype=torch.bool, device=device)
+        inside[:rows, :columns] = True
+        flags.append(inside.flatten())
+    if all(-(-size[axis] // RPN_STRIDES[0]) >= grids[0][axis] for axis in (0, 1)):
+        return None
+    return torch.cat(flags)
+
+
+class Regions(NamedTuple):
+    """The proposals of a batch that the box and the mask head are trained on.
+
+    Attributes:
+        rois: ``[R, 5]`` as (image index, x1, y1, x2, y2) in network pixels.
+        owners: int64 ``[R]``, the object that each belongs to, counted over the whole batch, or
+            ``BACKGROUND``.
+    """
+
+    rois: Tensor
+    owners: Tensor
+
+
+def sample_regions(
+    proposals: list[Tensor],
+    objects: list[Objects],
+    choose: Choose,
+    sampling: Sampling = ROI_SAMPLING,
+) -> Regions:
+    """Choose proposals, among which the objects' own boxes are.
+
+    Args:
+        proposals: boxes ``[P, 4]`` per image, network pixels.
+        objects: per image.
+        choose: selects them.
+        sampling: how many of an image.
+    """
+    rois, owners, taken = [], [], []
+    before = 0
+    for image, (boxes, own) in enumerate(zip(proposals, objects, strict=True)):
+        matched = assign(boxes, own.boxes, ROI_MATCHING)
+        themselves = torch.arange(len(own.boxes), device=matched.device)
+        matched = torch.cat([themselves, matched])
+        boxes = torch.cat([own.boxes, boxes])
+        chosen = choose(matched, sampling)
+        matched = matched[chosen.indices]
+        rois.append(F.pad(boxes[chosen.indices], (1, 0), value=image))
+        owners.append(torch.where(matched >= 0, matched + before, BACKGROUND))
+        taken.append(chosen.taken)
+        before += len(own.boxes)
+    kept = torch.cat(taken).nonzero().squeeze(1)
+    return Regions(torch.cat(rois)[kept], torch.cat(owners)[kept])
+
+
+def roi_losses(
+    head: RoIHead, maps: list[Tensor], regions: Regions, objects: list[Objects]
+) -> dict[str, Tensor]:
+    """Cross-entropy of the classes, L1 of the boxes, binary cross-entropy of the masks.
+
+    The first two are divided by the number of regions, positive or not; the third is the mean over
+    the pixels of the positive regions' masks of their own class. Without positive regions the last
+    two are zero and still have a gradient (of zeros), as distributed training needs.
+
+    Args:
+        head: the box and the mask head.
+        maps: the neck's maps at strides 4, 8, 16 and 32.
+        regions: from `sample_regions`.
+        objects: per image.
+    """
+    rois, owners = regions
+    logits, deltas = head.bbox_head(pool_rois(maps, rois, 7))
+    number = max(len(rois), 1)
+    background = logits.shape[1] - 1
+    # Index BACKGROUND (-1) finds the last entry.
+    labels = torch.cat([*(own.labels for own in objects), owners.new_tensor([background])])[owners]
+    positives = (owners >= 0).nonzero().squeeze(1)
+    boxes, owners, classes = rois[positives], owners[positives], labels[positives]
+    wanted = encode(boxes[:, 1:], torch.cat([own.boxes for own in objects])[owners], BOX_STDS)
+    found = deltas.float().view(len(rois), background, 4)[positives, classes]
+    masks = head.mask_head(pool_rois(maps, boxes, 14), classes).float()
+    shapes = _shapes(objects, boxes, owners)
+    return {
+        "loss_cls": F.cross_entropy(logits.float(), labels, reduction="sum") / number,
+        "loss_bbox": (found - wanted).abs().sum() / number,
+        "loss_mask": F.binary_cross_entropy_with_logits(masks, shapes, reduction="sum")
+        / max(masks.numel(), 1),
+    }
+
+
+def _shapes(objects: list[Objects], rois: Tensor, owners: Tensor) -> Tensor:
+    """The mask targets ``[P, 28, 28]`` of positive regions, which come image by image."""
+    counts = torch.bincount(rois[:, 0].long(), minlength=len(objects)).tolist()
+    shapes = []
+    before = 0
+    for own, boxes, numbers in zip(
+        objects, rois[:, 1:].split(counts), owners.split(counts), strict=True
+    ):
+        shapes.append(mask_targets(own.masks, numbers - before, boxes))
+        before += len(own.boxes)
+    return torch.cat(shapes)
