@@ -64,8 +64,12 @@ def options() -> dict[str, Any]:
                 self.extensions = []
                 print(f"vitadapter-zoo: the operator is not compiled: {error}", file=sys.stderr)
 
+    extensions = build.extensions(Path("csrc"))
+    for extension in extensions:
+        # Each of its own: where the CUDA part does not compile, the CPU's is still installed.
+        extension.optional = wish != "1"
     return {
-        "ext_modules": build.extensions(Path("csrc")),
+        "ext_modules": extensions,
         "cmdclass": {"build_ext": BuildOperator},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }

@@ -123,7 +123,7 @@ class BoxHead(nn.Module):
         )
 
     def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
-        """``[R, in_channels, 7, 7]`` to logits ``[R, classes + 1]`` and deltas ``[R, 4 * classes]``."""
+        """``[R, C, 7, 7]`` to logits ``[R, classes + 1]`` and deltas ``[R, 4 * classes]``."""
         x = pooled.flatten(1)
         for layer in self.shared_fcs:
             x = F.relu(layer(x))

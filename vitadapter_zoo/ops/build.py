@@ -36,14 +36,15 @@ def extensions(folder: Path) -> list[Extension]:
     Raises:
         ZooError: ``VITADAPTER_ZOO_CUDA=1``, and there is no CUDA compiler.
     """
-    flags = ["-O3", "-fvisibility=hidden", f"-DTORCH_TARGET_VERSION={TARGET_TORCH}"]
+    # BuildExtension of torch 2.10 and 2.11 would add -std=c++17.
+    flags = ["-O3", "-std=c++20", "-fvisibility=hidden", f"-DTORCH_TARGET_VERSION={TARGET_TORCH}"]
     found = [_extension(CPU_LIBRARY, folder, CPU_SOURCES, {"cxx": flags}, ["torch_cpu"], [])]
     if cuda_wanted():
         flags = [flag.replace("-fvis", "-Xcompiler=-fvis") for flag in flags] + ["-DUSE_CUDA"]
         toolkit = _cuda_toolkit()
         if toolkit is None:
             raise ZooError("VITADAPTER_ZOO_CUDA=1, but no nvcc is on the PATH or in CUDA_HOME")
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", cuda_architectures())
         libraries = ["torch_cpu", "torch_cuda", "cudart"]
         folders = [str(toolkit / "lib64"), str(toolkit / "lib")]
         found.append(
@@ -95,6 +96,20 @@ def cuda_wanted() -> bool:
         return False
     release = re.search(r"release (\d+)\.", _nvcc("--version"))
     return release is not None and release[1] == torch.version.cuda.split(".")[0]
+
+
+def cuda_architectures() -> str:
+    """What to compile for: the devices that are here, or `CUDA_ARCHITECTURES` where none is.
+
+    The newest of them also as code that a newer device's driver can translate.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return CUDA_ARCHITECTURES
+    devices = range(torch.cuda.device_count())
+    found = sorted({torch.cuda.get_device_capability(device) for device in devices})
+    return ";".join(f"{major}.{minor}" for major, minor in found) + "+PTX"
 
 
 def _cuda_toolkit() -> Path | None:
