@@ -21,11 +21,16 @@ FINEST_SCALE = 56  # FPN paper, equation 1 with k0 = 4 at 224 pixels: level 0 be
 ROI_STRIDES = (4, 8, 16, 32)
 
 
-def anchors(height: int, width: int, stride: int, device: torch.device) -> Tensor:
-    """Anchors of one level, ``[height * width * 3, 4]`` in network pixels: row, column, ratio."""
+def anchors(
+    height: int, width: int, stride: int, device: torch.device, scale: int = ANCHOR_SCALE
+) -> Tensor:
+    """Anchors of one level, ``[height * width * 3, 4]`` in network pixels: row, column, ratio.
+
+    ``scale`` is the side of the square anchor in strides.
+    """
     ratios = torch.tensor(ANCHOR_RATIOS, device=device).sqrt()
-    half_width = 0.5 * ANCHOR_SCALE * stride / ratios
-    half_height = 0.5 * ANCHOR_SCALE * stride * ratios
+    half_width = 0.5 * scale * stride / ratios
+    half_height = 0.5 * scale * stride * ratios
     base = torch.stack([-half_width, -half_height, half_width, half_height], dim=-1)
     y, x = torch.meshgrid(
         torch.arange(height, device=device) * stride,

@@ -1,0 +1,109 @@
+"""What a checkpoint may be called: a local file, an address, or a place on the Hugging Face Hub."""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+from urllib.parse import quote, unquote, urlparse
+
+from vitadapter_zoo.catalog import PACKAGED
+from vitadapter_zoo.errors import CheckpointError
+
+PACKAGE = Path(__file__).parent
+HUB = "https://huggingface.co"
+REPO = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
+WEIGHTS = (".pth", ".pth.tar", ".pt", ".bin", ".ckpt", ".safetensors")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True)
+class LocalFile:
+    """A file on this machine; it is read and never altered."""
+
+    path: Path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+
+@dataclass(frozen=True)
+class Url:
+    """A file behind an http(s) address."""
+
+    url: str
+
+    def __str__(self) -> str:
+        return self.url
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """A file, or the weights whatever their name, in a model repository of the Hub.
+
+    Attributes:
+        repo: ``user/name``.
+        revision: branch, tag or commit; the default branch where None.
+        file: path inside the repository; None for the repository's weights.
+    """
+
+    repo: str
+    revision: str | None = None
+    file: str | None = None
+
+    def __str__(self) -> str:
+        revision = f"@{quote(self.revision, safe='')}" if self.revision else ""
+        return f"hf://{self.repo}{revision}" + (f"/{self.file}" if self.file else "")
+
+    @property
+    def pinned(self) -> bool:
+        """Whether the revision is a commit, whose files never change."""
+        return self.revision is not None and COMMIT.fullmatch(self.revision) is not None
+
+
+Source: TypeAlias = LocalFile | Url | HubFile
+
+
+def parse(text: str | os.PathLike[str]) -> Source:
+    """Tell the kinds of names apart.
+
+    Taken for a Hub repository are ``hf://user/repo[@revision][/file]``, addresses of files on the
+    Hub (they are fetched through huggingface_hub, with its token and ``HF_ENDPOINT``), and
+    ``user/repo`` where no local file has that path and the name has no ending of a weights file.
+
+    ``package:`` begins the path of a file that this package carries.
+
+    Raises:
+        CheckpointError: an ``hf://`` name that names no repository, or no such local file.
+    """
+    name = os.fspath(text)
+    if name.startswith(PACKAGED):
+        return LocalFile(PACKAGE / name.removeprefix(PACKAGED))
+    if name.startswith("hf://"):
+        found = re.fullmatch(r"hf://([^/@]+/[^/@]+)(?:@([^/]+))?(?:/(.+))?", name)
+        if not found or not REPO.fullmatch(found[1]):
+            raise CheckpointError(
+                f"{name!r} names no file on the Hub: write hf://user/repo, "
+                "hf://user/repo@revision or hf://user/repo@revision/file"
+            )
+        return HubFile(found[1], unquote(found[2]) if found[2] else None, found[3])
+    if name.startswith(("http://", "https://")):
+        return _on_the_hub(name) or Url(name)
+    path = Path(name).expanduser().absolute()
+    is_id = isinstance(text, str) and REPO.fullmatch(name) and not name.lower().endswith(WEIGHTS)
+    if not path.exists() and is_id:
+        return HubFile(name)
+    if not path.is_file():
+        raise CheckpointError(f"there is no checkpoint file {path}")
+    return LocalFile(path)
+
+
+def _on_the_hub(url: str) -> HubFile | None:
+    hosts = (HUB, os.environ.get("HF_ENDPOINT", HUB).rstrip("/"))
+    for host in hosts:
+        if url.startswith(f"{host}/"):
+            path = unquote(urlparse(url[len(host) :]).path)
+            found = re.fullmatch(r"/([^/]+/[^/]+)/(?:resolve|blob|raw)/([^/]+)/(.+)", path)
+            if found:
+                return HubFile(found[1], None if found[2] == "main" else found[2], found[3])
+    return None
