@@ -72,6 +72,7 @@ def starting_model(
         read_pretraining(
             model.backbone,
             row.pretraining_url,
+            resize_positions=True,
             cache_dir=cache_dir,
             offline=offline,
             progress=progress,

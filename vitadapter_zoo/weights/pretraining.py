@@ -33,19 +33,19 @@ def read_pretraining(
     network: nn.Module,
     pretrained: str | None,
     *,
+    resize_positions: bool = False,
     cache_dir: settings.Home = None,
     offline: bool | None = None,
     progress: bool = True,
 ) -> None:
     """Copy the trunk's parameters from its pretraining; the adapter's stay as they are.
 
-    Position embeddings of another grid are resized (bicubic), as the network itself resizes them
-    to each image.
-
     Args:
         network: a backbone.
         pretrained: file or http(s) URL of DeiT's, Uni-Perceiver's or AugReg's form (``.npz``);
             None does nothing.
+        resize_positions: take position embeddings of another grid too, resized (bicubic) as the
+            network itself resizes them to each image.
         cache_dir: where a downloaded file is kept, as for ``load``.
         offline: True never uses the network; by default what ``VITADAPTER_ZOO_OFFLINE`` says.
         progress: False shows no progress bar.
@@ -60,7 +60,7 @@ def read_pretraining(
     path = _fetched(pretrained, settings.home(cache_dir), settings.is_offline(offline), progress)
     found = _from_jax(path, pretrained) if _is_npz(path) else _read(path, pretrained)
     trunk = {name: x for name, x in network.named_parameters() if name.startswith(TRUNK)}
-    if "pos_embed" in trunk and "pos_embed" in found:
+    if resize_positions and "pos_embed" in trunk and "pos_embed" in found:
         found["pos_embed"] = _resized_positions(found["pos_embed"], trunk["pos_embed"])
     absent = [name for name in trunk if name not in found]
     misshaped = [name for name in trunk if name in found and trunk[name].shape != found[name].shape]
