@@ -119,7 +119,8 @@ class Training:
         self._evaluated_at = -1
         self._window, self._norms = Window(), Window()
         self._parameters = [x for x in self.model.parameters() if x.requires_grad]
-        self._share = 0.0  # of the time limit that has passed, the same in every process
+        # Of the time limit that has passed; the same in every process.
+        self._share = self.progress.seconds / (self.max_seconds or math.inf)
 
     def run(self) -> None:
         """Train to the end, to the time limit, or until the mask AP no longer rises."""
@@ -129,8 +130,9 @@ class Training:
         )
         loader = data_loader(self.views, self.batches, self.workers, device)
         training_mode(self.model)
+        done = self.progress.step * self.accumulate
         with Interrupt() as interrupt:
-            for number, batch in enumerate(loader, self.progress.step * self.accumulate):
+            for number, batch in enumerate(loader if self._share < 1 else (), done):
                 self._set_learning_rate()
                 _seed(self.seed, number, self.accelerator.process_index)
                 with self.accelerator.accumulate(self.net):
