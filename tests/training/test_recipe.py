@@ -126,12 +126,15 @@ def test_views_keep_image_boxes_and_masks_together(augment: str) -> None:
         assert objects.masks.shape[1:] == (height, width)
         seen.add(len(objects.labels))
         for box, mask, label in zip(objects.boxes, objects.masks, objects.labels, strict=True):
+            if not mask.any():  # cut to less than a pixel before it was enlarged
+                assert (box[2:] - box[:2]).min() < 8
+                continue
             rows, columns = np.nonzero(mask)
             around = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
             assert np.abs(np.array(around) - box).max() <= 3, (label, around, box)
             assert image[mask == 1].mean() > 240
         assert min(height, width) in drawn.short_sides or max(height, width) in (1333, 1024)
-    assert seen == ({1, 2} if augment == "multi-scale" else {2})
+    assert seen == ({0, 1, 2} if augment == "multi-scale" else {2})  # crops may hold none
 
 
 def test_the_published_sizes() -> None:
