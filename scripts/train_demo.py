@@ -2,7 +2,7 @@
 
     python scripts/train_demo.py OUT                                # 3 hours on 2 cores
     python scripts/train_demo.py OUT --device cuda --batch-size 16 --lr 1.2e-3 --max-minutes 6
-    python scripts/train_demo.py OUT --seed 1 --no-install          # another seed, package untouched
+    python scripts/train_demo.py OUT --seed 1 --no-install          # another seed
 
 Renders the training images (``make_emoji_coco.py``), calls ``vitadapter-zoo train``, rounds the
 weights to float16, measures them on the package's 200 validation images, and writes weights and
@@ -28,9 +28,9 @@ from emoji_scenes import FONT
 from make_emoji_coco import make_split
 
 from vitadapter_zoo import get_row, load, verify
-from vitadapter_zoo.convert import write_safetensors
-from vitadapter_zoo.dataset import Dataset, read_dataset
-from vitadapter_zoo.source import LocalFile, parse
+from vitadapter_zoo.evaluation.dataset import Dataset, read_dataset
+from vitadapter_zoo.weights.convert import write_safetensors
+from vitadapter_zoo.weights.source import LocalFile, parse
 
 NAME = "adapter-n-emoji"
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "opencv-python-headless", "pillow")
@@ -44,11 +44,13 @@ def main() -> None:
     data = _render(out, options)
     _train(out, options)
     weights, provenance = _export(out, data, options)
+    record = weights.with_suffix(".json")
+    record.write_text(json.dumps(provenance, indent=1) + "\n")
     print(f"{weights}: box AP {provenance['box_ap']:.2f}, mask AP {provenance['mask_ap']:.2f}")
     if options.install:
         target = packaged_weights()
         target.write_bytes(weights.read_bytes())
-        target.with_suffix(".json").write_text(json.dumps(provenance, indent=1) + "\n")
+        target.with_suffix(".json").write_bytes(record.read_bytes())
         print(
             f"installed {target}; write box_ap={provenance['box_ap']:.1f}, "
             f"mask_ap={provenance['mask_ap']:.1f} into the catalog's row {NAME}"
@@ -131,7 +133,7 @@ def arguments(out: Path, options: argparse.Namespace) -> list[str]:
 def _train(out: Path, options: argparse.Namespace) -> None:
     command = [sys.executable, "-m", "vitadapter_zoo.cli", *arguments(out, options)]
     print("vitadapter-zoo", *command[3:], flush=True)
-    done = subprocess.run(command)  # noqa: S603  our own command line
+    done = subprocess.run(command)
     if done.returncode != 0:
         raise SystemExit(done.returncode)
 
