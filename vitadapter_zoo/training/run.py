@@ -55,6 +55,7 @@ class TrainingResult:
         figures: of the last evaluation: ``box_ap``, ``box_ap50``, ``mask_ap``, ``mask_ap50`` in
             points, 0..100; empty without validation images.
         best_mask_ap: in points; -1 without validation images.
+        is_main_process: whether this is the process, of several, that wrote the files.
     """
 
     directory: Path
@@ -64,6 +65,7 @@ class TrainingResult:
     classes: tuple[str, ...]
     figures: dict[str, float]
     best_mask_ap: float
+    is_main_process: bool
 
 
 def train(
@@ -217,6 +219,7 @@ def train(
     return TrainingResult(
         directory, directory / disk.LAST, directory / disk.BEST, training.progress.step,
         found.classes, training.progress.figures, training.progress.best,
+        accelerator.is_main_process,
     )  # fmt: skip
 
 
@@ -234,7 +237,6 @@ def _accelerator(
 ) -> Accelerator:
     try:
         from accelerate import Accelerator
-        from accelerate.utils import DistributedDataParallelKwargs
     except ImportError as error:
         raise ZooError("training needs accelerate: pip install 'vitadapter-zoo[train]'") from error
     if device is not None and device != "cpu":
@@ -242,13 +244,10 @@ def _accelerator(
         # What accelerate reads instead of an argument.
         os.environ["ACCELERATE_TORCH_DEVICE"] = device
     logging.getLogger("accelerate").setLevel(logging.ERROR)
-    # An image without objects uses neither the boxes' nor the masks' last layers.
-    shared = DistributedDataParallelKwargs(find_unused_parameters=True)
     return Accelerator(
         cpu=device == "cpu",
         mixed_precision=precision,
         gradient_accumulation_steps=accumulate,
-        kwargs_handlers=[shared],
     )
 
 
