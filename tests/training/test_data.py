@@ -14,7 +14,8 @@ from hotcoco import mask as coco_mask
 
 from vitadapter_zoo import DatasetError
 from vitadapter_zoo.evaluation.dataset import read_dataset
-from vitadapter_zoo.training.data import described, rasterised, read_data, write_coco
+from vitadapter_zoo.training.data import described, read_data, write_coco
+from vitadapter_zoo.training.masks import rasterised
 
 LAYOUTS = (shapes.roboflow, shapes.coco, shapes.yolo)
 
