@@ -2,7 +2,7 @@
 
     python scripts/train_demo.py OUT                                # 3 hours on 2 cores
     python scripts/train_demo.py OUT --device cuda --batch-size 16 --lr 1.2e-3 --max-minutes 6
-    python scripts/train_demo.py OUT --seed 1 --no-install          # another seed, package untouched
+    python scripts/train_demo.py OUT --seed 1 --no-install          # another seed
 
 Renders the training images (``make_emoji_coco.py``), calls ``vitadapter-zoo train``, rounds the
 weights to float16, measures them on the package's 200 validation images, and writes weights and
