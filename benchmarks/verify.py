@@ -34,7 +34,7 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks")]
+sys.path[:0] = [str(ROOT / "tests" / "support"), str(ROOT / "benchmarks")]
 
 import masks as mask_ways  # noqa: E402
 import scenes  # noqa: E402
@@ -43,12 +43,12 @@ from hotcoco import COCO, COCOeval  # noqa: E402
 from hotcoco import mask as coco_mask  # noqa: E402
 
 import vitadapter_zoo  # noqa: E402
-from vitadapter_zoo.coco import COCO_CATEGORY_IDS, COCO_CLASSES  # noqa: E402
-from vitadapter_zoo.dataset import Dataset, read_dataset  # noqa: E402
+from vitadapter_zoo.catalog import COCO_CATEGORY_IDS, COCO_CLASSES  # noqa: E402
+from vitadapter_zoo.evaluation.dataset import Dataset, read_dataset  # noqa: E402
+from vitadapter_zoo.evaluation.run import ImageResult, open_run  # noqa: E402
+from vitadapter_zoo.evaluation.scoring import FIGURES, KINDS, Annotations, tabulate  # noqa: E402
 from vitadapter_zoo.models import MaskRCNN, build  # noqa: E402
 from vitadapter_zoo.ops.masks import paste_rle  # noqa: E402
-from vitadapter_zoo.records import ImageResult, open_run  # noqa: E402
-from vitadapter_zoo.scoring import FIGURES, KINDS, Annotations, tabulate  # noqa: E402
 
 BLOCK = 5
 SIZE = (480, 640)

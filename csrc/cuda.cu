@@ -1,9 +1,11 @@
-// The operator on CUDA. Not run where it was written: its arithmetic is sampling.h, which the CPU
-// kernels share and the tests exercise.
+// The operator on CUDA: general kernels for every shape, and the choice of those in
+// cuda_vector.cuh. Their arithmetic is sampling.h, which the CPU kernels share.
 
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <cstdint>
+#include <limits>
 #include <type_traits>
 
 #include <torch/csrc/stable/accelerator.h>
@@ -12,13 +14,13 @@
 #include <torch/headeronly/util/Half.h>
 
 #include "arguments.h"
+#include "cuda_vector.cuh"
 #include "sampling.h"
 
 namespace vitadapter_zoo {
 namespace {
 
 constexpr int THREADS = 256;
-constexpr int WARP = 32;
 constexpr std::int64_t MOST_BLOCKS = 1 << 20;  // beyond that, each takes several turns
 
 // float, or double where the values are double.
@@ -176,9 +178,87 @@ unsigned int blocks_for(std::int64_t threads) {
 
 cudaStream_t current_stream(const Tensor& tensor) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  // Not by torch's macro for this: its name differs between 2.11 and 2.14.
+  require(
+      aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream) == 0,
+      "PyTorch has no CUDA stream for this device");
   return static_cast<cudaStream_t>(stream);
+}
+
+// Whether the kernels of cuda_vector.cuh can compute this.
+bool fits_vectors(const Arguments& a, int lanes) {
+  const bool shapes = a.points == VECTOR_POINTS &&
+      (a.levels == 1 || a.levels == 3 || a.levels == 4) && a.type != ScalarType::Double;
+  const std::int64_t team = a.channels / lanes;
+  const bool teams = a.channels % lanes == 0 && team <= WARP && (team & (team - 1)) == 0;
+  bool plain = true;
+  for (const Tensor* tensor : {&a.value, &a.locations, &a.weights}) {
+    plain = plain && tensor->numel() <= std::numeric_limits<int>::max();
+    plain = plain && reinterpret_cast<std::uintptr_t>(tensor->const_data_ptr()) % 16 == 0;
+  }
+  return shapes && teams && plain &&
+      a.batch * a.queries * a.heads * a.channels <= std::numeric_limits<int>::max();
+}
+
+SmallSizes small_sizes_of(const Arguments& a) {
+  return {int(a.batch), int(a.pixels), int(a.heads), int(a.channels), int(a.queries)};
+}
+
+// Calls run(V(), W()) with the types of the values and the weights, as `dispatch`, without double.
+template <typename F>
+void dispatch_narrow(const Arguments& a, const F& run) {
+  dispatch(a, [&](auto value_type, auto weight_type) {
+    if constexpr (!std::is_same_v<decltype(value_type), double>) run(value_type, weight_type);
+  });
+}
+
+// Calls run with the number of levels as a type, one that `fits_vectors` lets through.
+template <typename F>
+void dispatch_levels(const Arguments& a, const F& run) {
+  if (a.levels == 1) return run(std::integral_constant<int, 1>());
+  if (a.levels == 3) return run(std::integral_constant<int, 3>());
+  run(std::integral_constant<int, 4>());
+}
+
+// The vector kernel, plain or fused: `references` counts with FUSED only.
+template <bool FUSED>
+Tensor forward_by_vectors(const Arguments& a, const float* references) {
+  Tensor output = a.new_output();
+  dispatch_narrow(a, [&](auto value_type, auto weight_type) {
+    using V = decltype(value_type);
+    using W = decltype(weight_type);
+    using P = std::conditional_t<FUSED, W, float>;
+    dispatch_levels(a, [&](auto levels) {
+      const std::int64_t threads = output.numel() * sizeof(V) / 16;
+      forward_vector_kernel<V, W, P, levels(), FUSED>
+          <<<blocks_for(threads), VECTOR_THREADS, 0, current_stream(a.value)>>>(
+              small_sizes_of(a), data<V>(a.value), data<std::int64_t>(a.spatial_shapes),
+              references, data<P>(a.locations), data<W>(a.weights), mutable_data<V>(output));
+      STD_CUDA_KERNEL_LAUNCH_CHECK();
+    });
+  });
+  return output;
+}
+
+template <bool FUSED>
+std::tuple<Tensor, Tensor, Tensor> backward_by_vectors(
+    const Arguments& a, const Gradients& grads, const float* references) {
+  dispatch_narrow(a, [&](auto value_type, auto weight_type) {
+    using V = decltype(value_type);
+    using W = decltype(weight_type);
+    using P = std::conditional_t<FUSED, W, float>;
+    dispatch_levels(a, [&](auto levels) {
+      const std::int64_t threads = a.batch * a.queries * a.heads * a.channels / 4;
+      backward_vector_kernel<V, W, P, levels(), FUSED>
+          <<<blocks_for(threads), VECTOR_THREADS, 0, current_stream(a.value)>>>(
+              small_sizes_of(a), data<V>(grads.output), data<V>(a.value),
+              data<std::int64_t>(a.spatial_shapes), references, data<P>(a.locations),
+              data<W>(a.weights), mutable_data<float>(grads.value),
+              mutable_data<P>(grads.locations), mutable_data<W>(grads.weights));
+      STD_CUDA_KERNEL_LAUNCH_CHECK();
+    });
+  });
+  return grads.result(a);
 }
 
 Tensor forward(
@@ -186,6 +266,8 @@ Tensor forward(
     const Tensor& attention_weights) {
   const torch::stable::accelerator::DeviceGuard guard(value.get_device_index());
   const Arguments a(value, spatial_shapes, sampling_locations, attention_weights);
+  if (!a.empty() && fits_vectors(a, 16 / int(a.value.element_size())))
+    return forward_by_vectors<false>(a, nullptr);
   Tensor output = a.new_output();
   if (a.empty()) return torch::stable::zero_(output);
   dispatch(a, [&](auto value_type, auto weight_type) {
@@ -206,6 +288,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(
   const Arguments a(value, spatial_shapes, sampling_locations, attention_weights);
   const Gradients grads(a, grad_output);
   if (a.empty()) return grads.result(a);
+  if (fits_vectors(a, 4)) return backward_by_vectors<false>(a, grads, nullptr);
   dispatch(a, [&](auto value_type, auto weight_type) {
     using V = decltype(value_type);
     using W = decltype(weight_type);
@@ -220,10 +303,41 @@ std::tuple<Tensor, Tensor, Tensor> backward(
   return grads.result(a);
 }
 
+Tensor forward_fused(
+    const Tensor& value, const Tensor& spatial_shapes, const Tensor& reference_points,
+    const Tensor& sampling_offsets, const Tensor& attention_logits) {
+  const torch::stable::accelerator::DeviceGuard guard(value.get_device_index());
+  const Arguments a(value, spatial_shapes, sampling_offsets, attention_logits, true);
+  const Tensor points = a.check_reference_points(reference_points);
+  require(
+      fits_vectors(a, 16 / int(a.value.element_size())),
+      "the fused kernel does not take these shapes on CUDA");
+  if (a.empty()) {
+    Tensor output = a.new_output();
+    return torch::stable::zero_(output);
+  }
+  return forward_by_vectors<true>(a, data<float>(points));
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward_fused(
+    const Tensor& grad_output, const Tensor& value, const Tensor& spatial_shapes,
+    const Tensor& reference_points, const Tensor& sampling_offsets,
+    const Tensor& attention_logits) {
+  const torch::stable::accelerator::DeviceGuard guard(value.get_device_index());
+  const Arguments a(value, spatial_shapes, sampling_offsets, attention_logits, true);
+  const Tensor points = a.check_reference_points(reference_points);
+  const Gradients grads(a, grad_output);
+  require(fits_vectors(a, 4), "the fused gradient does not take these shapes on CUDA");
+  if (a.empty()) return grads.result(a);
+  return backward_by_vectors<true>(a, grads, data<float>(points));
+}
+
 }  // namespace
 }  // namespace vitadapter_zoo
 
 STABLE_TORCH_LIBRARY_IMPL(vitadapter_zoo, CUDA, m) {
   m.impl("_ms_deform_attn", TORCH_BOX(&vitadapter_zoo::forward));
   m.impl("_ms_deform_attn_backward", TORCH_BOX(&vitadapter_zoo::backward));
+  m.impl("_ms_deform_attn_fused", TORCH_BOX(&vitadapter_zoo::forward_fused));
+  m.impl("_ms_deform_attn_fused_backward", TORCH_BOX(&vitadapter_zoo::backward_fused));
 }

@@ -39,11 +39,10 @@ struct Axis {
 };
 
 template <typename F, typename I>
-ZOO_INLINE Axis<F, I> axis(F location, I size) {
+ZOO_INLINE Axis<F, I> axis_at(F pixel, I size) {
   const F zero{}, one = zero + 1;
   const I first{}, next = first + 1;
   const F extent = convert<F>(size);
-  F pixel = location * extent - 0.5f;
   Axis<F, I> a;
   a.inside = (pixel > -one) & (pixel < extent);  // false for NaN
   pixel = a.inside ? pixel : zero;               // now it converts to an integer without overflow
@@ -59,6 +58,12 @@ ZOO_INLINE Axis<F, I> axis(F location, I size) {
   a.near_slope = has_near ? -one : zero;
   a.far_slope = has_far ? one : zero;
   return a;
+}
+
+// `axis_at` of a location in 0..1.
+template <typename F, typename I>
+ZOO_INLINE Axis<F, I> axis(F location, I size) {
+  return axis_at<F, I>(location * convert<F>(size) - 0.5f, size);
 }
 
 // The gradients that one sampling point passes on, from the sums `dot[corner]` of output gradient

@@ -15,8 +15,8 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import multiprocessing
 import os
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ import cv2
 import numpy as np
 from emoji_scenes import CLASSES, FONT, Instance, Mask, Renderer
 
-from vitadapter_zoo.coco import COCO_CATEGORY_IDS, COCO_CLASSES
+from vitadapter_zoo.catalog import COCO_CATEGORY_IDS, COCO_CLASSES
 
 SPLITS = ("train", "val")
 JPEG_QUALITY = 80
@@ -107,8 +107,9 @@ def make_split(
     folder.mkdir(parents=True, exist_ok=True)
     work = partial(render, split=split, seed=seed, font=font, folder=folder)
     if workers > 1:
-        with multiprocessing.Pool(workers) as pool:
-            results = list(pool.imap(work, range(count), chunksize=16))
+        # Unlike multiprocessing.Pool, this raises an error when a process is killed.
+        with ProcessPoolExecutor(workers) as pool:
+            results = list(pool.map(work, range(count), chunksize=16))
     else:
         results = [work(index) for index in range(count)]
     annotations: list[dict[str, Any]] = []

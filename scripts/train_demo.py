@@ -28,9 +28,9 @@ from emoji_scenes import FONT
 from make_emoji_coco import make_split
 
 from vitadapter_zoo import get_row, load, verify
-from vitadapter_zoo.convert import write_safetensors
-from vitadapter_zoo.dataset import Dataset, read_dataset
-from vitadapter_zoo.source import LocalFile, parse
+from vitadapter_zoo.evaluation.dataset import Dataset, read_dataset
+from vitadapter_zoo.weights.convert import write_safetensors
+from vitadapter_zoo.weights.source import LocalFile, parse
 
 NAME = "adapter-n-emoji"
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "opencv-python-headless", "pillow")
@@ -131,7 +131,7 @@ def arguments(out: Path, options: argparse.Namespace) -> list[str]:
 def _train(out: Path, options: argparse.Namespace) -> None:
     command = [sys.executable, "-m", "vitadapter_zoo.cli", *arguments(out, options)]
     print("vitadapter-zoo", *command[3:], flush=True)
-    done = subprocess.run(command)  # noqa: S603  our own command line
+    done = subprocess.run(command)
     if done.returncode != 0:
         raise SystemExit(done.returncode)
 

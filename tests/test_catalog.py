@@ -1,8 +1,7 @@
 import pytest
 
 from vitadapter_zoo import UnknownModelError, get_row, list_models
-from vitadapter_zoo.catalog import ROWS
-from vitadapter_zoo.coco import COCO_CLASSES
+from vitadapter_zoo.catalog import COCO_CLASSES, ROWS
 
 # (name, box AP, mask AP, printed gains), read off the two tables by hand.
 TABLE_1 = [

@@ -8,7 +8,7 @@ from hotcoco import mask as coco_mask
 from PIL import Image
 
 from vitadapter_zoo import Detections, MaskRCNN, ZooError
-from vitadapter_zoo.coco import COCO_CATEGORY_IDS, COCO_CLASSES
+from vitadapter_zoo.catalog import COCO_CATEGORY_IDS, COCO_CLASSES
 from vitadapter_zoo.models.boxes import nms_by_group, paste_masks, pool_rois
 
 

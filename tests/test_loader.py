@@ -1,5 +1,4 @@
 import json
-import os
 import pickle
 import zipfile
 from collections.abc import Callable
@@ -12,15 +11,10 @@ import safetensors.torch
 import standins
 import torch
 from forked import workers
-from helpers import left_behind, same_weights
+from helpers import RunsCode, left_behind, same_weights
 
 import vitadapter_zoo
-from vitadapter_zoo import (
-    CheckpointError,
-    UnknownModelError,
-    UnsafeCheckpointError,
-    ZooError,
-)
+from vitadapter_zoo import CheckpointError, UnknownModelError, UnsafeCheckpointError, ZooError
 
 NAME = "adapter-t-deit-3x"
 MakeFile = Callable[[str], Path]
@@ -175,16 +169,6 @@ def test_options_for_device_dtype_and_fresh_weights(published_file: MakeFile) ->
         vitadapter_zoo.load(NAME, pretrained=False, checkpoint="x.pth")
 
 
-class RunsCode:
-    """A pickle that creates a file when it is loaded."""
-
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.system, (f"touch {self.target}",)
-
-
 @pytest.mark.parametrize("kind", ["zip", "legacy", "bare pickle"])
 def test_a_pickle_that_runs_code_is_refused(tmp_path: Path, zoo_home: Path, kind: str) -> None:
     proof, path = tmp_path / "it-ran", tmp_path / "evil.pth"
@@ -309,7 +293,7 @@ def test_a_full_disk_is_said(published_file: MakeFile, zoo_home: Path) -> None:
 
 PEAK = """
 import sys
-from helpers import forget_the_peak, resident
+from helpers import RunsCode, forget_the_peak, resident
 from vitadapter_zoo import load
 
 load("adapter-t-deit-3x", pretrained=False)

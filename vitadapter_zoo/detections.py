@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
-from vitadapter_zoo.coco import COCO_CATEGORY_IDS, COCO_CLASSES
+from vitadapter_zoo.catalog import COCO_CATEGORY_IDS, COCO_CLASSES
 from vitadapter_zoo.errors import ZooError
 from vitadapter_zoo.images import ImageInput, read_image
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from vitadapter_zoo import __version__, cache
+from vitadapter_zoo import settings
+from vitadapter_zoo._version import __version__
 from vitadapter_zoo.ops import masks
 from vitadapter_zoo.ops.library import implementation
 
@@ -49,7 +50,7 @@ def environment() -> dict[str, dict[str, Any]]:
             "threads of torch": torch.get_num_threads(),
             "CUDA of torch": torch.version.cuda,
             "CUDA devices": names,
-            "cache": str(cache.home()),
+            "cache": str(settings.home()),
         },
         "operator": operator,
     }

@@ -1,48 +1,51 @@
 """From a name to a ready detector: download, convert, cache, build, assign."""
 
+from __future__ import annotations
+
 import os
 from pathlib import Path
-from typing import Literal, overload
+from typing import TYPE_CHECKING, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor, nn
 
-from vitadapter_zoo import cache, convert, store
-from vitadapter_zoo import checkpoint as containers
+from vitadapter_zoo import settings
 from vitadapter_zoo.catalog import Row, get_row, list_models
 from vitadapter_zoo.errors import CheckpointError
 from vitadapter_zoo.models import MaskRCNN, build
-from vitadapter_zoo.progress import bars
-from vitadapter_zoo.source import HubFile, parse
+from vitadapter_zoo.weights import checkpoint as containers
+from vitadapter_zoo.weights import convert, resolve
+from vitadapter_zoo.weights.progress import bars
+from vitadapter_zoo.weights.source import HubFile, parse
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class _Options(TypedDict, total=False):
+    """The arguments of ``load`` that both of its overloads take."""
+
+    checkpoint: str | os.PathLike[str] | None
+    pretrained: bool
+    device: str | torch.device
+    dtype: torch.dtype | None
+    cache_dir: settings.Home
+    offline: bool | None
+    progress: bool
 
 
 @overload
 def load(
     name: str | os.PathLike[str],
     *,
-    checkpoint: str | os.PathLike[str] | None = None,
-    pretrained: bool = True,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    offline: bool | None = None,
-    progress: bool = True,
     backend: Literal["native"] = "native",
+    **options: Unpack[_Options],
 ) -> MaskRCNN: ...
 
 
 @overload
 def load(
-    name: str | os.PathLike[str],
-    *,
-    checkpoint: str | os.PathLike[str] | None = None,
-    pretrained: bool = True,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    offline: bool | None = None,
-    progress: bool = True,
-    backend: Literal["mmdet"],
+    name: str | os.PathLike[str], *, backend: Literal["mmdet"], **options: Unpack[_Options]
 ) -> nn.Module: ...
 
 
@@ -149,13 +152,13 @@ def _folder(name: str | os.PathLike[str]) -> Path | HubFile | None:
 
 
 def _published(
-    folder: Path | HubFile, cache_dir: cache.Home, offline: bool | None, progress: bool
+    folder: Path | HubFile, cache_dir: settings.Home, offline: bool | None, progress: bool
 ) -> MaskRCNN:
-    from vitadapter_zoo.pretrained import fetch_folder, read_folder
+    from vitadapter_zoo.publishing.pretrained import fetch_folder, read_folder
 
     if isinstance(folder, HubFile):
         with bars(progress) as lines:
-            home, without_network = cache.home(cache_dir), store.is_offline(offline)
+            home, without_network = settings.home(cache_dir), settings.is_offline(offline)
             folder = fetch_folder(folder, home, lines(str(folder)), offline=without_network)
     return read_folder(folder)
 
@@ -164,13 +167,13 @@ def _weights(
     row: Row,
     model: MaskRCNN,
     checkpoint: str | os.PathLike[str] | None,
-    cache_dir: cache.Home,
+    cache_dir: settings.Home,
     offline: bool | None,
     progress: bool,
 ) -> dict[str, Tensor]:
     """The tensors for ``model``, float32, from ``checkpoint`` or the row's own source."""
-    source = store.published(row) if checkpoint is None else parse(checkpoint)
+    source = resolve.published(row) if checkpoint is None else parse(checkpoint)
     with bars(progress) as lines:
-        paths = store.obtain(row, source, lines, cache_dir=cache_dir, offline=offline)
+        paths = resolve.obtain(row, source, lines, cache_dir=cache_dir, offline=offline)
     origin = str(source) if len(paths) > 1 else str(paths[0])
     return convert.fit(containers.read_all(paths, origin), row, model, origin).tensors

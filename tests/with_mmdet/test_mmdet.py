@@ -24,11 +24,10 @@ from torch import nn
 import vitadapter_zoo
 from vitadapter_zoo import BackendError, Detections, MaskRCNN, ZooError, get_row
 from vitadapter_zoo.backends import mmdet as backend
-from vitadapter_zoo.backends.mmdet_config import as_python, mmdet_config
-from vitadapter_zoo.catalog import ROWS
-from vitadapter_zoo.coco import COCO_CATEGORY_IDS, COCO_CLASSES
-from vitadapter_zoo.comparison import detection_differences, differences, native_stages
-from vitadapter_zoo.convert import to_mmdet
+from vitadapter_zoo.backends.comparison import detection_differences, differences, native_stages
+from vitadapter_zoo.backends.mmdet.config import as_python, mmdet_config
+from vitadapter_zoo.catalog import COCO_CATEGORY_IDS, COCO_CLASSES, ROWS
+from vitadapter_zoo.weights.convert import to_mmdet
 
 COMMAND = str(Path(sys.executable).parent / "vitadapter-zoo")
 Both = Callable[[str], tuple[MaskRCNN, nn.Module]]
@@ -264,7 +263,7 @@ def test_original_configuration_files_work_as_they_are(
     source = published_file(name)
     to_mmdet([source], str(source), get_row(name), checkpoint)
     model = init_detector(str(tmp_path / "original.py"), str(checkpoint), device="cpu")
-    assert type(model.backbone).__module__ == "vitadapter_zoo.backends.mmdet_modules"
+    assert type(model.backbone).__module__ == "vitadapter_zoo.backends.mmdet.modules"
     found = backend.detect(model, images["tiny"])
     if not extra:
         native = vitadapter_zoo.load(name, checkpoint=source)

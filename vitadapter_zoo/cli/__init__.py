@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from vitadapter_zoo import __version__
+from vitadapter_zoo._version import __version__
 from vitadapter_zoo.cli.hub import cache_group, card, convert, download
 from vitadapter_zoo.cli.mmdet import compare, config
 from vitadapter_zoo.cli.models import info, list_command

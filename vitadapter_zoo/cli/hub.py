@@ -7,9 +7,10 @@ from pathlib import Path
 
 import click
 
-from vitadapter_zoo import cache
+from vitadapter_zoo import settings
 from vitadapter_zoo.catalog import ROWS, get_row, list_models
 from vitadapter_zoo.errors import ZooError
+from vitadapter_zoo.weights import cache
 
 UNITS = {"h": 3600, "d": 86400, "w": 604800}
 
@@ -46,18 +47,18 @@ def download(
         raise click.UsageError("--checkpoint goes with one NAME")
     from concurrent.futures import ThreadPoolExecutor
 
-    from vitadapter_zoo import store
-    from vitadapter_zoo.progress import bars
-    from vitadapter_zoo.source import parse
+    from vitadapter_zoo.weights import resolve
+    from vitadapter_zoo.weights.progress import bars
+    from vitadapter_zoo.weights.source import parse
 
     failures = []
     with bars(not quiet) as lines, ThreadPoolExecutor(jobs) as pool:
         futures = {}
         for name in chosen:
             row = get_row(name)
-            source = parse(checkpoint) if checkpoint else store.published(row)
+            source = parse(checkpoint) if checkpoint else resolve.published(row)
             futures[name] = pool.submit(
-                store.obtain, row, source, lines, offline=offline or None,
+                resolve.obtain, row, source, lines, offline=offline or None,
                 accept_change=accept_change,
             )  # fmt: skip
         for name, future in futures.items():
@@ -80,7 +81,7 @@ def cache_group() -> None:
 @cache_group.command("path")
 def cache_path() -> None:
     """Print the cache's directory."""
-    click.echo(cache.home())
+    click.echo(settings.home())
 
 
 @cache_group.command("list")
@@ -94,7 +95,7 @@ def cache_list() -> None:
         size = _megabytes(item.size)
         click.echo(f"{model:<26} {item.state:<10} {size:>11} {date}  {source}")
     total = _megabytes(sum(item.size for item in items))
-    click.echo(f"{len(items)} in {cache.home()}, {total}")
+    click.echo(f"{len(items)} in {settings.home()}, {total}")
 
 
 @cache_group.command("verify")
@@ -164,23 +165,23 @@ def convert(
         raise ZooError(f"{target} is there already: give --force to replace it, or another --out")
     import torch
 
-    from vitadapter_zoo import convert as conversion
-    from vitadapter_zoo import store
-    from vitadapter_zoo.progress import bars
-    from vitadapter_zoo.source import LocalFile, parse
+    from vitadapter_zoo.weights import convert as conversion
+    from vitadapter_zoo.weights import resolve
+    from vitadapter_zoo.weights.progress import bars
+    from vitadapter_zoo.weights.source import LocalFile, parse
 
     where = parse(source)
     if isinstance(where, LocalFile):
-        paths = store.as_they_are(where.path) or [where.path]
+        paths = resolve.as_they_are(where.path) or [where.path]
     else:
         with bars(not quiet) as lines:
-            paths = store.obtain(row, where, lines, offline=offline or None)
+            paths = resolve.obtain(row, where, lines, offline=offline or None)
     wanted = getattr(torch, dtype) if dtype else None
-    with cache.locked(cache.home(), f"out-{cache.digest(str(target))}"):
+    with cache.locked(settings.home(), f"out-{cache.digest(str(target))}"):
         if kind == "mmdet":
             done = conversion.to_mmdet(paths, str(where), row, target, dtype=wanted)
         else:
-            digest = store.source_sha256(paths)
+            digest = resolve.source_sha256(paths)
             done = conversion.to_safetensors(
                 paths, str(where), row, target, sha256=digest, dtype=wanted
             )
@@ -196,7 +197,7 @@ def convert(
 def card(name: str | None, everything: bool, out: Path | None) -> None:
     """Print the model card of NAME, or write cards to a folder."""
     names = _names((name,) if name else (), everything)
-    from vitadapter_zoo import cards
+    from vitadapter_zoo.publishing import cards
 
     for row in (row for row in ROWS if row.name in names):
         if out or everything:

@@ -11,7 +11,7 @@ import click
 from vitadapter_zoo.catalog import get_row
 
 if TYPE_CHECKING:
-    from vitadapter_zoo.comparison import Difference
+    from vitadapter_zoo.backends.comparison import Difference
 
 
 @click.command(
@@ -24,7 +24,7 @@ Example:
 def config(name: str) -> None:
     """Print the mmdet 2.x configuration of the model NAME, for testing and training."""
     row = get_row(name)
-    from vitadapter_zoo.backends.mmdet_config import as_python, mmdet_config
+    from vitadapter_zoo.backends.mmdet.config import as_python, mmdet_config
 
     click.echo(as_python(mmdet_config(row)), nl=False)
 
@@ -63,14 +63,14 @@ def compare(
     chosen = [*images, *more_images]
     for image in chosen:
         read_image(image)  # a wrong picture is told before a long download
-    from vitadapter_zoo.backends import mmdet
-    from vitadapter_zoo.comparison import differences, native_stages, worst
+    from vitadapter_zoo.backends.comparison import differences, native_stages, worst
+    from vitadapter_zoo.backends.mmdet import from_native, stages
     from vitadapter_zoo.loader import load
 
     native = load(row.name, checkpoint=checkpoint, offline=offline or None, progress=not quiet)
-    other = mmdet.from_native(native)
+    other = from_native(native)
     per_image = [
-        differences(native_stages(native, image), mmdet.stages(other, image)) for image in chosen
+        differences(native_stages(native, image), stages(other, image)) for image in chosen
     ]
     overall = worst(per_image)
     agree = all(stage.agrees for stage in overall)

@@ -10,10 +10,10 @@ from typing import Any
 
 import click
 
-from vitadapter_zoo import cache
 from vitadapter_zoo.catalog import Row, get_row, list_models
 from vitadapter_zoo.errors import UnknownModelError
-from vitadapter_zoo.source import parse
+from vitadapter_zoo.weights import cache
+from vitadapter_zoo.weights.source import parse
 
 WIDE = 110  # columns that the whole table takes
 

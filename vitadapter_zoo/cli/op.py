@@ -43,7 +43,7 @@ def build_op_command() -> None:
     """
     from rich.console import Console
 
-    from vitadapter_zoo.build_op import build
+    from vitadapter_zoo.ops.build import build
 
     console = Console(stderr=True)
     with console.status("Compiling, half a minute or so"):

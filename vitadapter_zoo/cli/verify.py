@@ -16,8 +16,8 @@ from vitadapter_zoo.catalog import get_row
 from vitadapter_zoo.errors import ZooError
 
 if TYPE_CHECKING:
-    from vitadapter_zoo.dataset import Dataset
-    from vitadapter_zoo.verdict import Verification
+    from vitadapter_zoo.evaluation.dataset import Dataset
+    from vitadapter_zoo.evaluation.verdict import Verification
 
 EXIT_STATUS = {"confirmed": 0, "refuted": 1, "inconclusive": 3}
 COULD_NOT_RUN = 2
@@ -169,34 +169,32 @@ def verify(
     data = _dataset(coco, annotations, folders[0] if folders else None)
     import torch
 
-    from vitadapter_zoo import display
     from vitadapter_zoo.cli.predict import usable_device
-    from vitadapter_zoo.verifier import verify as run_verify
+    from vitadapter_zoo.evaluation.options import Options
+    from vitadapter_zoo.evaluation.verify import run_verification
+    from vitadapter_zoo.reports import live
 
-    chosen_device = usable_device(device) if ray is None else device
+    options = Options(
+        checkpoint=checkpoint,
+        limit=counts[0] if counts else None,
+        max_minutes=max_minutes,
+        seed=seed,
+        expected=expect,
+        skip_bad_images=skip_bad_images,
+        device=usable_device(device) if ray is None else device,
+        dtype=getattr(torch, dtype),
+        backend=backend,
+        workers=workers,
+        ray=ray,
+        threads=threads,
+        run=run,
+        offline=offline or None,
+        progress=not quiet,
+    )
 
     def evaluate(model: str) -> Verification:
-        with display.evaluation(data.annotations, not quiet, max_minutes) as watch:
-            return run_verify(
-                model,
-                data,
-                checkpoint=checkpoint,
-                limit=counts[0] if counts else None,
-                max_minutes=max_minutes,
-                seed=seed,
-                expected=expect,
-                skip_bad_images=skip_bad_images,
-                device=chosen_device,
-                dtype=getattr(torch, dtype),
-                backend=backend,
-                workers=workers,
-                ray=ray,
-                threads=threads,
-                run=run,
-                offline=offline or None,
-                progress=not quiet,
-                watch=watch,
-            )
+        with live.evaluation(data.annotations, not quiet, max_minutes) as watch:
+            return run_verification(model, data, options, watch)
 
     if name is not None:
         _tell(evaluate(name), as_json, folder)
@@ -238,16 +236,16 @@ def score(
     row = get_row(name)
     _check(folder)
     data = _dataset(coco, annotations, None)
-    from vitadapter_zoo import files
-    from vitadapter_zoo.results import read_results
-    from vitadapter_zoo.scoring import versions
-    from vitadapter_zoo.verdict import judge
+    from vitadapter_zoo.evaluation.results_file import read_results
+    from vitadapter_zoo.evaluation.scoring import versions
+    from vitadapter_zoo.evaluation.verdict import judge
+    from vitadapter_zoo.weights import atomic
 
     published = expect or ((row.box_ap, row.mask_ap) if data.is_val2017 else None)
     judged = read_results(results, data)
     details = {
         "results": str(results),
-        "results_sha256": files.sha256(results),
+        "results_sha256": atomic.sha256(results),
         "annotations_sha256": data.sha256,
         "environment": {"versions": versions()},
     }
@@ -258,7 +256,7 @@ def score(
 
 
 def _dataset(coco: Path | None, annotations: Path | None, images: Path | None) -> Dataset:
-    from vitadapter_zoo.dataset import coco_paths, read_dataset
+    from vitadapter_zoo.evaluation.dataset import coco_paths, read_dataset
 
     if (coco is None) == (annotations is None):
         raise click.UsageError("give either --coco DIR or --annotations FILE")
@@ -269,7 +267,7 @@ def _dataset(coco: Path | None, annotations: Path | None, images: Path | None) -
 
 def _check(folder: Path | None) -> None:
     """Tell of a report that cannot be written before the hours that lead to it."""
-    from vitadapter_zoo import report
+    from vitadapter_zoo.reports import report
 
     if folder is not None:
         report.check_folder(folder)
@@ -277,7 +275,7 @@ def _check(folder: Path | None) -> None:
 
 def _tell(found: Verification, as_json: bool, folder: Path | None) -> None:
     """Print what was found, write the report, and leave with the verdict's exit status."""
-    from vitadapter_zoo import report
+    from vitadapter_zoo.reports import report
 
     if as_json:
         click.echo(json.dumps(report.record(found), indent=2))
@@ -296,7 +294,7 @@ def _tell_all(
     folder: Path | None,
 ) -> None:
     """Evaluate and print every row, and leave with the worst one's exit status."""
-    from vitadapter_zoo import overview
+    from vitadapter_zoo.reports import overview
 
     content = overview.verify_all(
         lambda row: evaluate(row.name), annotations, folder, command=_command()

@@ -111,9 +111,14 @@ def pool_rois(maps: list[Tensor], rois: Tensor, size: int) -> Tensor:
         chosen = (levels == level).nonzero().squeeze(1)
         if len(chosen):
             # In float32 whatever the maps' type: rounded boxes would pool from elsewhere.
-            aligned = roi_align(x.float(), rois[chosen], size, 1 / stride)
+            aligned = roi_align(wide(x), rois[chosen], size, 1 / stride)
             pooled[chosen] = aligned.to(pooled.dtype)
     return pooled
+
+
+def wide(x: Tensor) -> Tensor:
+    """``x`` in float32 if it has half precision."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def roi_align(x: Tensor, rois: Tensor, size: int, scale: float) -> Tensor:

@@ -6,7 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitadapter_zoo.models.boxes import ANCHOR_RATIOS, ANCHOR_SCALE, anchors, decode, nms_by_group, pool_rois
+from vitadapter_zoo.models.boxes import (
+    ANCHOR_RATIOS,
+    ANCHOR_SCALE,
+    anchors,
+    decode,
+    nms_by_group,
+    pool_rois,
+)
 from vitadapter_zoo.models.necks import WIDTH, Conv
 
 RPN_STRIDES = (4, 8, 16, 32, 64)
@@ -116,7 +123,7 @@ class BoxHead(nn.Module):
         )
 
     def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
-        """``[R, in_channels, 7, 7]`` to logits ``[R, classes + 1]`` and deltas ``[R, 4 * classes]``."""
+        """``[R, C, 7, 7]`` to logits ``[R, classes + 1]`` and deltas ``[R, 4 * classes]``."""
         x = pooled.flatten(1)
         for layer in self.shared_fcs:
             x = F.relu(layer(x))

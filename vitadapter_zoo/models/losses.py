@@ -21,6 +21,7 @@ from vitadapter_zoo.models.boxes import (
     anchors,
     encode,
     pool_rois,
+    wide,
 )
 from vitadapter_zoo.models.heads import BOX_STDS, RPN_STDS, RPN_STRIDES, RoIHead
 from vitadapter_zoo.models.objects import Objects, Target, read_targets
@@ -149,10 +150,12 @@ def rpn_losses(
         choose: selects the anchors.
         anchor_scale: side of the square anchor in strides.
     """
-    logits = torch.cat([part.permute(0, 2, 3, 1).flatten(1) for part, _ in outputs], dim=1).float()
-    deltas = torch.cat(
-        [part.permute(0, 2, 3, 1).reshape(len(part), -1, 4) for _, part in outputs], dim=1
-    ).float()
+    logits = wide(torch.cat([part.permute(0, 2, 3, 1).flatten(1) for part, _ in outputs], dim=1))
+    deltas = wide(
+        torch.cat(
+            [part.permute(0, 2, 3, 1).reshape(len(part), -1, 4) for _, part in outputs], dim=1
+        )
+    )
     grids = [tuple(part.shape[2:]) for part, _ in outputs]
     boxes = torch.cat(
         [
@@ -165,16 +168,13 @@ def rpn_losses(
         assigned = assign(boxes, own.boxes, RPN_MATCHING, _valid(grids, size, logits.device))
         chosen = choose(assigned, RPN_SAMPLING)
         scores = logits[image].index_select(0, chosen.indices)
-        wanted = chosen.positive.float()
+        wanted = chosen.positive.to(scores.dtype)
         errors = F.binary_cross_entropy_with_logits(scores, wanted, reduction="none")
         cls_sum = cls_sum + torch.where(chosen.taken, errors, 0.0).sum()
         offsets = deltas[image].index_select(0, chosen.indices)
         if len(own.boxes):
             owners = assigned[chosen.indices].clamp(min=0)
-            wanted = encode(boxes[chosen.indices], own.boxes[owners], RPN_STDS)
-            # Background may have infinite deltas, whose difference has the gradient NaN.
-            wanted = torch.where(chosen.positive[:, None], wanted, 0.0)
-            offsets = offsets - wanted
+            offsets = offsets - encode(boxes[chosen.indices], own.boxes[owners], RPN_STDS)
         bbox_sum = bbox_sum + torch.where(chosen.positive[:, None], offsets.abs(), 0.0).sum()
         positives = chosen.positive.sum()
         total = total + positives.clamp(min=1) + (chosen.taken.sum() - positives).clamp(min=1)
@@ -264,11 +264,11 @@ def roi_losses(
     positives = (owners >= 0).nonzero().squeeze(1)
     boxes, owners, classes = rois[positives], owners[positives], labels[positives]
     wanted = encode(boxes[:, 1:], torch.cat([own.boxes for own in objects])[owners], BOX_STDS)
-    found = deltas.float().view(len(rois), background, 4)[positives, classes]
-    masks = head.mask_head(pool_rois(maps, boxes, 14), classes).float()
+    found = wide(deltas).view(len(rois), background, 4)[positives, classes]
+    masks = wide(head.mask_head(pool_rois(maps, boxes, 14), classes))
     shapes = _shapes(objects, boxes, owners)
     return {
-        "loss_cls": F.cross_entropy(logits.float(), labels, reduction="sum") / number,
+        "loss_cls": F.cross_entropy(wide(logits), labels, reduction="sum") / number,
         "loss_bbox": (found - wanted).abs().sum() / number,
         "loss_mask": F.binary_cross_entropy_with_logits(masks, shapes, reduction="sum")
         / max(masks.numel(), 1),

@@ -6,8 +6,7 @@ from typing import Any, cast, overload
 import torch
 from torch import Tensor, nn
 
-from vitadapter_zoo.catalog import Row
-from vitadapter_zoo.coco import COCO_CLASSES
+from vitadapter_zoo.catalog import COCO_CLASSES, Row
 from vitadapter_zoo.detections import Detections, Instances
 from vitadapter_zoo.images import ImageInput, NetworkInput, network_input
 from vitadapter_zoo.models.boxes import ROI_STRIDES

@@ -4,6 +4,7 @@ The operator ``vitadapter_zoo::ms_deform_attn`` and its rules for autograd, auto
 vmap. What computes it on which device is `library.implementation`'s business.
 """
 
+import warnings
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -129,7 +130,7 @@ def _check_types(value: Tensor, shapes: Tensor, locations: Tensor, weights: Tens
 
 
 def _compute(value: Tensor, shapes: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
-    if implementation(value.device.type).compiled:
+    if implementation(value.device).compiled:
         return torch.ops.vitadapter_zoo._ms_deform_attn(value, shapes, locations, weights)
     return reference.ms_deform_attn(value, shapes, locations, weights)
 
@@ -148,11 +149,32 @@ def _fake_backward(
     )
 
 
+def alert_nondeterministic(device: torch.device) -> None:
+    """Do what PyTorch's nondeterministic operators do under ``use_deterministic_algorithms``.
+
+    On CUDA the gradient of ``value`` is a sum of atomic additions, whose order changes from call to
+    call. On the CPU it is always the same.
+
+    Raises:
+        RuntimeError: deterministic algorithms are on, and not as warnings only.
+    """
+    if device.type != "cuda" or not torch.are_deterministic_algorithms_enabled():
+        return
+    message = (
+        "the backward pass of vitadapter_zoo::ms_deform_attn on CUDA is not deterministic; compute "
+        "it on the CPU, or use torch.use_deterministic_algorithms(True, warn_only=True)"
+    )
+    if not torch.is_deterministic_algorithms_warn_only_enabled():
+        raise RuntimeError(message)
+    warnings.warn(message, stacklevel=2)
+
+
 def gradients(
     grad_output: Tensor, value: Tensor, shapes: Tensor, locations: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of value, locations and weights for that of the output."""
-    if implementation(value.device.type).compiled:
+    if implementation(value.device).compiled:
+        alert_nondeterministic(value.device)
         return torch.ops.vitadapter_zoo._ms_deform_attn_backward(
             grad_output, value, shapes, locations, weights
         )

@@ -2,7 +2,8 @@
 
 Between those layers and `ms_deform_attn` lie a softmax, a division and an addition over tensors as
 large as its own input; composed of PyTorch's operators they took three times as long as the
-sampling. On the CPU the compiled kernel does them on the way.
+sampling. The compiled kernels do them on the way: on the CPU for every shape, on CUDA for the
+shapes of the published networks.
 """
 
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from vitadapter_zoo.ops.deform_attn import (
     LIBRARY,
+    alert_nondeterministic,
     check_shapes,
     check_value,
     gradients,
@@ -27,6 +29,13 @@ _ARGUMENTS = (
 )
 LIBRARY.define(f"ms_deform_attn_fused({_ARGUMENTS}) -> Tensor")
 LIBRARY.define(f"_ms_deform_attn_fused({_ARGUMENTS}) -> Tensor")
+LIBRARY.define(
+    f"_ms_deform_attn_fused_backward(Tensor grad_output, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)"
+)
+# What the fused CUDA kernels are compiled for, see csrc/cuda_vector.cuh.
+_CUDA_LEVELS = (1, 3, 4)
+_CUDA_POINTS = 4
+_MOST_ELEMENTS = 2**31 - 1
 
 
 def ms_deform_attn_fused(
@@ -80,10 +89,29 @@ def ms_deform_attn_fused(
     )
 
 
+def _fits(value: Tensor, offsets: Tensor, logits: Tensor, *, gradient: bool) -> bool:
+    """Whether the compiled kernel of this device takes these shapes and places in memory."""
+    if value.device.type == "cpu":
+        return not gradient
+    channels, (levels, points) = value.shape[3], offsets.shape[3:5]
+    lanes = 4 if gradient else 16 // value.element_size()
+    contiguous = (tensor.contiguous() for tensor in (value, offsets, logits))
+    return (
+        value.dtype != torch.float64
+        and levels in _CUDA_LEVELS
+        and points == _CUDA_POINTS
+        and channels % lanes == 0
+        and channels // lanes in (1, 2, 4, 8, 16, 32)
+        and max(value.numel(), offsets.numel(), offsets.shape[1] * value[:, 0].numel())
+        <= _MOST_ELEMENTS
+        and all(tensor.data_ptr() % 16 == 0 for tensor in contiguous)
+    )
+
+
 def _compute(
     value: Tensor, shapes: Tensor, points: Tensor, offsets: Tensor, logits: Tensor
 ) -> Tensor:
-    if value.device.type == "cpu" and implementation("cpu").compiled:
+    if implementation(value.device).compiled and _fits(value, offsets, logits, gradient=False):
         return torch.ops.vitadapter_zoo._ms_deform_attn_fused(
             value, shapes, points, offsets, logits
         )
@@ -96,6 +124,15 @@ def _fake(value: Tensor, shapes: Tensor, points: Tensor, offsets: Tensor, logits
 
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, Tensor | None, Tensor, Tensor]:
     value, shapes, points, offsets, logits = ctx.saved_tensors
+    fused = implementation(value.device).compiled and not ctx.needs_input_grad[2]
+    if fused and _fits(value, offsets, logits, gradient=True):
+        alert_nondeterministic(value.device)
+        grad_value, grad_offsets, grad_logits = (
+            torch.ops.vitadapter_zoo._ms_deform_attn_fused_backward(
+                grad_output, value, shapes, points, offsets, logits
+            )
+        )
+        return grad_value, None, None, grad_offsets, grad_logits
     locations, weights = locate(shapes, points, offsets, logits)
     grad_value, grad_locations, grad_weights = gradients(
         grad_output, value, shapes, locations, weights

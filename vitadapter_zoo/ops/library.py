@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import os
-import platform
+import math
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vitadapter_zoo import __version__, build_op, cache
+from vitadapter_zoo import settings
 from vitadapter_zoo.errors import ZooError
-from vitadapter_zoo.ops import reference
+from vitadapter_zoo.ops import paths, reference
 
 # Relative error that the check after loading allows: sums in another order, and no more.
 TOLERANCE = 1e-4
@@ -37,27 +36,26 @@ class Implementation:
 
 
 @functools.cache
-def implementation(device_type: str) -> Implementation:
-    """How the operator is computed on ``"cpu"``, ``"cuda"`` or another type of device.
+def implementation(device: str | torch.device) -> Implementation:
+    """How the operator is computed on ``"cpu"``, ``"cuda:1"`` or another device.
 
-    Loads and checks the compiled library when it is called first. Where there is none, or where it
-    does not give what PyTorch's operators give, those are used, and a warning says so once.
+    The first call loads the compiled library and checks it on that device. Where there is none, or
+    where it does not give what PyTorch's operators give, those are used, with one warning.
     ``VITADAPTER_ZOO_OP=reference`` asks for them; ``=compiled`` makes their use an error.
 
     Raises:
         ZooError: ``VITADAPTER_ZOO_OP=compiled`` and the compiled operator cannot be used, or the
             variable has another value.
     """
-    wish = os.environ.get("VITADAPTER_ZOO_OP", "")
-    if wish not in ("", "compiled", "reference"):
-        raise ZooError(f"VITADAPTER_ZOO_OP is {wish!r}; it may be 'compiled' or 'reference'")
+    wish = settings.operator()
     if wish == "reference":
         return Implementation(compiled=False, why="VITADAPTER_ZOO_OP=reference")
-    if device_type not in ("cpu", "cuda"):
-        reason = f"there is no compiled operator for {device_type} devices"
+    device = torch.device(device)
+    if device.type not in ("cpu", "cuda"):
+        reason = f"there is no compiled operator for {device.type} devices"
     else:
         try:
-            return Implementation(compiled=True, why=_load(device_type))
+            return Implementation(compiled=True, why=_load(device))
         except _UnusableError as error:
             reason = f"{error}; `vitadapter-zoo build-op` compiles it here"
     if wish == "compiled":
@@ -73,35 +71,26 @@ class _UnusableError(Exception):
     """Why the compiled operator is not used."""
 
 
-def built_folder() -> Path:
-    """Where ``vitadapter-zoo build-op`` puts the libraries of these sources for this machine."""
-    digest = hashlib.sha256(__version__.encode())
-    folder = build_op.sources()
-    for name in sorted(path.name for path in folder.iterdir() if path.is_file()):
-        digest.update((folder / name).read_bytes())
-    cuda = (torch.version.cuda or "none").split(".")[0]
-    return cache.home() / "op" / f"{platform.machine()}-cuda-{cuda}-{digest.hexdigest()[:12]}"
-
-
 def find(name: str) -> Path | None:
     """The library ``name``: as installed with the package, or else as built by ``build-op``."""
     file = f"{name}.abi3.so"
-    installed = Path(__file__).parents[1] / file
+    installed = paths.PACKAGE / file
     if installed.is_file():
         return installed  # without reading the sources, which tell one build in the cache by
-    built = built_folder() / file
+    built = paths.built_folder(torch.version.cuda) / file
     return built if built.is_file() else None
 
 
-def _load(device_type: str) -> str:
-    """Load and check what computes on ``device_type``; says what it is.
+def _load(device: torch.device) -> str:
+    """Load and check what computes on ``device``; says what it is.
 
     Raises:
-        _UnusableError: there is none, it cannot be loaded, or it computes something else.
+        _UnusableError: there is none, it cannot be loaded, it does not run on this device, or it
+            computes something else.
     """
-    path = find(build_op.CUDA_LIBRARY if device_type == "cuda" else build_op.CPU_LIBRARY)
+    path = find(paths.CUDA_LIBRARY if device.type == "cuda" else paths.CPU_LIBRARY)
     if path is None:
-        raise _UnusableError(f"the compiled operator for {device_type} is not installed")
+        raise _UnusableError(f"the compiled operator for {device.type} is not installed")
     try:
         torch.ops.load_library(path)
     except OSError as error:
@@ -109,10 +98,14 @@ def _load(device_type: str) -> str:
     # In a thread of its own: the caller may be under autograd, autocast, inference mode or tracing,
     # all of which belong to the thread.
     with ThreadPoolExecutor(1) as thread:
-        off = thread.submit(check, torch.device(device_type)).result()
+        try:
+            off = thread.submit(check, device).result()
+        except RuntimeError as error:  # no code for this GPU, an operator that is not there, ...
+            first_line = str(error).strip().splitlines()[0]
+            raise _UnusableError(f"{path} does not run on {device}: {first_line}") from error
     if not off <= TOLERANCE:
         raise _UnusableError(f"{path} gives wrong results here (relative error {off:.1g})")
-    if device_type == "cuda":
+    if device.type == "cuda":
         return str(path)
     instruction_set = ctypes.CDLL(str(path)).vitadapter_zoo_instruction_set
     instruction_set.restype = ctypes.c_char_p
@@ -120,37 +113,63 @@ def _load(device_type: str) -> str:
 
 
 def check(device: torch.device) -> float:
-    """How far the loaded kernels are from the reference on a small input, forward and backward.
+    """How far the loaded kernels are from the reference on small inputs, forward and backward.
+
+    The reference is computed on the CPU: PyTorch's own operators may be forbidden on the device
+    (``torch.use_deterministic_algorithms``), and what they compute there is not the question.
 
     Returns:
-        The largest error of any output, relative to the largest value of that output.
+        The largest error of any output, relative to the largest value of that output; NaN where
+        a kernel gives NaN.
     """
-    worst = 0.0
-    for channels in (32, 3):  # the vectorised kernel and the general one
-        arguments = [tensor.to(device) for tensor in _small_input(channels)]
-        grad = torch.linspace(-1, 1, 2 * 7 * 2 * channels, device=device).view(2, 7, -1)
-        mine = [
-            torch.ops.vitadapter_zoo._ms_deform_attn(*arguments),
-            *torch.ops.vitadapter_zoo._ms_deform_attn_backward(grad, *arguments),
-        ]
-        right = [
-            reference.ms_deform_attn(*arguments),
-            *reference.ms_deform_attn_backward(grad, *arguments),
-        ]
-        if device.type == "cpu":  # the fused kernel, which the networks use, is there alone
-            value, shapes, locations, weights = arguments
-            fused = (locations[0, :, 0, 0, 0].contiguous(), locations * 3 - 1, weights * 4)
-            mine.append(torch.ops.vitadapter_zoo._ms_deform_attn_fused(value, shapes, *fused))
-            right.append(reference.ms_deform_attn(value, shapes, *reference.locate(shapes, *fused)))
-        for got, expected in zip(mine, right, strict=True):
-            worst = max(worst, float((got - expected).abs().max() / expected.abs().max()))
-    return worst
+    errors = [
+        float((got.cpu() - expected).abs().max() / expected.abs().max())
+        for channels in (32, 3)  # the vectorized kernel and the general one
+        for got, expected in _outputs(channels, device)
+    ]
+    return next((error for error in errors if math.isnan(error)), max(errors))
+
+
+def _outputs(channels: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """What each kernel gives on ``device``, with what is right."""
+    value, shapes, locations, weights = arguments = _small_input(channels)
+    moved = [tensor.to(device) for tensor in arguments]
+    grad = torch.linspace(-1, 1, 2 * 7 * 2 * channels, dtype=torch.float32).view(2, 7, -1)
+    kernels = torch.ops.vitadapter_zoo
+    yield kernels._ms_deform_attn(*moved), reference.ms_deform_attn(*arguments)
+    yield from zip(
+        kernels._ms_deform_attn_backward(grad.to(device), *moved),
+        reference.ms_deform_attn_backward(grad, *arguments),
+        strict=True,
+    )
+    if device.type == "cuda" and channels != 32:
+        return  # its fused kernels are vectorized only
+    points = locations[0, :, 0, 0, 0].contiguous()
+    offsets, logits = locations * 3 - 1, weights * 4
+    given = [tensor.to(device) for tensor in (value, shapes, points, offsets, logits)]
+    with torch.enable_grad():
+        leaves = [tensor.detach().requires_grad_() for tensor in (value, offsets, logits)]
+        located = reference.locate(shapes, points, *leaves[1:])
+        right = reference.ms_deform_attn(leaves[0], shapes, *located)
+        gradients = torch.autograd.grad(right, leaves, grad)
+    yield kernels._ms_deform_attn_fused(*given), right.detach()
+    if device.type == "cuda":
+        mine = kernels._ms_deform_attn_fused_backward(grad.to(device), *given)
+        yield from zip(mine, gradients, strict=True)
 
 
 def _small_input(channels: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Two images, two levels, locations inside and outside, none of them between two cells."""
-    shapes = torch.tensor([[4, 5], [2, 3]])
-    value = torch.linspace(-3, 3, 2 * 26 * 2 * channels).sin().view(2, 26, 2, channels)
-    locations = (torch.arange(2 * 7 * 2 * 2 * 3 * 2) * 0.7548776662).frac() * 1.4 - 0.2
-    weights = torch.linspace(0.1, 1, 2 * 7 * 2 * 2 * 3)
-    return value, shapes, locations.view(2, 7, 2, 2, 3, 2), weights.view(2, 7, 2, 2, 3)
+    """Two images, three levels, locations inside and outside, none of them between two cells."""
+    shapes = torch.tensor([[4, 5], [2, 3], [1, 2]])
+    pixels = 28
+    value = torch.linspace(-3, 3, 2 * pixels * 2 * channels, dtype=torch.float32)
+    count = 2 * 7 * 2 * 3 * 4
+    steps = torch.arange(count * 2, dtype=torch.float32)
+    locations = (steps * 0.7548776662).frac() * 1.4 - 0.2
+    weights = torch.linspace(0.1, 1, count, dtype=torch.float32)
+    return (
+        value.sin().view(2, pixels, 2, channels),
+        shapes,
+        locations.view(2, 7, 2, 3, 4, 2),
+        weights.view(2, 7, 2, 3, 4),
+    )

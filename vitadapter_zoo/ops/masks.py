@@ -6,7 +6,6 @@ computes where it cannot be used.
 """
 
 import functools
-import os
 import warnings
 from collections.abc import Iterator
 
@@ -14,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vitadapter_zoo import settings
 from vitadapter_zoo.errors import ZooError
 from vitadapter_zoo.ops import library
 from vitadapter_zoo.ops.deform_attn import LIBRARY
@@ -100,7 +100,7 @@ def implementation() -> Implementation:
     fuses = _fuses()
     if fuses is None:
         reason = f"{found.why} pastes masks unlike this torch's grid_sample"
-        if os.environ.get("VITADAPTER_ZOO_OP") == "compiled":
+        if settings.operator() == "compiled":
             raise ZooError(f"VITADAPTER_ZOO_OP=compiled, but {reason}")
         return Implementation(compiled=False, why=reason)
     return Implementation(compiled=True, why=f"{found.why}{', fused' if fuses else ''}")

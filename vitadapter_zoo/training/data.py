@@ -332,9 +332,9 @@ def write_coco(split: Split, target: Path) -> None:
     ]
     categories = [{"id": label + 1, "name": name} for label, name in enumerate(split.classes)]
     content = {"images": images, "annotations": annotations, "categories": categories}
-    from vitadapter_zoo import files
+    from vitadapter_zoo.weights import atomic
 
-    files.write_text(target, json.dumps(content))
+    atomic.write_text(target, json.dumps(content))
 
 
 def rasterised(instances: Sequence[Instance], height: int, width: int) -> Any:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vitadapter_zoo.dataset import Dataset
 from vitadapter_zoo.errors import ImageError
-from vitadapter_zoo.evaluation import Evaluator, read, stream
+from vitadapter_zoo.evaluation.dataset import Dataset
+from vitadapter_zoo.evaluation.evaluator import Evaluator, read, stream
+from vitadapter_zoo.evaluation.run import ImageResult
+from vitadapter_zoo.evaluation.scoring import KINDS, Annotations, tabulate
 from vitadapter_zoo.models import MaskRCNN
-from vitadapter_zoo.records import ImageResult
-from vitadapter_zoo.scoring import KINDS, Annotations, tabulate
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

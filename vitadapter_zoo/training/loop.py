@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vitadapter_zoo.dataset import Dataset
 from vitadapter_zoo.errors import ZooError
+from vitadapter_zoo.evaluation.dataset import Dataset
 from vitadapter_zoo.models import MaskRCNN
 from vitadapter_zoo.training import losses
 from vitadapter_zoo.training import state as disk

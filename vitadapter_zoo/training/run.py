@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from vitadapter_zoo import cache, files
-from vitadapter_zoo.dataset import Dataset, read_dataset
 from vitadapter_zoo.errors import ZooError
+from vitadapter_zoo.evaluation.dataset import Dataset, read_dataset
 from vitadapter_zoo.models import MaskRCNN
 from vitadapter_zoo.training import state as disk
 from vitadapter_zoo.training.batches import Batches, Views
@@ -34,6 +33,7 @@ from vitadapter_zoo.training.recipe import (
 )
 from vitadapter_zoo.training.start import PUBLISHED, starting_model
 from vitadapter_zoo.training.transforms import sizes
+from vitadapter_zoo.weights import atomic, cache
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -259,7 +259,7 @@ def _own_directory(out: Path, accelerator: Accelerator) -> Iterator[Path]:
     if not accelerator.is_main_process:
         yield directory
         return
-    with files.writing_to(directory):
+    with atomic.writing_to(directory):
         directory.mkdir(parents=True, exist_ok=True)
     with cache.locked(directory, directory.name, wait=False):
         yield directory

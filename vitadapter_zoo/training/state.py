@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitadapter_zoo import files
 from vitadapter_zoo.errors import ZooError
 from vitadapter_zoo.models import MaskRCNN
-from vitadapter_zoo.pretrained import save_pretrained
+from vitadapter_zoo.publishing.pretrained import save_pretrained
+from vitadapter_zoo.weights import atomic
 
 STATE = "state.pt"
 LOG = "log.jsonl"
@@ -58,7 +58,7 @@ def write_state(directory: Path, content: Mapping[str, Any]) -> None:
     Raises:
         ZooError: it cannot be written.
     """
-    with files.replacing(directory / STATE) as partial:
+    with atomic.replacing(directory / STATE) as partial:
         torch.save(dict(content), partial)
 
 
@@ -91,12 +91,12 @@ def write_folder(model: MaskRCNN, target: Path) -> None:
         ZooError: it cannot be written.
     """
     fresh, old = _beside(target)
-    with files.writing_to(target.parent):
+    with atomic.writing_to(target.parent):
         for left in (fresh, old):
             if left.exists():
                 shutil.rmtree(left)
     save_pretrained(model, fresh)
-    with files.writing_to(target.parent):
+    with atomic.writing_to(target.parent):
         if target.exists():
             target.replace(old)
         fresh.replace(target)
@@ -110,7 +110,7 @@ def recover(directory: Path) -> None:
     Raises:
         ZooError: the directory cannot be written to.
     """
-    with files.writing_to(directory):
+    with atomic.writing_to(directory):
         for name in (LAST, BEST):
             fresh, old = _beside(directory / name)
             if old.exists() and not (directory / name).exists():
@@ -130,7 +130,7 @@ def append_log(directory: Path, entry: Mapping[str, Any]) -> None:
     Raises:
         ZooError: it cannot be written.
     """
-    with files.writing_to(directory), (directory / LOG).open("a", encoding="utf-8") as file:
+    with atomic.writing_to(directory), (directory / LOG).open("a", encoding="utf-8") as file:
         file.write(json.dumps(entry) + "\n")
 
 
@@ -155,7 +155,7 @@ def truncate_log(directory: Path, step: int) -> None:
     """
     if (directory / LOG).exists():
         kept = [entry for entry in read_log(directory) if entry["step"] <= step]
-        files.write_text(directory / LOG, "".join(json.dumps(entry) + "\n" for entry in kept))
+        atomic.write_text(directory / LOG, "".join(json.dumps(entry) + "\n" for entry in kept))
 
 
 def is_finite(model: nn.Module) -> bool:

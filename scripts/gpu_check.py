@@ -1,0 +1,109 @@
+"""Check and measure the package on a GPU; every section says so where there is none.
+
+    python scripts/gpu_check.py [--out gpu-check.json] [SECTION ...]
+
+Needs torch, torchvision, timm, safetensors, huggingface_hub, opencv and nvcc, and no network. Each
+section runs in a process of its own with a time limit, so a crash or a hang costs one section. The
+JSON is written again after every section; the table comes last. The exit status is 1 where a
+section failed, and 0 otherwise.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+SCRIPTS = Path(__file__).resolve().parent
+PROJECT = SCRIPTS.parent
+
+# Section and seconds that it may take.
+LIMITS = {
+    "device": 60,
+    "build": 240,
+    "operator": 120,
+    "sanitizer": 90,
+    "parity": 150,
+    "precision": 120,
+    "predict": 90,
+    "operator_speed": 90,
+    "image_speed": 150,
+    "training_speed": 60,
+    "profile": 60,
+}
+
+
+def run_section(name: str, limit: int) -> dict[str, Any]:
+    """Run one section in a new process.
+
+    Args:
+        name: a function of ``gpu_sections.py``.
+        limit: seconds.
+
+    Returns:
+        What the section found, with ``seconds``; ``error`` where it failed.
+    """
+    paths = [PROJECT, PROJECT / "tests" / "support", PROJECT / "benchmarks"]
+    environment = os.environ | {
+        "PYTHONPATH": ":".join([*map(str, paths), os.environ.get("PYTHONPATH", "")]),
+    }
+    started = time.monotonic()
+    try:
+        done = subprocess.run(
+            [sys.executable, SCRIPTS / "gpu_sections.py", name],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=limit,
+        )
+    except subprocess.TimeoutExpired:
+        return {"error": f"took longer than {limit} s", "seconds": float(limit)}
+    seconds = round(time.monotonic() - started, 1)
+    lines = done.stdout.strip().splitlines()
+    if done.returncode != 0 or not lines:
+        said = (done.stderr.strip() or done.stdout.strip()).splitlines() or ["no output"]
+        return {"error": said[-1], "log": said[-25:], "seconds": seconds}
+    found: dict[str, Any] = json.loads(lines[-1])
+    return found | {"seconds": seconds}
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """The results as lines of text: a section, then its values."""
+    lines = []
+    for name, found in results.items():
+        state = "FAILED" if "error" in found else found.get("skipped", "ok")
+        lines.append(f"{name} ({found['seconds']} s): {state}")
+        for key, value in found.items():
+            if key in ("seconds", "skipped", "log"):
+                continue
+            if isinstance(value, list):
+                lines += [f"  {key}: {item}" for item in value]
+            else:
+                lines.append(f"  {key}: {value}")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Run the sections that the command line names, or all."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=", ".join(LIMITS))
+    parser.add_argument("--out", type=Path, default=Path("gpu-check.json"))
+    options = parser.parse_args()
+    unknown = set(options.sections) - set(LIMITS)
+    if unknown:
+        parser.error(f"no such section: {', '.join(sorted(unknown))}")
+    results: dict[str, dict[str, Any]] = {}
+    for name in options.sections or LIMITS:
+        results[name] = run_section(name, LIMITS[name])
+        options.out.write_text(json.dumps(results, indent=1))
+        print(table({name: results[name]}), flush=True)
+    failed = [name for name, found in results.items() if "error" in found]
+    print(f"{len(results)} sections, {len(failed)} failed; {options.out}", *failed)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

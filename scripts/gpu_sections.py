@@ -1,0 +1,274 @@
+"""The sections of ``gpu_check.py`` that check, and the program that runs one section."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+import torchvision
+from gpu_common import PHOTO, Found, milliseconds, set_tf32, standin_model
+from gpu_speed import image_speed, operator_speed, profile, training_speed
+from torch import Tensor
+
+from vitadapter_zoo.ops import ms_deform_attn, ms_deform_attn_fused, paste_masks, reference
+from vitadapter_zoo.ops.library import check, implementation
+
+ROWS = (
+    "adapter-t-deit-3x",
+    "vit-t-deit-3x",
+    "adapter-s-deit-3x-nofpn",
+    "adapter-b-uniperceiver-3x",
+)
+# Largest errors that rounding explains, relative to the largest value of the output.
+TOLERANCES = {
+    torch.float64: 1e-10,
+    torch.float32: 2e-5,
+    torch.float16: 4e-3,
+    torch.bfloat16: 3e-2,
+}
+CHANNELS = (1, 3, 4, 8, 16, 20, 24, 32, 48, 64, 80, 128)
+LEVELS = {
+    1: [(13, 9)],
+    2: [(9, 7), (3, 1)],
+    3: [(12, 10), (6, 5), (3, 3)],
+    4: [(8, 8), (4, 4), (2, 2), (1, 1)],
+}
+
+
+def device() -> Found:
+    """What the GPU is and how fast it copies and multiplies."""
+    properties = torch.cuda.get_device_properties(0)
+    source = torch.empty(2**30, device="cuda")
+    target = torch.empty_like(source)
+    found: Found = {
+        "name": properties.name,
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "copy_tb_s": round(8 * 2**30 / milliseconds(partial(target.copy_, source)) / 1e9, 2),
+    }
+    for label, dtype, tf32, side in (
+        ("float32", torch.float32, False, 4096),
+        ("tf32", torch.float32, True, 8192),
+        ("bfloat16", torch.bfloat16, False, 8192),
+    ):
+        set_tf32(tf32)
+        a, b = (torch.randn(side, side, device="cuda").to(dtype) for _ in range(2))
+        rate = 2 * side**3 / milliseconds(partial(torch.matmul, a, b)) / 1e9
+        found[f"{label}_tflop_s"] = round(rate, 1)
+    return found
+
+
+def build() -> Found:
+    """Compile the operators for this device into the cache."""
+    from vitadapter_zoo.ops.build import build as compile_operators
+    from vitadapter_zoo.ops.build import cuda_architectures
+
+    return {
+        "libraries": [path.name for path in compile_operators()],
+        "for": cuda_architectures(),
+    }
+
+
+def operator() -> Found:
+    """The operator against float64 on the CPU, forward and backward, plain and fused."""
+    where = implementation("cuda")
+    if not where.compiled:
+        raise RuntimeError(where.why)
+    torch.manual_seed(0)
+    worst: dict[str, float] = {}
+    cases = 0
+    for name, error, limit in _operator_errors():
+        kind = name.split(",")[0]
+        worst[kind] = max(worst.get(kind, 0.0), error)
+        cases += 1
+        if not error <= limit:
+            raise AssertionError(f"{name}: relative error {error:.1e}")
+    return {
+        "library": where.why,
+        "check_error": f"{check(torch.device('cuda')):.1e}",
+        "outputs_compared": cases,
+        "worst_relative_error": {kind: f"{error:.1e}" for kind, error in worst.items()},
+        "opcheck": _opcheck(),
+        "deterministic_mode": _deterministic_mode(),
+    }
+
+
+def _operator_errors() -> Iterator[tuple[str, float, float]]:
+    """Name, relative error and limit of every output of every case."""
+    for dtype, limit in TOLERANCES.items():
+        for channels in CHANNELS:
+            for levels, points in ((1, 4), (2, 3), (3, 4), (4, 4)):
+                plain, fused = _case(dtype, channels, levels, points)
+                grad = torch.randn(2, 37, 3 * channels).to(dtype)
+                for kind, mine, right, given in (
+                    ("plain", ms_deform_attn, reference.ms_deform_attn, plain),
+                    ("fused", ms_deform_attn_fused, _fused_reference, fused),
+                ):
+                    wide = [x if x.dtype == torch.int64 else x.double() for x in given]
+                    got = _with_gradients(mine, [x.cuda() for x in given], grad.cuda())
+                    expected = _with_gradients(right, wide, grad.double())
+                    name = f"{kind} {str(dtype)[6:]}, {channels} channels, {levels} x {points}"
+                    for a, b in zip(got, expected, strict=True):
+                        difference = (a.cpu().double() - b).nan_to_num(0).abs().max()
+                        scale = b.nan_to_num(0).abs().max().clamp(min=1e-9)
+                        yield name, float(difference / scale), limit
+
+
+def _fused_reference(
+    value: Tensor, shapes: Tensor, points: Tensor, offsets: Tensor, logits: Tensor
+) -> Tensor:
+    return reference.ms_deform_attn(
+        value, shapes, *reference.locate(shapes, points, offsets, logits)
+    )
+
+
+def _case(
+    dtype: torch.dtype, channels: int, levels: int, points: int
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Arguments of the plain and the fused operator on the CPU.
+
+    Gradients jump where a location crosses a pixel's centre. Every location lies a quarter of a
+    pixel away from all centres, so that rounding does not decide on which side.
+    """
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    shapes = torch.tensor(LEVELS[levels])
+    sizes = shapes.flip(-1)[:, None].to(wide)
+    grouped = (2, 37, 3, levels, points)
+    value = torch.randn(2, int(shapes.prod(1).sum()), 3, channels).to(dtype)
+    pixels = torch.randint(-1, 14, (*grouped, 2)) + torch.randint(0, 2, (*grouped, 2)) / 2 + 0.25
+    locations = pixels.to(wide) / sizes
+    locations.view(-1)[3] = float("nan")
+    logits = torch.randn(grouped).to(dtype)
+    reference_points = (torch.randint(0, 8, (37, 2)) / 8).to(wide)
+    offsets = (pixels.to(wide) - reference_points[:, None, None, None] * sizes).to(dtype)
+    plain = (value, shapes, locations, logits.sigmoid())
+    return plain, (value, shapes, reference_points, offsets, logits)
+
+
+def _with_gradients(
+    function: Callable[..., Tensor], arguments: list[Tensor], grad: Tensor
+) -> list[Tensor]:
+    """The output and the gradients of value and of the last two arguments."""
+    last = len(arguments) - 1
+    leaves = [
+        x.detach().requires_grad_() if index in (0, last - 1, last) else x
+        for index, x in enumerate(arguments)
+    ]
+    output = function(*leaves)
+    wanted = [leaves[0], leaves[-2], leaves[-1]]
+    return [output.detach(), *torch.autograd.grad(output, wanted, grad)]
+
+
+def _opcheck() -> str:
+    plain, _ = _case(torch.float32, 32, 3, 4)
+    value, shapes, locations, weights = (tensor.cuda() for tensor in plain)
+    arguments = (value.requires_grad_(), shapes, locations.nan_to_num(0.3), weights)
+    torch.library.opcheck(torch.ops.vitadapter_zoo.ms_deform_attn, arguments)
+    return "passed"
+
+
+def _deterministic_mode() -> str:
+    plain, _ = _case(torch.float32, 32, 3, 4)
+    value, *rest = (tensor.cuda() for tensor in plain)
+    torch.use_deterministic_algorithms(True)
+    try:
+        ms_deform_attn(value.requires_grad_(), *rest).sum().backward()
+    except RuntimeError as error:
+        if "not deterministic" not in str(error):
+            raise
+        return "alerts"
+    finally:
+        torch.use_deterministic_algorithms(False)
+    raise AssertionError("deterministic mode did not alert")
+
+
+def sanitizer() -> Found:
+    """The kernels' own check under compute-sanitizer."""
+    tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if not Path(tool).exists():
+        return {"skipped": "compute-sanitizer is not installed"}
+    program = (
+        "import torch\n"
+        "from vitadapter_zoo.ops.library import check, implementation\n"
+        "assert implementation('cuda').compiled, implementation('cuda').why\n"
+        "print('error', check(torch.device('cuda')))\n"
+    )
+    command = [tool, "--tool", "memcheck", sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=80)
+    lines = [line for line in done.stdout.splitlines() if "SUMMARY" in line or "error" in line[:5]]
+    if done.returncode != 0 or not any("SUMMARY: 0 errors" in line for line in lines):
+        raise RuntimeError(" ".join(lines) or done.stderr[-300:])
+    return {"memcheck": lines}
+
+
+def parity() -> Found:
+    """Four rows against the stored outputs of the original, with TF32 off."""
+    from parity import compare
+
+    set_tf32(False)
+    rows, failures = [], []
+    for name in ROWS:
+        report = compare(standin_model(name))
+        failures += [f"{name}: {failure}" for failure in report.failures()]
+        rows.append(
+            f"{name}: features {max(report.features.values()):.1e}, "
+            f"proposals {report.proposals:.4f}, unmatched {report.unmatched}, "
+            f"mask IoU {report.mask_iou:.5f}"
+        )
+    if failures:
+        raise AssertionError("; ".join(failures))
+    return {"rows": rows}
+
+
+def precision() -> Found:
+    """What TF32, bfloat16 and float16 do to the detections of T with stand-in weights."""
+    set_tf32(False)
+    right = standin_model(ROWS[0]).predict(str(PHOTO))[0]
+    found: Found = {"detections": len(right)}
+    for label, dtype, tf32 in (
+        ("tf32", torch.float32, True),
+        ("bfloat16", torch.bfloat16, False),
+        ("float16", torch.float16, False),
+    ):
+        set_tf32(tf32)
+        mine = standin_model(ROWS[0], dtype).predict(str(PHOTO))[0]
+        overlaps = torchvision.ops.box_iou(right.boxes, mine.boxes)
+        near = (overlaps > 0.9) & (right.labels[:, None] == mine.labels)
+        found[label] = f"{len(mine)} detections; {int(near.any(1).sum())} of float32's, IoU > 0.9"
+    return found
+
+
+def predict() -> Found:
+    """Predict as a user does; the masks equal those that the CPU pastes."""
+    set_tf32(False)
+    model = standin_model(ROWS[0])
+    with torch.inference_mode():
+        found = model.detect([model.preprocess(str(PHOTO))])[0]
+        on_gpu = paste_masks(found.mask_probabilities, found.boxes, found.size, 0.5).cpu()
+        on_cpu = paste_masks(found.mask_probabilities.cpu(), found.boxes.cpu(), found.size, 0.5)
+    batched = model.predict([str(PHOTO)] * 3, batch_size=3)
+    return {
+        "detections": len(found.boxes),
+        "differing_mask_pixels": f"{int((on_gpu != on_cpu).sum())} of {on_cpu.numel()}",
+        "batch_of_three": [len(detections) for detections in batched],
+    }
+
+
+SECTIONS: dict[str, Callable[[], Found]] = {
+    function.__name__: function
+    for function in (
+        device, build, operator, sanitizer, parity, precision, predict,
+        operator_speed, image_speed, training_speed, profile,
+    )
+}  # fmt: skip
+
+if __name__ == "__main__":
+    if torch.cuda.is_available():
+        print(json.dumps(SECTIONS[sys.argv[1]]()))
+    else:
+        print(json.dumps({"skipped": "no CUDA device"}))

@@ -1,0 +1,206 @@
+"""The compiled operator as a library: how it is built, found, checked and kept in bounds."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from operators import Arguments, random_arguments
+
+from vitadapter_zoo.ops import build, paths
+from vitadapter_zoo.ops.library import TOLERANCE, check, find, implementation
+
+PROJECT = Path(__file__).parents[2]
+
+
+def run(
+    *arguments: str | Path, package: Path = PROJECT, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Python in a new process, with the package that lies in ``package``."""
+    support = PROJECT / "tests" / "support"
+    environment = os.environ | {"PYTHONPATH": f"{package}:{support}"} | variables
+    return subprocess.run(
+        [sys.executable, *arguments], env=environment, capture_output=True, text=True, cwd="/"
+    )
+
+
+def test_the_compiled_operator_is_in_use_here() -> None:
+    found = implementation("cpu")
+    assert found.compiled, found.why
+    assert check(torch.device("cpu")) < TOLERANCE / 100
+
+
+def test_kernels_refuse_what_would_lead_out_of_bounds() -> None:
+    value, shapes, locations, weights = random_arguments(0, [(4, 6)])
+    wrong: dict[str, Arguments] = {
+        "do not add up": (value, shapes + 1, locations, weights),
+        "spatial_shapes do not": (value, torch.tensor([[2**62, 4]]), locations, weights),
+        "do not fit": (value, shapes, locations[:, :3], weights),
+        "wrong number of dimensions": (value[0], shapes, locations, weights),
+        "must be int64": (value, shapes.int(), locations, weights),
+        "must be float32": (value, shapes, locations.double(), weights),
+        "have the dtype of value": (value, shapes, locations, weights.double()),
+        "on the CPU value must be": (value.half(), shapes, locations, weights),
+    }
+    implementation("cpu")  # loads the kernels
+    for message, arguments in wrong.items():
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.vitadapter_zoo._ms_deform_attn(*arguments)
+        grad = torch.zeros(1, 5, 64, dtype=arguments[0].dtype)
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.vitadapter_zoo._ms_deform_attn_backward(grad, *arguments)
+    with pytest.raises(RuntimeError, match="the gradient's shape"):
+        torch.ops.vitadapter_zoo._ms_deform_attn_backward(
+            torch.zeros(1, 5, 63), value, shapes, locations, weights
+        )
+
+
+EACH_SET = """
+import torch
+from operators import random_arguments
+from vitadapter_zoo.ops import ms_deform_attn, reference
+from vitadapter_zoo.ops.library import implementation
+print(implementation("cpu").why)
+for channels in (5, 32, 64):
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        shapes = [(9, 7), (3, 1)]
+        arguments = random_arguments(1, shapes, queries=99, channels=channels, dtype=dtype)
+        result, right = ms_deform_attn(*arguments), reference.ms_deform_attn(*arguments)
+        near = 2e-2 if dtype == torch.bfloat16 else 1e-4
+        torch.testing.assert_close(result, right, rtol=near, atol=near)
+"""
+
+
+@pytest.mark.parametrize("name", ["portable", "avx2", "avx512"])
+def test_every_instruction_set_computes_the_same(name: str) -> None:
+    done = run("-c", EACH_SET, VITADAPTER_ZOO_CPU=name)
+    assert done.returncode == 0, done.stderr
+    assert f"({name})" in done.stdout
+
+
+@pytest.mark.parametrize("name", [paths.CPU_LIBRARY, paths.CUDA_LIBRARY])
+def test_library_imports_nothing_of_torch_but_its_stable_interface(name: str) -> None:
+    path = find(name)
+    if path is None and name == paths.CUDA_LIBRARY:
+        assert not build.cuda_wanted()
+        return
+    assert path is not None
+    symbols = subprocess.run(
+        ["nm", "-D", "--undefined-only", path], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert any(symbol.startswith("aoti_torch_") for symbol in symbols)
+    # Mangled names carry the length of each part: 2at, 3c10, 5torch.
+    assert [symbol for symbol in symbols if "2at" in symbol[:6] or "3c10" in symbol[:7]] == []
+    assert [symbol for symbol in symbols if symbol.startswith("_Z") and "5torch" in symbol] == []
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """A copy of the package and its sources without anything compiled."""
+    folder = tmp_path / "copy"
+    ignored = shutil.ignore_patterns("*.so", "__pycache__")
+    shutil.copytree(PROJECT / "vitadapter_zoo", folder / "vitadapter_zoo", ignore=ignored)
+    shutil.copytree(PROJECT / "csrc", folder / "csrc")
+    return folder
+
+
+COMPUTE = """
+import torch
+from vitadapter_zoo.ops import ms_deform_attn
+value, shapes = torch.ones(1, 6, 1, 8), torch.tensor([[2, 3]])
+for _ in range(2):
+    result = ms_deform_attn(value, shapes, torch.full((1, 1, 1, 1, 1, 2), 0.5), torch.ones(1, 1, 1, 1, 1))
+print(result.sum().item())
+"""  # noqa: E501
+
+
+def test_build_op_replaces_the_fallback_and_a_wrong_build_is_refused(copy: Path) -> None:
+    """First nothing is compiled, then the right thing, then, from wrong sources, a wrong one."""
+    without = run("-c", COMPUTE, package=copy)
+    assert without.stdout == "8.0\n", without.stderr
+    assert without.stderr.count("UserWarning") == 1
+    assert "`vitadapter-zoo build-op` compiles it here" in without.stderr
+    refused = run("-c", COMPUTE, package=copy, VITADAPTER_ZOO_OP="compiled")
+    assert "VITADAPTER_ZOO_OP=compiled, but the compiled operator" in refused.stderr
+
+    command = ("-c", "from vitadapter_zoo.cli import main; main()")
+    built = run(*command, "build-op", package=copy, VITADAPTER_ZOO_CUDA="0")
+    assert built.returncode == 0, built.stderr
+    compiled = run("-c", COMPUTE, package=copy)
+    assert (compiled.stdout, compiled.stderr) == ("8.0\n", "")
+    report = run(*command, "env", "--json", package=copy)
+    cpu = json.loads(report.stdout)["operator"]["cpu"]
+    assert cpu["compiled"] is True
+    assert cpu["why"].startswith(built.stdout.strip())
+
+    header = copy / "csrc" / "sampling.h"
+    header.write_text(header.read_text().replace("extent - 0.5f", "extent - 0.25f"))
+    assert run(*command, "build-op", package=copy, VITADAPTER_ZOO_CUDA="0").returncode == 0
+    wrong = run("-c", COMPUTE, package=copy)
+    assert wrong.stdout == "8.0\n"
+    assert "gives wrong results here" in wrong.stderr
+
+
+PASTE = """
+import torch
+from vitadapter_zoo.ops import masks, paste_rle
+for _ in range(2):
+    print(paste_rle(torch.ones(1, 1, 1), torch.tensor([[1.0, 1, 4, 3]]), (4, 5)))
+print(masks.implementation().compiled)
+"""
+
+
+def test_a_build_that_pastes_masks_otherwise_is_refused(copy: Path) -> None:
+    """Deformable attention is right in it, and stays compiled."""
+    source = copy / "csrc" / "masks.cpp"
+    written = source.read_text().replace(
+        "sum = __builtin_fmaf(se[y], se_weight, sum);", "sum = se[y] * se_weight + sum;"
+    )
+    written = written.replace("sum += se[y] * se_weight;", "sum += se[y] * se_weight * 1.0000001f;")
+    source.write_text(written)
+    command = ("-c", "from vitadapter_zoo.cli import main; main()")
+    built = run(*command, "build-op", package=copy, VITADAPTER_ZOO_CUDA="0")
+    assert built.returncode == 0, built.stderr
+    done = run("-c", PASTE, package=copy)
+    assert done.stdout == "['5220003']\n" * 2 + "False\n", done.stderr
+    assert done.stderr.count("UserWarning") == 1
+    assert "does not give their results here" in done.stderr
+    assert run("-c", COMPUTE, package=copy, VITADAPTER_ZOO_OP="compiled").stdout == "8.0\n"
+    refused = run("-c", PASTE, package=copy, VITADAPTER_ZOO_OP="compiled")
+    assert "pastes masks unlike this torch's grid_sample" in refused.stderr
+    report = json.loads(run(*command, "env", "--json", package=copy).stdout)["operator"]
+    assert report["cpu"]["compiled"] is True
+    assert report["masks"]["compiled"] is False
+
+
+def test_build_op_says_what_the_compiler_said(copy: Path, zoo_home: Path) -> None:
+    (copy / "csrc" / "cpu.cpp").write_text("int broken(\n")
+    command = ("-c", "from vitadapter_zoo.cli import main; main()")
+    done = run(*command, "build-op", package=copy, VITADAPTER_ZOO_CUDA="0")
+    assert done.returncode == 1
+    assert "cpu.cpp:1:12: error: expected" in done.stderr
+    assert "Traceback" not in done.stderr
+    left = [path.name for path in (zoo_home / "op").iterdir()]
+    assert left == ["build-op.log"]
+
+
+def test_environment_is_printed_for_people_and_programs() -> None:
+    command = ("-c", "from vitadapter_zoo.cli import main; main()", "env")
+    text = run(*command).stdout
+    assert f"torch                    {torch.__version__.split('+')[0]}" in text
+    assert "compiled: " in text
+    found = json.loads(run(*command, "--json", VITADAPTER_ZOO_OP="reference").stdout)
+    reference = {"compiled": False, "why": "VITADAPTER_ZOO_OP=reference"}
+    assert found["operator"]["cpu"] == found["operator"]["masks"] == reference
+    assert found["machine"]["threads of torch"] >= 1
+
+
+def test_switches_of_other_values_are_refused(tmp_path: Path) -> None:
+    done = run("-c", COMPUTE, VITADAPTER_ZOO_OP="fast")
+    assert "VITADAPTER_ZOO_OP is 'fast'; it may be 'compiled' or 'reference'" in done.stderr
+    done = run("-m", "vitadapter_zoo.ops.build", tmp_path, VITADAPTER_ZOO_CUDA="yes")
+    assert "VITADAPTER_ZOO_CUDA is 'yes'; it may be 0 or 1" in done.stderr

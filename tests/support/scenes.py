@@ -1,0 +1,106 @@
+"""Small data sets in COCO's format, made here: pictures, objects, and detectors to find them."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from hotcoco import mask as coco_mask
+
+from vitadapter_zoo import MaskRCNN
+from vitadapter_zoo.catalog import COCO_CATEGORY_IDS, COCO_CLASSES
+from vitadapter_zoo.models import build
+
+SMALL = (64, 40)  # (longest, shortest) side in the network: few proposals, so quick
+
+
+def small(model: MaskRCNN, input_size: tuple[int, int] = SMALL) -> MaskRCNN:
+    """The detector with its stand-in weights for small inputs, and with fewer detections."""
+    with torch.device("meta"):
+        copy = build(replace(model.row, input_size=input_size), model.categories)
+    weights = {**model.state_dict()}
+    bias = weights["roi_head.bbox_head.fc_cls.bias"].clone()
+    bias[-1] += 7  # the background's
+    copy.load_state_dict(weights | {"roi_head.bbox_head.fc_cls.bias": bias}, assign=True)
+    return copy.eval()
+
+
+def text(counts: bytes | str) -> str:
+    """Run lengths as JSON can hold them."""
+    return counts.decode() if isinstance(counts, bytes) else counts
+
+
+def draw_pictures(
+    folder: Path, count: int, seed: int = 0, size: tuple[int, int] | None = None
+) -> list[Path]:
+    """JPEG files with coloured ellipses, of one (height, width) or of differing sizes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    paths = []
+    for index in range(count):
+        height, width = size or (int(side) for side in rng.integers(60, 200, 2))
+        picture = rng.integers(0, 60, (height, width, 3), dtype=np.uint8)
+        for _ in range(6):
+            centre = (int(rng.integers(width)), int(rng.integers(height)))
+            axes = tuple(int(side) for side in rng.integers(5, 40, 2))
+            color = tuple(int(c) for c in rng.integers(80, 255, 3))
+            angle = float(rng.integers(180))
+            cv2.ellipse(picture, centre, axes, angle, 0, 360, color, -1)
+        path = folder / f"{index * 7 + 3:012d}.jpg"
+        cv2.imwrite(str(path), picture)
+        paths.append(path)
+    return paths
+
+
+def annotate(model: MaskRCNN, pictures: Sequence[Path], seed: int = 0) -> dict[str, Any]:
+    """Annotations of which the model finds a part: its own detections, some left out or moved.
+
+    Image ids are the files' numbers; the last picture has no objects.
+    """
+    rng = np.random.default_rng(seed)
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for path in pictures:
+        detections = model.predict(path)[0]
+        height, width = detections.masks.shape[1:]
+        image_id = int(path.stem)
+        images.append(
+            {"id": image_id, "file_name": path.name, "height": int(height), "width": int(width)}
+        )
+        if path == pictures[-1]:
+            continue
+        for found in detections.to_coco(image_id):
+            if rng.random() < 0.5 or coco_mask.area(found["segmentation"]) == 0:
+                continue
+            if rng.random() < 0.3:  # found at the lower thresholds only
+                pixels = np.asarray(coco_mask.decode(found["segmentation"]))
+                moved = np.asfortranarray(np.roll(pixels, int(rng.integers(1, 6)), axis=1))
+                found["segmentation"]["counts"] = text(coco_mask.encode(moved)["counts"])
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": image_id,
+                    "category_id": found["category_id"],
+                    "bbox": [float(x) for x in coco_mask.to_bbox(found["segmentation"])],
+                    "area": float(coco_mask.area(found["segmentation"])),
+                    "iscrowd": 0,
+                    "segmentation": found["segmentation"],
+                }
+            )
+    categories = [
+        {"id": key, "name": name} for key, name in zip(COCO_CATEGORY_IDS, COCO_CLASSES, strict=True)
+    ]
+    return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def write_coco(root: Path, model: MaskRCNN, count: int, seed: int = 0) -> Path:
+    """A folder in COCO's layout with as many pictures; the folder."""
+    pictures = draw_pictures(root / "val2017", count, seed)
+    annotations = root / "annotations" / "instances_val2017.json"
+    annotations.parent.mkdir(parents=True, exist_ok=True)
+    annotations.write_text(json.dumps(annotate(model, pictures, seed)))
+    return root

@@ -1,0 +1,77 @@
+"""Stand-in weights: a function of each parameter's name and shape, the same everywhere.
+
+The published files cannot be fetched offline, so parity with the original is measured on weights
+that both sides generate (MT19937 through numpy.random.RandomState, frozen by NEP 19).
+"""
+
+import json
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+DATA = Path(__file__).parents[1] / "data"
+PHOTO = DATA / "rocket.jpg"
+
+# Chosen so that activations stay O(1) and scores spread over (0, 1).
+_GAINS = {
+    "rpn_head.rpn_cls.weight": 0.5,
+    "rpn_head.rpn_reg.weight": 0.1,
+    "roi_head.bbox_head.fc_cls.weight": 0.8,
+    "roi_head.bbox_head.fc_reg.weight": 0.5,
+}
+_LAYER_SCALES = ("gamma", "gamma1", "gamma2", "gamma_1", "gamma_2")
+
+
+def contract(row: str) -> dict[str, list[int]]:
+    """Every state-dict name of a row with its shape, in the original's order."""
+    names: dict[str, list[int]] = json.loads((DATA / "contracts" / f"{row}.json").read_text())
+    return names
+
+
+def tensor(name: str, shape: list[int]) -> Tensor:
+    """The stand-in for one parameter: float32, or int64 for BatchNorm counters."""
+    rng = np.random.RandomState(zlib.crc32(name.encode()))
+    leaf = name.rsplit(".", 1)[-1]
+    if leaf == "num_batches_tracked":
+        return torch.zeros(shape, dtype=torch.int64)
+    if leaf == "running_var":
+        values = 0.5 + rng.random_sample(shape)
+    elif name.endswith("sampling_offsets.bias"):
+        values = 2.0 * rng.standard_normal(shape)
+    elif leaf in _LAYER_SCALES:
+        values = 0.3 + 0.05 * rng.standard_normal(shape)
+    elif leaf == "weight" and len(shape) == 1:
+        values = 1.0 + 0.1 * rng.standard_normal(shape)
+    elif leaf in ("bias", "running_mean"):
+        values = 0.05 * rng.standard_normal(shape)
+    elif leaf == "level_embed" or "pos_embed" in name:
+        values = 0.2 * rng.standard_normal(shape)
+    else:
+        fan_in = int(np.prod(shape[1:]))
+        values = rng.standard_normal(shape) * _GAINS.get(name, 1.0) / np.sqrt(fan_in)
+    return torch.from_numpy(np.asarray(values, dtype=np.float32))
+
+
+def state_dict(row: str) -> dict[str, Tensor]:
+    """Stand-in weights for every parameter of a row."""
+    return {name: tensor(name, shape) for name, shape in contract(row).items()}
+
+
+def checkpoint(row: str) -> dict[str, object]:
+    """A checkpoint in the published files' form: mmcv 1.x metadata around the weights."""
+    return {
+        "meta": {
+            "env_info": "sys.platform: linux",
+            "mmdet_version": "2.22.0",
+            "mmcv_version": "1.4.2",
+            "seed": 1,
+            "exp_name": f"{row}.py",
+            "epoch": 36,
+            "iter": 263844,
+            "hook_msgs": {"best_score": np.float64(0.46)},
+        },
+        "state_dict": state_dict(row),
+    }

@@ -1,0 +1,165 @@
+"""From images to results: reading, the network, encoding, each beside the others."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from vitadapter_zoo.detections import Detections, Instances, xywh
+from vitadapter_zoo.errors import ImageError
+from vitadapter_zoo.evaluation.dataset import Image
+from vitadapter_zoo.evaluation.run import ImageResult
+from vitadapter_zoo.images import NetworkInput
+from vitadapter_zoo.models import MaskRCNN
+from vitadapter_zoo.ops.masks import paste_rle
+
+AHEAD = 2  # images decoded, and images being encoded, while one is in the network
+
+
+@dataclass(frozen=True)
+class Task:
+    """An image with the bytes of its file, or why they cannot be had."""
+
+    image: Image
+    encoded: bytes
+    unreadable: str = ""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One image ready for the network."""
+
+    image: Image
+    sha256: str
+    input: NetworkInput
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """A detector and what its classes are called in the data set.
+
+    Attributes:
+        model: in evaluation mode.
+        category_ids: of each class, in the model's order.
+    """
+
+    model: MaskRCNN
+    category_ids: tuple[int, ...]
+
+    def prepare(self, task: Task) -> Prepared | ImageResult:
+        """Decode one image; where that fails, the result that says why it is left out."""
+        image = task.image
+        digest = hashlib.sha256(task.encoded).hexdigest()
+        try:
+            if task.unreadable:
+                raise ImageError(task.unreadable)
+            prepared = self.model.preprocess(task.encoded)
+            if prepared.original != image.size:
+                (height, width), (expected_height, expected_width) = prepared.original, image.size
+                raise ImageError(
+                    f"it has {width} x {height} pixels, the annotations say "
+                    f"{expected_width} x {expected_height}: it belongs to another data set"
+                )
+        except ImageError as error:
+            reason = f"{image.path}: {error}"
+            return ImageResult(image.image_id, image.size, image_sha256=digest, skipped=reason)
+        return Prepared(image, digest, prepared)
+
+    @torch.inference_mode()
+    def detect(self, prepared: Prepared) -> Instances | Detections:
+        """The network's part."""
+        return self.model.detect([prepared.input])[0]
+
+    def finish(self, prepared: Prepared, found: Instances | Detections) -> ImageResult:
+        """Encode what was found in COCO's terms."""
+        if isinstance(found, Detections):
+            masks = found.run_lengths()
+        else:
+            masks = paste_rle(found.mask_probabilities, found.boxes, found.size)
+        return ImageResult(
+            image_id=prepared.image.image_id,
+            size=prepared.image.size,
+            boxes=xywh(found.boxes),
+            scores=found.scores.tolist(),
+            category_ids=[self.category_ids[label] for label in found.labels.tolist()],
+            masks=masks,
+            image_sha256=prepared.sha256,
+        )
+
+
+@dataclass(frozen=True)
+class MmdetEvaluator(Evaluator):
+    """The same detector inside mmdet, through mmdet's own test pipeline.
+
+    Attributes:
+        peer: what ``vitadapter_zoo.backends.mmdet.from_native`` makes of ``model``.
+    """
+
+    peer: nn.Module
+
+    def detect(self, prepared: Prepared) -> Detections:
+        """All that mmdet does, from reading the file to masks on the image."""
+        from vitadapter_zoo.backends.mmdet import detect
+
+        return detect(self.peer, prepared.image.path)
+
+
+def read(image: Image) -> Task:
+    """The image with its file's bytes."""
+    try:
+        return Task(image, image.path.read_bytes())
+    except OSError as error:
+        return Task(image, b"", f"the file cannot be read: {error.strerror}")
+
+
+def stream(
+    evaluator: Evaluator, tasks: Iterator[Task], keep: Callable[[ImageResult], None]
+) -> None:
+    """Evaluate images as they come; the network runs in this thread and waits for nobody.
+
+    Args:
+        evaluator: the detector.
+        tasks: asked for from another thread, two images ahead.
+        keep: takes each result, in another thread, in order.
+    """
+    with ThreadPoolExecutor(1, "decode") as decoder, ThreadPoolExecutor(1, "encode") as encoder:
+        ended = threading.Event()
+
+        def next_prepared() -> Prepared | ImageResult | None:
+            task = None if ended.is_set() else next(tasks, None)
+            return None if task is None else evaluator.prepare(task)
+
+        def finish(prepared: Prepared, found: Instances | Detections) -> None:
+            keep(evaluator.finish(prepared, found))
+
+        coming = deque(decoder.submit(next_prepared) for _ in range(AHEAD))
+        going: deque[Future[None]] = deque()
+        try:
+            while (prepared := coming.popleft().result()) is not None:
+                coming.append(decoder.submit(next_prepared))
+                if isinstance(prepared, ImageResult):
+                    going.append(encoder.submit(keep, prepared))
+                else:
+                    going.append(encoder.submit(finish, prepared, evaluator.detect(prepared)))
+                while len(going) > AHEAD:
+                    going.popleft().result()
+        finally:
+            ended.set()
+        for future in going:
+            future.result()
+
+
+def until(deadline: float | None, images: Iterator[Image]) -> Iterator[Task]:
+    """Images with their bytes, until a moment of ``time.monotonic``; None for all."""
+    for image in images:
+        if deadline is not None and time.monotonic() > deadline:
+            return
+        yield read(image)

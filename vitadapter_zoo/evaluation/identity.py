@@ -1,0 +1,80 @@
+"""What the results of a run depend on, and where such a run is stored."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vitadapter_zoo import settings
+from vitadapter_zoo.environment import environment
+from vitadapter_zoo.evaluation.dataset import Dataset
+from vitadapter_zoo.models import MaskRCNN
+from vitadapter_zoo.weights import cache
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a run has to know of a detector, wherever that is loaded.
+
+    Attributes:
+        identity: what the results depend on, ready for JSON.
+        published: box and mask AP in points (0..100).
+    """
+
+    identity: dict[str, Any]
+    published: tuple[float, float]
+
+
+def facts_of(model: MaskRCNN, data: Dataset, backend: str = "native") -> Facts:
+    """The facts of a loaded detector."""
+    identity = run_identity(model, data, backend)
+    return Facts(identity, (model.row.box_ap, model.row.mask_ap))
+
+
+def run_identity(model: MaskRCNN, data: Dataset, backend: str = "native") -> dict[str, Any]:
+    """What the results of a run depend on, ready for JSON."""
+    weights = next(model.parameters())
+    kind = weights.device.type
+    found = environment()
+    processor = (
+        torch.cuda.get_device_name(weights.device)
+        if kind == "cuda"
+        else found["machine"]["processor"]
+    )
+    wanted = ("vitadapter-zoo", "torch", "torchvision", "opencv-python-headless")
+    return {
+        "model": model.row.name,
+        "backend": backend,
+        "weights_sha256": weights_sha256(model),
+        "input_size": list(model.row.input_size),
+        "mean": list(model.row.mean),
+        "std": list(model.row.std),
+        "classes": list(model.categories),
+        "annotations_sha256": data.sha256,
+        "precision": str(weights.dtype).removeprefix("torch."),
+        "device": kind,
+        "processor": processor,
+        "threads": torch.get_num_threads() if kind == "cpu" else None,
+        "operator": "compiled" if found["operator"][kind]["compiled"] else "reference",
+        "resize": "OpenCV bilinear",
+        "versions": {name: found["versions"][name] for name in wanted},
+    }
+
+
+def weights_sha256(model: MaskRCNN) -> str:
+    """The sha256 over every state-dict name and its values, whatever file they came from."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def run_directory(name: str, identity: dict[str, Any], cache_dir: settings.Home = None) -> Path:
+    """Where a run of that identity is kept by default."""
+    readable = Path(name).name or "model"
+    return settings.home(cache_dir) / "runs" / f"{readable}-{cache.digest(repr(identity))}"

@@ -1,0 +1,162 @@
+"""Several processes of this machine, each with the detector and a device of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import NoReturn
+
+import torch
+
+from vitadapter_zoo.errors import ZooError
+from vitadapter_zoo.evaluation.dataset import Image
+from vitadapter_zoo.evaluation.evaluator import read
+from vitadapter_zoo.evaluation.workers.pool import (
+    IMAGES_PER_WORKER,
+    Events,
+    Message,
+    Pool,
+    Spec,
+    WorkerEvaluator,
+    WorkerExit,
+)
+
+
+def processes(spec: Spec, count: int) -> Pool:
+    """A pool of ``count`` processes.
+
+    On ``cuda`` they take the devices in turn. On the CPU each has its part of the cores, at least
+    one, unless the options say how many.
+    """
+    places = itertools.cycle(_places(spec, count))
+    return Pool(lambda events: ProcessWorker(next(places), events), count)
+
+
+def _places(spec: Spec, count: int) -> list[Spec]:
+    device, threads = spec.device, spec.options.threads
+    if device.type == "cpu":
+        return [spec.with_threads(threads or max(1, cores() // count))]
+    if device.index is not None:
+        return [spec]
+    devices = torch.cuda.device_count()
+    return [spec.on_device(f"{device.type}:{index}") for index in range(max(1, devices))]
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+class ProcessWorker:
+    """A worker of its own process, spoken to through a pipe."""
+
+    def __init__(self, spec: Spec, events: Events) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_work, args=(spec, theirs), daemon=True)
+        with _interrupts_held():
+            self._process.start()
+        theirs.close()
+        self.name = f"worker process {self._process.pid}"
+        self._waiting = threading.Lock()  # of two who wait for a process, one never learns its end
+        # A thread for each: a process that stops in the middle of a message holds up no other.
+        listener = threading.Thread(
+            target=self._listen, args=(self._process, events), name=self.name, daemon=True
+        )
+        listener.start()
+
+    def send(self, image: Image) -> None:
+        """Name the image; the process reads the file itself."""
+        with contextlib.suppress(OSError):  # it is dead, and the listener says so
+            self._pipe.send(image)
+
+    def stop(self) -> None:
+        """Kill it, and wait until it is gone."""
+        self._process.kill()
+        with self._waiting:
+            self._process.join()
+
+    def _listen(self, process: BaseProcess, events: Events) -> None:
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                events.put((self, self._pipe.recv()))
+        with self._waiting:
+            process.join()
+        events.put((self, WorkerExit(_cause(process.exitcode))))
+
+
+def _cause(exit_code: int | None) -> str:
+    if exit_code == -signal.SIGKILL:
+        return "killed, by the system perhaps, for want of memory: fewer workers need less"
+    if exit_code is not None and exit_code < 0:
+        return f"ended by {signal.Signals(-exit_code).name}"
+    return (
+        f'ended with exit status {exit_code} (a script needs `if __name__ == "__main__":` around '
+        "what it does, because its workers import it)"
+    )
+
+
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Processes started meanwhile never see Ctrl-C: this one gets it, and ends them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _work(spec: Spec, pipe: Connection) -> None:
+    """What a worker process does, until it is killed or its parent is gone."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    sending = threading.Lock()
+
+    def say(message: Message) -> None:
+        with sending:
+            pipe.send(message)
+
+    def evaluate(image: Image) -> None:
+        try:
+            say(evaluator.evaluate(read(image)))
+        except Exception as error:
+            _give_up(say, error)
+
+    try:
+        evaluator = WorkerEvaluator(spec)
+    except ZooError as error:
+        say(error)
+        return
+    except Exception as error:
+        _give_up(say, error)
+    say(evaluator.facts)
+    with ThreadPoolExecutor(IMAGES_PER_WORKER, "image") as threads:
+        while True:
+            try:
+                image = pipe.recv()
+            except (EOFError, OSError):  # the parent is gone
+                os._exit(1)
+            threads.submit(evaluate, image)
+
+
+def _give_up(say: Callable[[Message], None], error: Exception) -> NoReturn:
+    """Say why, and end at once: another thread may be in the network for minutes."""
+    with contextlib.suppress(OSError):
+        say(WorkerExit(f"{type(error).__name__}: {error}"))
+    os._exit(1)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+    os._exit(1)

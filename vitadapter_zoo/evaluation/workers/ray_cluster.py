@@ -1,0 +1,183 @@
+"""The nodes of a Ray cluster, each with the detector and a device of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import socket
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future
+from typing import Any
+
+from vitadapter_zoo.errors import ZooError
+from vitadapter_zoo.evaluation.dataset import Image
+from vitadapter_zoo.evaluation.evaluator import Task, read
+from vitadapter_zoo.evaluation.identity import Facts
+from vitadapter_zoo.evaluation.run import ImageResult
+from vitadapter_zoo.evaluation.workers.pool import (
+    IMAGES_PER_WORKER,
+    Events,
+    Pool,
+    Spec,
+    WorkerEvaluator,
+    WorkerExit,
+)
+
+PLACING_SECONDS = 300  # for a node with room for a worker; autoscalers need minutes to add one
+
+
+@contextlib.contextmanager
+def actors(spec: Spec, address: str, count: int | None, most: int) -> Iterator[Pool]:
+    """A pool on a Ray cluster, joined for as long as the block runs.
+
+    Each worker has a GPU where ``spec.device`` is ``cuda``, and as many CPUs as it has threads
+    otherwise. The bytes of the images are sent; the detector comes from each node's own cache.
+
+    Args:
+        spec: what the workers load.
+        address: ``"auto"`` or a cluster's address.
+        count: of workers; by default the cluster's GPUs, or its nodes with CPUs.
+        most: workers that would have something to do.
+
+    Raises:
+        ZooError: Ray is not installed, no cluster is there, or it has no room for a worker.
+    """
+    ray = _ray()
+    joined = not ray.is_initialized()
+    if joined:
+        try:
+            _check_reachable(address)
+            ray.init(address=address, logging_level="warning", log_to_driver=False)
+        # Ray raises ConnectionError, ValueError, RuntimeError and its own, as the address has it.
+        except Exception as error:
+            raise ZooError(
+                f"cannot join the Ray cluster {address!r}: {_first_line(error)}; start one with "
+                "`ray start --head` and `ray start --address=HOST:PORT` on the other machines, or "
+                "leave --ray out"
+            ) from error
+    try:
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        spec, options, room = _plan(spec, nodes, count)
+        size = max(1, min(count or room, most))
+        remote = ray.remote(_Actor).options(
+            scheduling_strategy="SPREAD", max_concurrency=IMAGES_PER_WORKER + 1, **options
+        )
+        shared = ray.put(spec)
+        with Pool(lambda events: _Remote(ray, remote.remote(), shared, events), size) as pool:
+            yield pool
+    finally:
+        if joined:
+            ray.shutdown()
+
+
+def _ray() -> Any:
+    try:
+        return importlib.import_module("ray")
+    except ImportError as error:
+        raise ZooError(
+            "Ray is not installed here: `pip install 'vitadapter-zoo[ray]'`, on every node, or "
+            "leave --ray out"
+        ) from error
+
+
+def _check_reachable(address: str) -> None:
+    """Fail where nobody listens, for which Ray itself would wait for minutes."""
+    host, _, port = address.rpartition(":")
+    if host and "/" not in host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=10).close()
+
+
+def _plan(
+    spec: Spec, nodes: list[dict[str, float]], count: int | None
+) -> tuple[Spec, dict[str, float], int]:
+    """The spec with its threads, what a worker asks of a node, and how many are the default."""
+    if spec.device.type == "cuda":
+        gpus = int(sum(node.get("GPU", 0) for node in nodes))
+        if not gpus:
+            raise ZooError("no node of the Ray cluster has a GPU: leave --device out, or add one")
+        return spec, {"num_gpus": 1, "num_cpus": 0}, gpus
+    cores = [int(node.get("CPU", 0)) for node in nodes if node.get("CPU", 0) >= 1]
+    if not cores:
+        raise ZooError("no node of the Ray cluster has CPUs to lend: start one with --num-cpus")
+    threads = spec.options.threads
+    if threads is None:
+        each = -(-(count or len(cores)) // len(cores))  # workers of a node, rounded up
+        threads = max(1, min(cores) // each)
+    if threads > max(cores):
+        raise ZooError(
+            f"no node of the Ray cluster has {threads} CPUs, which so many threads ask for: "
+            f"the largest has {max(cores)}"
+        )
+    return spec.with_threads(threads), {"num_cpus": threads}, len(cores)
+
+
+class _Actor:
+    """What runs on a node."""
+
+    def place(self) -> str:
+        """Answered as soon as there is a node: its name."""
+        return str(_ray().util.get_node_ip_address())
+
+    def load(self, spec: Spec) -> Facts | ZooError:
+        """Load the detector; the error as a value, for Ray would wrap it."""
+        try:
+            self._evaluator = WorkerEvaluator(spec)
+        except ZooError as error:
+            return error
+        return self._evaluator.facts
+
+    def evaluate(self, task: Task) -> ImageResult:
+        """Evaluate one image."""
+        return self._evaluator.evaluate(task)
+
+
+class _Remote:
+    """A worker on a node, spoken to through Ray."""
+
+    def __init__(self, ray: Any, actor: Any, spec: Any, events: Events) -> None:
+        self._ray, self._actor, self._spec, self._events = ray, actor, spec, events
+        self.name = "a Ray worker"
+        placed = actor.place.remote().future()
+        placed.add_done_callback(self._load)
+        self._late = threading.Timer(PLACING_SECONDS, self._give_up)
+        self._late.daemon = True
+        self._late.start()
+
+    def _load(self, placed: Future[str]) -> None:
+        self._late.cancel()
+        if placed.exception() is None:
+            self.name = f"the Ray worker on node {placed.result()}"
+            self._actor.load.remote(self._spec).future().add_done_callback(self._tell)
+        else:
+            self._tell(placed)
+
+    def send(self, image: Image) -> None:
+        """Send the image's bytes."""
+        self._actor.evaluate.remote(read(image)).future().add_done_callback(self._tell)
+
+    def stop(self) -> None:
+        """Kill it, wherever it is."""
+        self._late.cancel()
+        self._ray.kill(self._actor)
+
+    def _tell(self, done: Future[Any]) -> None:
+        error = done.exception()
+        message = WorkerExit(_reason(error)) if error is not None else done.result()
+        self._events.put((self, message))
+
+    def _give_up(self) -> None:
+        reason = f"in {PLACING_SECONDS} s no node of the cluster had room for it"
+        self._events.put((self, WorkerExit(reason)))
+
+
+def _reason(error: BaseException) -> str:
+    """Ray's many lines in one."""
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, BaseException):  # what the actor's own code raised
+        return f"{type(cause).__name__}: {cause}"
+    return " ".join(line.strip() for line in str(error).splitlines() if line.strip())[:400]
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

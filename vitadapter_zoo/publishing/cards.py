@@ -1,0 +1,185 @@
+"""Model cards: everything the catalog knows of a checkpoint, in the Hub's form."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from vitadapter_zoo.catalog import ROWS, Row
+from vitadapter_zoo.weights import atomic
+
+DATASET = "COCO val2017"
+SOURCE = "https://github.com/czczup/ViT-Adapter/tree/main/detection"
+# Pretrained weights that the Hub has too; the others are named by their address in the text.
+BASE_MODELS = {
+    "DeiT-T": "facebook/deit-tiny-patch16-224",
+    "DeiT-S": "facebook/deit-small-patch16-224",
+    "DeiT-B": "facebook/deit-base-patch16-224",
+    "AugReg-L": "timm/vit_large_patch16_384.augreg_in21k_ft_in1k",
+}
+TAGS = ["object-detection", "instance-segmentation", "mask-rcnn", "vit-adapter"]
+CITATION = """@inproceedings{chen2023vitadapter,
+  title={Vision Transformer Adapter for Dense Predictions},
+  author={Chen, Zhe and Duan, Yuchen and Wang, Wenhai and He, Junjun and Lu, Tong and Dai, Jifeng
+          and Qiao, Yu},
+  booktitle={International Conference on Learning Representations},
+  year={2023}
+}"""
+
+
+def card(row: Row) -> ModelCard:
+    """The card of one row: metadata with its published results, and the text."""
+    return ModelCard(f"---\n{metadata(row).to_yaml()}\n---\n\n{_text(row)}")
+
+
+def metadata(row: Row) -> ModelCardData:
+    """The card's metadata, with one result for boxes and one for masks."""
+    results = [
+        EvalResult(
+            task_type=task,
+            dataset_type="coco",
+            dataset_name=DATASET,
+            dataset_split="val2017",
+            metric_type=kind,
+            metric_name=name,
+            metric_value=value,
+            source_name="ViT-Adapter, detection results",
+            source_url=SOURCE,
+        )
+        for task, kind, name, value in (
+            ("object-detection", "box_ap", "box AP", row.box_ap),
+            ("instance-segmentation", "mask_ap", "mask AP", row.mask_ap),
+        )
+    ]
+    return ModelCardData(
+        license=row.license.lower(),
+        library_name="vitadapter-zoo",
+        pipeline_tag="image-segmentation",
+        tags=[*TAGS, "coco"],
+        datasets=["detection-datasets/coco"],
+        base_model=BASE_MODELS.get(row.pretraining_name),
+        model_name=row.name,
+        eval_results=results,
+    )
+
+
+def saved_card(row: Row, categories: Sequence[str]) -> ModelCard:
+    """The card of a detector that its user saved: what it is, and no results but its own to add."""
+    data = ModelCardData(
+        license=row.license.lower(),
+        library_name="vitadapter-zoo",
+        pipeline_tag="image-segmentation",
+        tags=TAGS,
+        base_model=BASE_MODELS.get(row.pretraining_name),
+    )
+    shown = ", ".join(categories[:10]) + (", ..." if len(categories) > 10 else "")
+    return ModelCard(f"""---
+{data.to_yaml()}
+---
+
+# {row.backbone} with Mask R-CNN
+
+A detector built like `{row.name}`, saved by vitadapter-zoo. Whether it was trained further is not
+known to what wrote this card: say here on what, how, and what it reaches. The results of
+`{row.name}` itself, as published: <{SOURCE}>.
+
+{len(categories)} classes: {shown}
+
+```python
+import vitadapter_zoo
+
+model = vitadapter_zoo.load("user/repo")  # this repository's name, or the path of this folder
+detections = model.predict("photo.jpg")[0].filter(0.5)
+```
+""")
+
+
+def write(row: Row, folder: Path) -> Path:
+    """Write the row's card as ``<folder>/<name>.md``; return its path.
+
+    Raises:
+        ZooError: the folder cannot be written to.
+    """
+    path = folder / f"{row.name}.md"
+    atomic.write_text(path, str(card(row)).rstrip() + "\n")
+    return path
+
+
+def _text(row: Row) -> str:
+    neck = "an FPN" if row.fpn else "a channel mapper instead of an FPN"
+    schedule = (
+        "12 epochs (1x) at 1333 x 800"
+        if row.schedule == "1x"
+        else "36 epochs (3x), multi-scale: shortest side 480 to 800, longest at most 1333"
+    )
+    notes = f"\n{row.notes}\n" if row.notes else ""
+    log = f"\nTraining log: <{row.log_url}>." if row.log_url else ""
+    mean, std = (", ".join(f"{value:g}" for value in triple) for triple in (row.mean, row.std))
+    return f"""# {row.name}
+
+{row.backbone} with Mask R-CNN and {neck}, trained on COCO by the authors of
+[ViT-Adapter]({row.paper}), starting from [{row.pretraining_name}]({row.pretraining_url}). It finds
+objects of COCO's 80 classes with their boxes and masks. About {row.parameters}M parameters, as
+published.
+{notes}
+## Use
+
+```python
+import vitadapter_zoo
+
+model = vitadapter_zoo.load("{row.name}")
+detections = model.predict("photo.jpg")[0].filter(0.5)
+print(detections.class_names, detections.boxes)  # xyxy, image pixels
+```
+
+```sh
+vitadapter-zoo predict photo.jpg --model {row.name}
+```
+
+Images are resized to fit {row.input_size[0]} x {row.input_size[1]} and normalised with mean
+({mean}) and standard deviation ({std}) of RGB, 0 to 255; `model.predict` does that.
+
+## Results
+
+COCO val2017, as published by the authors, not measured again here:
+
+{_table(row)}
+
+## Training
+
+By the authors, with [{row.config}]({SOURCE}/configs/mask_rcnn): COCO train2017, {schedule}, AdamW.
+{log}
+## Intended use and limits
+
+For research and as a starting point for fine-tuning. The classes are COCO's: everyday objects in
+ordinary photographs. Other pictures (medical, aerial, drawings), small or crowded objects and
+unusual views are found less well, COCO's bias in places and people is inherited, and scores are not
+calibrated probabilities. Not for decisions about people or for safety without tests of your own.
+
+The published file: <{row.checkpoint_url}>, {row.license}.
+
+## Citation
+
+```bibtex
+{CITATION}
+```
+"""
+
+
+def _table(shown: Row) -> str:
+    lines = [
+        "| model | pretraining | schedule | FPN | box AP | mask AP |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in ROWS:
+        mark = "**" if row == shown else ""
+        cells = (
+            row.name,
+            row.pretraining_name,
+            row.schedule,
+            "yes" if row.fpn else "no",
+            f"{row.box_ap:.1f}",
+            f"{row.mask_ap:.1f}",
+        )
+        lines.append("| " + " | ".join(f"{mark}{cell}{mark}" for cell in cells) + " |")
+    return "\n".join(lines)

@@ -1,0 +1,140 @@
+"""The live display of an evaluation: one line on stderr, only where that is a terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vitadapter_zoo.evaluation.dataset import Image
+from vitadapter_zoo.evaluation.run import ImageResult, Run
+from vitadapter_zoo.evaluation.scoring import KINDS, NOTHING, Annotations, tabulate
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+SCORING_SHARE = 50  # at least this many times as long passes between two scorings as one takes
+
+Watch = Callable[[Run, Sequence[Image]], None]
+
+
+@contextlib.contextmanager
+def evaluation(
+    annotations: Path, shown: bool = True, max_minutes: float | None = None
+) -> Iterator[Watch | None]:
+    """Show images done, images per second, time left and the AP so far while the block runs.
+
+    Args:
+        annotations: the annotation file, for the running AP.
+        shown: False shows nothing, as does a stderr that is no terminal.
+        max_minutes: after which the run ends by itself.
+
+    Yields:
+        What ``verify`` takes as ``watch``; None where nothing is shown.
+    """
+    if not (shown and sys.stderr.isatty()):
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    limit = "" if max_minutes is None else f", for {max_minutes:g} min at most"
+    progress = Progress(
+        TextColumn(f"images{limit}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[speed]}"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[ap]}"),
+        console=Console(stderr=True, highlight=False),
+        speed_estimate_period=300,  # seconds; on a CPU an image may take ten
+    )
+    with ThreadPoolExecutor(1, "running-ap") as scorer, contextlib.ExitStack() as ending:
+        ending.callback(progress.stop)
+        yield _Line(progress, RunningAP(annotations, scorer)).show
+
+
+class _Line:
+    """The line; it begins with the first image, after the progress bars of downloads."""
+
+    def __init__(self, progress: Progress, running: RunningAP) -> None:
+        self._progress = progress
+        self._running = running
+        self._task: TaskID | None = None
+        self._before = 0
+        self._calls = 0
+        self._began = time.monotonic()
+
+    def show(self, run: Run, images: Sequence[Image]) -> None:
+        """Take note of one more image."""
+        self._calls += 1
+        if self._task is None:
+            self._before = sum(image.image_id in run.results for image in images) - 1
+            self._began = time.monotonic()
+            self._progress.start()
+            if self._before:
+                self._progress.console.print(
+                    f"{self._before:,} of {len(images):,} images were there already"
+                )
+            self._task = self._progress.add_task(
+                "", total=len(images), completed=self._before, speed="", ap=""
+            )
+        passed = time.monotonic() - self._began
+        speed = f"{(self._calls - 1) / passed:.2f} images/s" if self._calls > 1 else ""
+        self._progress.update(
+            self._task,
+            completed=min(len(images), self._before + self._calls),
+            speed=speed,
+            ap=self._running.text(run, images),
+        )
+
+
+class RunningAP:
+    """The AP of the images so far, computed beside the run and seldom enough not to slow it.
+
+    Args:
+        annotations: the annotation file.
+        scorer: where the scoring is done; one thread.
+    """
+
+    def __init__(self, annotations: Path, scorer: ThreadPoolExecutor) -> None:
+        self._path = annotations
+        self._scorer = scorer
+        self._annotations: Annotations | None = None
+        self._pending: Future[tuple[str, float]] | None = None
+        self._text = ""
+        self._not_before = 0.0
+
+    def text(self, run: Run, images: Sequence[Image]) -> str:
+        """The last known AP; begins the next scoring where that is due."""
+        if self._pending is not None and self._pending.done():
+            self._text, cost = self._pending.result()
+            self._pending = None
+            self._not_before = time.monotonic() + SCORING_SHARE * cost
+        if self._pending is None and time.monotonic() >= self._not_before:
+            results = [
+                run.results[image.image_id] for image in images if image.image_id in run.results
+            ]
+            self._pending = self._scorer.submit(self._score, results)
+        return self._text
+
+    def _score(self, results: Sequence[ImageResult]) -> tuple[str, float]:
+        began = time.monotonic()
+        if self._annotations is None:
+            self._annotations = Annotations(self._path)
+        good = tabulate([result for result in results if not result.skipped])
+        values = []
+        for kind in KINDS:
+            ap = self._annotations.score(good, kind).ap
+            values.append(f"{kind} {'-' if ap == NOTHING else f'{100 * ap:.1f}'}")
+        return f"AP of {len(good.image_ids):,}: {', '.join(values)}", time.monotonic() - began

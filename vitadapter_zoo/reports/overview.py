@@ -1,0 +1,150 @@
+"""Every row of the catalog verified: one page and one JSON for the zoo."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from vitadapter_zoo import settings
+from vitadapter_zoo.catalog import ROWS, Row
+from vitadapter_zoo.errors import ZooError
+from vitadapter_zoo.evaluation.scoring import NOTHING
+from vitadapter_zoo.evaluation.verdict import Verdict, Verification
+from vitadapter_zoo.reports import page, report
+from vitadapter_zoo.weights import atomic, cache
+
+PAGE, FIGURES_FILE = "index.html", "index.json"
+
+
+@dataclass(frozen=True)
+class Figures:
+    """One AP of a row in points (0..100); None where it is not known, or was not measured."""
+
+    published: float | None
+    measured: float | None = None
+    difference: float | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one row.
+
+    Attributes:
+        model: load name.
+        status: the verdict; failed where the row could not run, pending before its turn.
+        reason: of the verdict, or the error.
+        box: box AP.
+        mask: mask AP.
+        report: path of the row's own page, from the page of all.
+    """
+
+    model: str
+    status: Verdict | Literal["failed", "pending"]
+    reason: str
+    box: Figures
+    mask: Figures
+    report: str | None = None
+
+
+def verify_all(
+    evaluate: Callable[[Row], Verification],
+    annotations: Path,
+    directory: Path | None,
+    *,
+    command: str | None = None,
+    rows: Sequence[Row] = ROWS,
+) -> dict[str, Any]:
+    """Evaluate one row after the other; one that cannot run does not stop the others.
+
+    Args:
+        evaluate: what verifies a row.
+        annotations: what it is evaluated on.
+        directory: where ``index.html``, ``index.json`` and a folder for each row are written,
+            anew after each row; None writes nothing.
+        command: that led to it, for those who want to repeat it.
+        rows: of the catalog.
+
+    Returns:
+        The content of index.json.
+
+    Raises:
+        ZooError: ``directory`` cannot be written to.
+    """
+    import torch
+
+    outcomes = {
+        row.name: Outcome(row.name, "pending", "not yet evaluated", *_published(row))
+        for row in rows
+    }
+    content: dict[str, Any] = {}
+    for row in rows:
+        try:
+            found = evaluate(row)
+        except (ZooError, torch.OutOfMemoryError) as error:
+            outcomes[row.name] = Outcome(row.name, "failed", str(error), *_published(row))
+        else:
+            place = None if directory is None else f"{row.name}/{report.PAGE}"
+            if directory is not None:
+                report.write(found, directory / row.name, command=command)
+            box, mask = (
+                Figures(one.published, one.measured, one.difference) for one in found.comparisons
+            )
+            outcomes[row.name] = Outcome(
+                row.name, found.verdict, found.reason, box, mask, report=place
+            )
+        content = {
+            "date": atomic.now(),
+            "command": command,
+            "annotations": str(annotations),
+            "rows": [asdict(outcome) for outcome in outcomes.values()],
+        }
+        if directory is not None:
+            _write(content, directory)
+    return content
+
+
+def _published(row: Row) -> tuple[Figures, Figures]:
+    return Figures(row.box_ap), Figures(row.mask_ap)
+
+
+def _write(content: dict[str, Any], directory: Path) -> None:
+    with cache.locked(settings.home(), f"report-{cache.digest(str(directory.resolve()))}"):
+        atomic.write_json(directory / FIGURES_FILE, content)
+        atomic.write_text(directory / PAGE, page.index(content))
+
+
+def print_table(content: dict[str, Any]) -> None:
+    """Print published, measured, difference and verdict of every row."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    table = Table(box=None, pad_edge=False, caption="published, measured, difference")
+    table.add_column("model", no_wrap=True)
+    table.add_column("box AP", justify="right", no_wrap=True)
+    table.add_column("mask AP", justify="right", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
+    for row in content["rows"]:
+        color = report.COLORS.get(row["status"], "red")
+        verdict = f"[{color}]{row['status']}[/{color}]"
+        table.add_row(row["model"], _cell(row["box"]), _cell(row["mask"]), verdict)
+    console.print(table)
+    for row in content["rows"]:
+        if row["status"] == "failed":
+            console.print(f"{row['model']}: {escape(row['reason'])}", soft_wrap=True)
+
+
+def _cell(figures: dict[str, float | None]) -> str:
+    """Published, measured and difference below those of the other rows."""
+    published, measured, difference = (
+        figures[name] for name in ("published", "measured", "difference")
+    )
+    unknown = measured is None or measured == NOTHING
+    return (
+        ("-" if published is None else f"{published:.1f}").rjust(4)
+        + ("-" if unknown else f"{measured:.2f}").rjust(6)
+        + ("-" if difference is None else f"{difference:+.1f}").rjust(6)
+    )

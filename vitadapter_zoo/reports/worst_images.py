@@ -1,0 +1,208 @@
+"""The images with the most mistakes, and pictures that show them."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from hotcoco import mask as coco_mask
+from PIL import Image, ImageDraw, ImageFont
+
+from vitadapter_zoo.errors import ImageError
+from vitadapter_zoo.evaluation.run import ImageResult
+from vitadapter_zoo.evaluation.scoring import Annotations, Unmatched
+from vitadapter_zoo.evaluation.verdict import Verification
+from vitadapter_zoo.images import RGB, read_image
+
+SCORE = 0.3  # detections that count here; what `vitadapter-zoo predict` shows too
+SHOWN = 8
+LONGEST_SIDE = 480  # pixels of a picture
+TEXT_HEIGHT = 14
+PICTURE_BYTES = 2_000_000  # of all pictures together: a page that can be mailed
+GOOD, FALSE, MISSED, CROWD = (72, 199, 116), (255, 92, 92), (255, 179, 64), (170, 170, 170)
+
+
+@dataclass(frozen=True)
+class WorstImage:
+    """One image and what the detector got wrong in it.
+
+    Attributes:
+        image_id: the annotation file's.
+        file_name: inside the folder of images.
+        objects: annotated ones, crowds left out.
+        missed: how many of them no detection of their class matches at mask IoU 0.5.
+        false: detections that match no object.
+    """
+
+    image_id: int
+    file_name: str
+    objects: int
+    missed: int
+    false: int
+
+
+@dataclass(frozen=True)
+class _Outline:
+    """One object to draw: RLE, ``[x, y, width, height]`` in image pixels, text, RGB."""
+
+    rle: dict[str, Any]
+    box: Sequence[float]
+    text: str
+    color: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """JPEG files of one image: the annotations on it, and the detections."""
+
+    annotations: bytes
+    detections: bytes
+
+
+def worst(found: Verification) -> list[tuple[WorstImage, Pictures | str]]:
+    """The images with the most mistakes, the worst first.
+
+    A mistake is an object that no detection of its class with a score of at least 0.3 matches at
+    mask IoU 0.5, or such a detection without an object. Of images with equally many, the one of
+    the lowest id comes first.
+
+    Args:
+        found: an evaluation.
+
+    Returns:
+        At most 8, with pictures or with why there are none.
+    """
+    results = [_confident(result) for result in found.results]
+    annotations = Annotations(found.annotations)
+    judged = zip(results, annotations.unmatched(results, "mask"), strict=True)
+    ranked = sorted(
+        judged, key=lambda pair: (-len(pair[1].missed) - len(pair[1].false), pair[0].image_id)
+    )
+    names = dict(zip(annotations.category_ids, annotations.category_names, strict=True))
+    chosen: list[tuple[WorstImage, Pictures | str]] = []
+    room = PICTURE_BYTES
+    for result, unmatched in ranked[:SHOWN]:
+        if not (unmatched.missed or unmatched.false):
+            break
+        objects = annotations.objects(result.image_id)
+        mistakes = WorstImage(
+            image_id=result.image_id,
+            file_name=annotations.file_name(result.image_id),
+            objects=sum(not one["iscrowd"] for one in objects),
+            missed=len(unmatched.missed),
+            false=len(unmatched.false),
+        )
+        shown = _pictures(found, mistakes.file_name, result, unmatched, objects, names)
+        if isinstance(shown, Pictures):
+            room -= len(shown.annotations) + len(shown.detections)
+            shown = shown if room >= 0 else "the page has as many pictures as it may"
+        chosen.append((mistakes, shown))
+    return chosen
+
+
+def _confident(result: ImageResult) -> ImageResult:
+    kept = [place for place, score in enumerate(result.scores) if score >= SCORE]
+    return replace(
+        result,
+        boxes=[result.boxes[place] for place in kept],
+        scores=[result.scores[place] for place in kept],
+        category_ids=[result.category_ids[place] for place in kept],
+        masks=[result.masks[place] for place in kept],
+    )
+
+
+def _pictures(
+    found: Verification,
+    file_name: str,
+    result: ImageResult,
+    unmatched: Unmatched,
+    objects: Sequence[dict[str, Any]],
+    names: Mapping[int, str],
+) -> Pictures | str:
+    if found.images is None:
+        return "the images were not given"
+    path: Path = found.images / file_name
+    try:
+        rgb = read_image(path)
+    except ImageError as error:
+        return str(error)
+    if rgb.shape[:2] != result.size:
+        return f"{path} is not the annotated image: its size differs"
+    annotated = [
+        _Outline(
+            one["rle"],
+            one["bbox"],
+            names[one["category_id"]],
+            CROWD if one["iscrowd"] else MISSED if one["id"] in unmatched.missed else GOOD,
+        )
+        for one in objects
+    ]
+    detected = [
+        _Outline(
+            segmentation, box, f"{names[category]} {score:.2f}",
+            FALSE if place in unmatched.false else GOOD,
+        )
+        for place, (segmentation, box, category, score) in enumerate(
+            zip(
+                result.segmentations(), result.boxes, result.category_ids, result.scores,
+                strict=True,
+            )
+        )
+    ]  # fmt: skip
+    return Pictures(_drawn(rgb, annotated), _drawn(rgb, detected))
+
+
+def _drawn(rgb: RGB, outlines: Sequence[_Outline]) -> bytes:
+    """The image at 480 pixels with masks and texts, as JPEG; mistakes and small objects on top."""
+    height, width = rgb.shape[:2]
+    scale = LONGEST_SIDE / max(height, width)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    shrinks = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
+    canvas = cv2.resize(rgb, size, interpolation=shrinks)
+    layer = canvas.copy()
+    ordered = sorted(outlines, key=lambda one: (one.color in (FALSE, MISSED), -_area(one)))
+    edges = []
+    for one in ordered:
+        pixels = np.asarray(coco_mask.decode(one.rle), np.uint8)
+        inside = cv2.resize(pixels, size, interpolation=cv2.INTER_NEAREST)
+        layer[inside > 0] = one.color
+        edges.append(cv2.findContours(inside, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)[0])
+    canvas = cv2.addWeighted(canvas, 0.65, layer, 0.35, 0)
+    for one, contours in zip(ordered, edges, strict=True):
+        cv2.drawContours(canvas, contours, -1, one.color, 1)
+    picture = Image.fromarray(canvas)
+    _write_texts(picture, ordered[::-1], scale)
+    encoded = io.BytesIO()
+    picture.save(encoded, "JPEG", quality=80)
+    return encoded.getvalue()
+
+
+def _area(one: _Outline) -> float:
+    return float(one.box[2] * one.box[3])
+
+
+def _write_texts(picture: Image.Image, outlines: Sequence[_Outline], scale: float) -> None:
+    """A text at each box's upper left corner, the first ones first, where there is room for it."""
+    draw = ImageDraw.Draw(picture)
+    font = ImageFont.load_default()
+    taken: list[tuple[float, float, float, float]] = []
+    for one in outlines:
+        width = draw.textlength(one.text, font=font) + 4
+        x = max(0.0, min(one.box[0] * scale, picture.width - width))
+        y = max(0.0, one.box[1] * scale - TEXT_HEIGHT)
+        place = (x, y, x + width, y + TEXT_HEIGHT)
+        if any(_overlap(place, other) for other in taken):
+            continue
+        taken.append(place)
+        draw.rectangle(place, fill=one.color)
+        draw.text((x + 2, y + 1), one.text, fill=(0, 0, 0), font=font)
+
+
+def _overlap(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
+    left, top, right, bottom = one
+    return left < other[2] and other[0] < right and top < other[3] and other[1] < bottom

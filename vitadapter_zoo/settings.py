@@ -1,0 +1,53 @@
+"""The environment variables that the package reads when it runs, and the folder of its cache.
+
+``setup.py`` imports this module where only Python's standard library may be installed.
+"""
+
+import os
+from pathlib import Path
+from typing import TypeAlias
+
+from vitadapter_zoo.errors import ZooError
+
+Home: TypeAlias = str | os.PathLike[str] | None
+
+
+def home(cache_dir: Home = None) -> Path:
+    """The cache's directory: the argument, else ``$VITADAPTER_ZOO_HOME``, else the platform's."""
+    chosen = cache_dir or os.environ.get("VITADAPTER_ZOO_HOME")
+    if not chosen:
+        import platformdirs
+
+        chosen = platformdirs.user_cache_dir("vitadapter-zoo", appauthor=False)
+    return Path(chosen).resolve()
+
+
+def is_offline(offline: bool | None = None) -> bool:
+    """The argument, else whether ``VITADAPTER_ZOO_OFFLINE`` is set to 1, true, yes or on."""
+    if offline is not None:
+        return offline
+    return os.environ.get("VITADAPTER_ZOO_OFFLINE", "").lower() in ("1", "true", "yes", "on")
+
+
+def operator() -> str:
+    """What ``VITADAPTER_ZOO_OP`` asks for: ``compiled``, ``reference`` or nothing (``""``).
+
+    Raises:
+        ZooError: the variable has another value.
+    """
+    wish = os.environ.get("VITADAPTER_ZOO_OP", "")
+    if wish not in ("", "compiled", "reference"):
+        raise ZooError(f"VITADAPTER_ZOO_OP is {wish!r}; it may be 'compiled' or 'reference'")
+    return wish
+
+
+def build_for_cuda() -> bool | None:
+    """What ``VITADAPTER_ZOO_CUDA`` says of compiling for CUDA; None where it is not set.
+
+    Raises:
+        ZooError: the variable is neither 0 nor 1.
+    """
+    wish = os.environ.get("VITADAPTER_ZOO_CUDA", "")
+    if wish not in ("", "0", "1"):
+        raise ZooError(f"VITADAPTER_ZOO_CUDA is {wish!r}; it may be 0 or 1")
+    return wish == "1" if wish else None

@@ -1,0 +1,370 @@
+"""Fetch one file over HTTP: whole, or not at all, going on where a lost connection left it.
+
+The bytes go to ``<target>.part``, and ``<target>.part.json`` says what they are part of, so that a
+later call, in this process or another, asks for the rest alone (Range with If-Range). A part whose
+server gives nothing to recognise the file by is not kept, because its rest cannot be asked for.
+"""
+
+import email.utils
+import hashlib
+import io
+import json
+import os
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from urllib.parse import unquote, urlparse
+
+import requests
+
+from vitadapter_zoo.errors import DownloadError, ZooError
+from vitadapter_zoo.weights import atomic
+from vitadapter_zoo.weights.cache import Known
+from vitadapter_zoo.weights.progress import Report, silent
+
+CHUNK = 1 << 16  # bytes; what a lost connection loses at most
+RETRY_STATUSES = (408, 425, 429)  # statuses that may pass, beside every 5xx
+HASH_IN_NAME = re.compile(r"-(?=\d*[a-f])([0-9a-f]{8,64})\.(?:pth|pt|bin|npz|safetensors)\b")
+
+
+@dataclass(frozen=True)
+class RetryPolicy:
+    """How long a server is borne with.
+
+    Attributes:
+        attempts: failures in a row, without one new byte, before giving up.
+        failures: failures in all before giving up.
+        backoff: seconds before the second attempt; doubled for each further one.
+        longest_wait: seconds; a Retry-After beyond it is an error rather than a wait.
+        connect: seconds to connect.
+        stall: seconds without any data after which a connection counts as lost.
+    """
+
+    attempts: int = 4
+    failures: int = 100
+    backoff: float = 0.5
+    longest_wait: float = 120
+    connect: float = 10
+    stall: float = 30
+
+
+DEFAULT_RETRY = RetryPolicy()
+
+
+@dataclass(frozen=True)
+class _RemoteFile:
+    """What the server said of the file that a part belongs to."""
+
+    url: str
+    total: int | None
+    etag: str | None
+    modified: str | None
+
+    @property
+    def validator(self) -> str | None:
+        """What makes If-Range sure that it is still the same file; weak ETags do not."""
+        weak = self.etag is None or self.etag.startswith("W/")
+        return self.modified if weak else self.etag
+
+    def differs(self, headers: Mapping[str, str]) -> bool:
+        """Whether an answer to a Range names another file: not every server minds If-Range."""
+        named = (headers.get("ETag"), headers.get("Last-Modified"))
+        known = (self.etag, self.modified)
+        return any(
+            new != old for new, old in zip(named, known, strict=True) if new is not None and old
+        )
+
+
+class _InterruptedError(Exception):
+    """An attempt failed in a way that may pass."""
+
+    def __init__(self, reason: str, wait: float | None = None) -> None:
+        super().__init__(reason)
+        self.wait = wait
+
+
+class _Part:
+    """The bytes so far on the disk, with their running hash."""
+
+    def __init__(self, target: Path, url: str) -> None:
+        self.path = atomic.part_of(target)
+        self.record = atomic.part_record_of(target)
+        self.announced: _RemoteFile | None = None
+        self.digest = hashlib.sha256()
+        self.size = 0
+        self._resume(url)
+
+    def _resume(self, url: str) -> None:
+        try:
+            announced = _RemoteFile(**json.loads(self.record.read_text()))
+            size = self.path.stat().st_size
+        except (OSError, ValueError, TypeError):
+            self.drop()
+            return
+        fits = announced.total is None or size <= announced.total
+        if announced.url != url or announced.validator is None or not fits:
+            self.drop()
+            return
+        self.digest = atomic.hashed(self.path)
+        self.announced, self.size = announced, size
+
+    def begin(self, announced: _RemoteFile) -> None:
+        """Start from the first byte."""
+        self.drop()
+        self.announced = announced
+        self.record.write_text(json.dumps(asdict(announced), indent=2) + "\n")
+        self.path.touch()
+
+    def drop(self) -> None:
+        self.path.unlink(missing_ok=True)
+        self.record.unlink(missing_ok=True)
+        self.announced, self.digest, self.size = None, hashlib.sha256(), 0
+
+    def drop_unless_resumable(self) -> None:
+        if self.announced is None or self.announced.validator is None:
+            self.drop()
+
+    def finish(self, target: Path) -> None:
+        """Give the file its name; the record stays, for a process that dies before it uses it."""
+        with self.path.open("rb") as written:
+            os.fsync(written.fileno())
+        self.path.replace(target)
+
+
+def download(
+    url: str,
+    target: Path,
+    sha256: str | None = None,
+    *,
+    report: Report = silent,
+    retry: RetryPolicy = DEFAULT_RETRY,
+) -> Known:
+    """Download ``url`` into ``target``, which appears only when it is whole.
+
+    Lost connections, stalls and busy servers are met with further attempts that go on where the
+    last one ended. Proxies come from the environment. Only one process may download into a target
+    at a time: the caller holds a lock.
+
+    Args:
+        url: http or https.
+        target: file to write; the parts lie beside it.
+        sha256: the hash that the file must have, or its first digits, where it is known.
+        report: told of the bytes so far and in all.
+        retry: how often and how long to try.
+
+    Raises:
+        DownloadError: unreachable, refused, cut short, a web page, or another hash.
+        ZooError: the disk is full or cannot be written to.
+    """
+    finished = _finished(url, target, sha256)
+    if finished:
+        return finished
+    part = _Part(target, url)
+    resumed = part.size > 0
+    with requests.Session() as session:
+        _fetch(session, url, part, report, retry)
+        if resumed and not _is(part, sha256):
+            part.drop()  # the part may have been damaged: once more, from the first byte
+            _fetch(session, url, part, report, retry)
+    digest, size = part.digest.hexdigest(), part.size
+    if not _is(part, sha256):
+        part.drop()
+        raise DownloadError(
+            f"{url} is not the published file: sha256 {digest}, expected {sha256}; the file was "
+            "changed or damaged on its way. To use it all the same, download it yourself and pass "
+            "its path as the checkpoint"
+        )
+    etag = part.announced.etag if part.announced else None
+    with atomic.writing_to(target.parent):
+        part.finish(target)
+    return Known(url, digest, size, etag, atomic.now())
+
+
+def _finished(url: str, target: Path, sha256: str | None) -> Known | None:
+    """An earlier process's whole download that it died before using; removed if it is not that."""
+    try:
+        announced = _RemoteFile(**json.loads(atomic.part_record_of(target).read_text()))
+        status = target.stat()
+    except (OSError, ValueError, TypeError):
+        announced = None
+    digest = atomic.sha256(target) if announced and announced.url == url else ""
+    if announced and digest and digest.startswith(sha256 or ""):
+        return Known(url, digest, status.st_size, announced.etag, atomic.time_of(status.st_mtime))
+    target.unlink(missing_ok=True)
+    return None
+
+
+def hash_in_name(url: str) -> str | None:
+    """The first digits of the sha256 that a name like ``deit_tiny-a1311bcf.pth`` carries."""
+    name = unquote(urlparse(url).path).rpartition("/")[2]
+    found = HASH_IN_NAME.search(name)
+    return found[1] if found else None
+
+
+def _is(part: _Part, sha256: str | None) -> bool:
+    return sha256 is None or part.digest.hexdigest().startswith(sha256.lower())
+
+
+def _fetch(
+    session: requests.Session, url: str, part: _Part, report: Report, retry: RetryPolicy
+) -> None:
+    """Try until the part is whole or the policy gives up."""
+    in_a_row, furthest = 0, part.size
+    for failures in range(1, retry.failures + 1):
+        try:
+            _attempt(session, url, part, report, retry)
+            return
+        except _InterruptedError as error:
+            in_a_row = 1 if part.size > furthest else in_a_row + 1
+            furthest = max(furthest, part.size)
+            wait = retry.backoff * 2 ** (in_a_row - 1) if error.wait is None else error.wait
+            if wait > retry.longest_wait:
+                reason = f"{error}, and asks to wait {wait:.0f} seconds"
+            elif in_a_row < retry.attempts and failures < retry.failures:
+                time.sleep(wait)
+                continue
+            else:
+                reason = str(error)
+            part.drop_unless_resumable()
+            kept = f" The first {part.size:,} bytes are kept." if part.size else ""
+            raise DownloadError(
+                f"cannot download {url}: {reason}; check the connection and the address and try "
+                f"again, or pass the path of a local file as the checkpoint.{kept}"
+            ) from error
+        except (requests.RequestException, ValueError) as error:
+            part.drop_unless_resumable()
+            raise DownloadError(
+                f"cannot download {url}: {_reason(error)}; check the address, "
+                "or pass the path of a local file as the checkpoint"
+            ) from error
+
+
+def _attempt(
+    session: requests.Session, url: str, part: _Part, report: Report, retry: RetryPolicy
+) -> None:
+    """One request for what is missing."""
+    known = part.announced
+    if known and known.total is not None and part.size == known.total:
+        return  # a process that died after the last byte
+    headers = {"Accept-Encoding": "identity"}  # ranges count the bytes of the file itself
+    if known and known.validator and part.size:
+        headers |= {"Range": f"bytes={part.size}-", "If-Range": known.validator}
+    timeout = (retry.connect, retry.stall)
+    try:
+        with session.get(url, stream=True, timeout=timeout, headers=headers) as response:
+            total = _prepare(response, url, part)
+            _receive(response, part, total, report)
+    except requests.exceptions.SSLError:
+        raise
+    except (
+        requests.ConnectionError,
+        requests.Timeout,
+        requests.exceptions.ChunkedEncodingError,
+        requests.exceptions.ContentDecodingError,
+    ) as error:
+        raise _InterruptedError(_reason(error)) from error
+
+
+def _prepare(response: requests.Response, url: str, part: _Part) -> int | None:
+    """Judge the answer's head and make the part ready for its body; the file's size if known."""
+    status = response.status_code
+    if status in RETRY_STATUSES or status >= 500:
+        raise _InterruptedError(f"it answers {status} {response.reason}", _retry_after(response))
+    if status == 416:
+        part.drop()
+        raise _InterruptedError("it cannot go on where the download ended")
+    if status not in (200, 206):
+        login = ", or log in (requests reads ~/.netrc)" if status in (401, 403) else ""
+        raise DownloadError(
+            f"{url} answers {status} {response.reason}; check the address{login}, "
+            "or download the file yourself and pass its path as the checkpoint"
+        )
+    if "html" in response.headers.get("Content-Type", ""):
+        raise _web_page(url)
+    if status == 206:
+        expected = part.announced.total if part.announced else None
+        answered = re.fullmatch(
+            r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", "").strip()
+        )
+        start, total = (int(answered[1]), int(answered[2])) if answered else (-1, -1)
+        if start != part.size or expected not in (None, total):
+            part.drop()
+            raise _InterruptedError("it sends another range than the one asked for")
+        if part.announced and part.announced.differs(response.headers):
+            part.drop()
+            raise _InterruptedError("the file changed while it was downloaded")
+        atomic.check_space(part.path.parent, total - part.size)
+        return total
+    # Compressed transfers are decoded on the way: their length and ETag are not the file's.
+    decoded = "Content-Encoding" in response.headers
+    length = response.headers.get("Content-Length", "")
+    announced = int(length) if length.isdigit() and not decoded else None
+    atomic.check_space(part.path.parent, announced or 0)
+    etag, modified = response.headers.get("ETag"), response.headers.get("Last-Modified")
+    with atomic.writing_to(part.path.parent):
+        part.begin(_RemoteFile(url, announced, *((None, None) if decoded else (etag, modified))))
+    return announced
+
+
+def _receive(response: requests.Response, part: _Part, total: int | None, report: Report) -> None:
+    with atomic.writing_to(part.path.parent):
+        file = part.path.open("ab", buffering=0)
+    with file:
+        report(part.size, total)
+        for chunk in response.iter_content(CHUNK):
+            if not part.size and _is_html(chunk):
+                part.drop()
+                raise _web_page(response.url)
+            _write(file, chunk, part)
+            report(part.size, total)
+    if total is not None and part.size < total:
+        raise _InterruptedError(f"it ended after {part.size:,} of {total:,} bytes")
+    if total is not None and part.size > total:
+        size = part.size
+        part.drop()
+        raise _InterruptedError(f"it sent {size:,} bytes instead of {total:,}")
+
+
+def _write(file: io.FileIO, chunk: bytes, part: _Part) -> None:
+    try:
+        with atomic.writing_to(part.path.parent):
+            rest = memoryview(chunk)
+            while rest:  # a raw file may take less than it is given
+                rest = rest[file.write(rest) :]
+    except ZooError:
+        part.drop_unless_resumable()
+        raise
+    part.digest.update(chunk)
+    part.size += len(chunk)
+
+
+def _is_html(head: bytes) -> bool:
+    return head.lstrip()[:9].lower().startswith((b"<!doctype", b"<html", b"<?xml"))
+
+
+def _web_page(url: str) -> DownloadError:
+    return DownloadError(
+        f"{url} sends a web page (HTML), not weights: a login or error page perhaps; "
+        "open it in a browser, download the file and pass its path as the checkpoint"
+    )
+
+
+def _retry_after(response: requests.Response) -> float | None:
+    """Seconds that the server asks to wait, from either form of Retry-After."""
+    value = response.headers.get("Retry-After", "").strip()
+    if value.isdigit():
+        return float(value)
+    try:
+        date = email.utils.parsedate_to_datetime(value)
+    except ValueError:
+        return None
+    return max(0.0, date.timestamp() - time.time())
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost cause, which is the one that a person can do something about."""
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    return str(error) or type(error).__name__

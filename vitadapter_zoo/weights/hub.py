@@ -1,0 +1,276 @@
+"""Files of the Hugging Face Hub: huggingface_hub fetches and keeps them, we check their hashes."""
+
+import contextlib
+import hashlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import huggingface_hub
+from huggingface_hub import constants
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils.tqdm import tqdm
+
+from vitadapter_zoo.errors import CheckpointError, DownloadError, ZooError
+from vitadapter_zoo.weights import atomic, cache
+from vitadapter_zoo.weights.checkpoint import INDEX, SINGLE, shard_names
+from vitadapter_zoo.weights.progress import Report
+from vitadapter_zoo.weights.source import WEIGHTS, HubFile
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Announced:
+    """What the server says of a file: its commit, and the hash that serves as its ETag."""
+
+    commit: str | None
+    etag: str | None
+
+
+@contextlib.contextmanager
+def _one_error(source: HubFile) -> Iterator[None]:
+    """Turn what huggingface_hub raises into one error that says what can be done.
+
+    Raises:
+        DownloadError: absent, not allowed, unreachable, or not there in offline mode.
+    """
+    try:
+        yield
+    except DownloadError:
+        raise
+    except GatedRepoError as error:
+        reason = "its owner has to grant access: ask on its page, then `hf auth login`"
+        raise DownloadError(f"cannot download {source}: {reason}") from error
+    except RepositoryNotFoundError as error:
+        reason = "there is no such repository, or it is private: check the name, or `hf auth login`"
+        raise DownloadError(f"cannot download {source}: {reason}") from error
+    except RevisionNotFoundError as error:
+        reason = f"the repository has no branch, tag or commit {source.revision!r}"
+        raise DownloadError(f"cannot download {source}: {reason}") from error
+    except RemoteEntryNotFoundError as error:
+        raise DownloadError(
+            f"cannot download {source}: the repository has no such file; see "
+            f"{constants.ENDPOINT}/{source.repo}/tree/{source.revision or 'main'}"
+        ) from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        reason = f"{constants.ENDPOINT} cannot be reached and it is not in the cache"
+        raise DownloadError(f"cannot download {source}: {reason}; go online once") from error
+    # Whatever else goes wrong comes as an error of theirs, of their HTTP library's, or OSError.
+    except Exception as error:
+        theirs = type(error).__module__.startswith(("huggingface_hub", "httpx", "httpcore"))
+        # hf_xet raises RuntimeError for what fails inside of it.
+        if not theirs and not isinstance(error, (OSError, ValueError, RuntimeError)):
+            raise
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise DownloadError(
+            f"cannot download {source}: {reason}; check the connection and HF_ENDPOINT "
+            f"({constants.ENDPOINT}) and try again"
+        ) from error
+
+
+def is_offline(offline: bool) -> bool:
+    """Whether huggingface_hub may use the network: ours and its own offline mode both count."""
+    return offline or constants.HF_HUB_OFFLINE
+
+
+def announced(source: HubFile) -> Announced:
+    """Ask the server for a file's commit and hash, without its content.
+
+    Raises:
+        DownloadError: absent, not allowed, or unreachable.
+    """
+    url = huggingface_hub.hf_hub_url(source.repo, str(source.file), revision=source.revision)
+    with _one_error(source):
+        metadata = huggingface_hub.get_hf_file_metadata(url)
+    return Announced(metadata.commit_hash, metadata.etag)
+
+
+def choose(source: HubFile, preferred: str | None = None, *, offline: bool = False) -> HubFile:
+    """The repository's weights, where the name leaves the file open.
+
+    Safetensors under the Hub's usual names come first, then the file whose name without its ending
+    is ``preferred``, then the only weights file that there is.
+
+    Raises:
+        DownloadError: no such repository, or not reachable.
+        CheckpointError: no weights, or several without a way to choose.
+    """
+    if source.file:
+        return source
+    if is_offline(offline):
+        names = _kept_names(source)
+    else:
+        with _one_error(source):
+            names = huggingface_hub.HfApi().list_repo_files(source.repo, revision=source.revision)
+    for name in (SINGLE, INDEX):
+        if name in names:
+            return replace(source, file=name)
+    weights = [name for name in names if name.endswith(WEIGHTS)]
+    for name in weights:
+        if preferred and PurePosixPath(name).name.partition(".")[0] == preferred:
+            return replace(source, file=name)
+    if len(weights) == 1:
+        return replace(source, file=weights[0])
+    have = f"several: {', '.join(sorted(weights)[:8])}" if weights else "none"
+    raise CheckpointError(
+        f"{source} leaves the weights file open and the repository has {have}; "
+        f"name one as {source}/FILE"
+    )
+
+
+def fetch(source: HubFile, home: Path, report: Report, *, offline: bool = False) -> Path:
+    """Bring one file into huggingface_hub's cache and check it against its announced hash.
+
+    A file that was checked before and is not newer than that is not hashed again.
+
+    Args:
+        source: with its file.
+        home: our own cache, where the check is recorded.
+        report: told of the bytes so far and in all.
+        offline: take it from huggingface_hub's cache or not at all.
+
+    Raises:
+        DownloadError: absent, not allowed, unreachable, or with another hash than announced.
+    """
+    path = _download(source, report, offline=offline)
+    if _is_checked(path, home) or _is_announced(path, source, home, offline=offline):
+        return path
+    if not is_offline(offline):
+        path = _download(source, report, offline=False, force=True)
+        if _is_announced(path, source, home, offline=False):
+            return path
+    raise DownloadError(
+        f"{source} is not the file that the server announces: sha256 {atomic.sha256(path)}, "
+        f"expected {path.resolve().name}; it was damaged on its way or on the server. Try again "
+        "later"
+    )
+
+
+def fetch_weights(
+    source: HubFile, home: Path, report: Report, *, offline: bool = False
+) -> list[Path]:
+    """A weights file, or all the files that an index of shards names, as ``fetch`` brings them."""
+    path = fetch(source, home, report, offline=offline)
+    if not str(source.file).endswith(".index.json"):
+        return [path]
+    folder = PurePosixPath(str(source.file)).parent
+    return [
+        fetch(replace(source, file=str(folder / name)), home, report, offline=offline)
+        for name in shard_names(path)
+    ]
+
+
+def commit_of(path: Path) -> str | None:
+    """The commit of a file in huggingface_hub's cache: ``snapshots/<commit>/<file>``."""
+    parts = path.parts
+    return parts[parts.index("snapshots") + 1] if "snapshots" in parts else None
+
+
+def _kept_names(source: HubFile) -> list[str]:
+    """The files of a repository in huggingface_hub's cache.
+
+    Raises:
+        DownloadError: there are none.
+    """
+    wanted = source.revision or "main"
+    if Path(constants.HF_HUB_CACHE).is_dir():
+        for repo in huggingface_hub.scan_cache_dir().repos:
+            if (repo.repo_type, repo.repo_id) != ("model", source.repo):
+                continue
+            for revision in repo.revisions:
+                if wanted in {revision.commit_hash, *revision.refs}:
+                    folder = revision.snapshot_path
+                    return [str(file.file_path.relative_to(folder)) for file in revision.files]
+    raise _not_kept(source)
+
+
+def _not_kept(source: HubFile) -> DownloadError:
+    return DownloadError(
+        f"cannot download {source}: it is not in huggingface_hub's cache, and this is offline "
+        "mode; go online once"
+    )
+
+
+def _download(source: HubFile, report: Report, *, offline: bool, force: bool = False) -> Path:
+    if is_offline(offline):  # hf_hub_download may ask the server for other things even then
+        path = huggingface_hub.try_to_load_from_cache(
+            source.repo, str(source.file), revision=source.revision
+        )
+        if not isinstance(path, str):
+            raise _not_kept(source)
+        return Path(path)
+
+    class Forwarding(tqdm):
+        """Hands huggingface_hub's progress on to our own bar."""
+
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **{**options, "disable": True})  # type: ignore[no-untyped-call]
+            self.done, self.whole = options.get("initial", 0), options.get("total")
+
+        def update(self, n: float | None = 1) -> None:
+            self.done += n or 0
+            report(int(self.done), self.whole)
+
+    with _one_error(source):
+        return Path(
+            huggingface_hub.hf_hub_download(
+                source.repo,
+                str(source.file),
+                revision=source.revision,
+                library_name="vitadapter-zoo",
+                force_download=force,
+                tqdm_class=Forwarding,
+            )
+        )
+
+
+def _checked_record(path: Path, home: Path) -> cache.Entry:
+    return cache.entry("hub", str(path.resolve()), home)
+
+
+def _is_checked(path: Path, home: Path) -> bool:
+    place = _checked_record(path, home)
+    known = place.known()
+    if known is None:
+        return False
+    status = path.stat()
+    unchanged = status.st_mtime <= place.known_record.stat().st_mtime
+    return unchanged and status.st_size == known.size
+
+
+def _is_announced(path: Path, source: HubFile, home: Path, *, offline: bool) -> bool:
+    """Whether the content has the announced hash: a sha256, or git's sha1 for small files."""
+    etag = path.resolve().name  # huggingface_hub names its blobs so
+    if len(etag) not in (40, 64) and not is_offline(offline):
+        etag = announced(source).etag or ""
+    digest = atomic.sha256(path)
+    if len(etag) == 64:
+        matches = digest == etag
+    elif len(etag) == 40:
+        matches = _git_hash(path) == etag
+    else:
+        logger.warning("the server announces no hash of %s; it is taken as it is", source)
+        matches = True
+    if matches:
+        known = cache.Known(str(source), digest, path.stat().st_size, etag, atomic.now())
+        try:
+            _checked_record(path, home).remember(known)
+        except ZooError as error:
+            logger.info("%s was hashed, and will be again: %s", source, error)
+    return matches
+
+
+def _git_hash(path: Path) -> str:
+    content = path.read_bytes()  # git hashes files that are not in LFS: small ones
+    header = b"blob %d\0" % len(content)
+    return hashlib.sha1(header + content, usedforsecurity=False).hexdigest()
