@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import emoji_scenes
 import make_emoji_coco
 import numpy as np
 import pytest
@@ -26,9 +27,7 @@ def content() -> dict[str, Any]:
 def test_it_has_the_row_s_classes_and_stays_small(content: dict[str, Any]) -> None:
     data = row_dataset(ROW)
     assert len(data.images) == 200
-    assert (
-        tuple(name for _, name in data.categories) == ROW.classes == tuple(make_emoji_coco.CLASSES)
-    )
+    assert tuple(name for _, name in data.categories) == ROW.classes == tuple(emoji_scenes.CLASSES)
     assert {one["category_id"] for one in content["annotations"]} == {
         key for key, _ in data.categories
     }
