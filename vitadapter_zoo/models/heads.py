@@ -78,7 +78,7 @@ class RPNHead(nn.Module):
         ``outputs`` are ``forward``'s, ``sizes`` the resized images' (height, width).
         """
         grids = [
-            anchors(*logits.shape[2:], stride, logits.device, self.anchor_scale)
+            anchors(logits.shape[2], logits.shape[3], stride, logits.device, self.anchor_scale)
             for (logits, _), stride in zip(outputs, RPN_STRIDES, strict=True)
         ]
         return [
