@@ -12,7 +12,7 @@ from vitadapter_zoo.catalog import Row
 from vitadapter_zoo.models import heads
 from vitadapter_zoo.models.adapter import CONV_FFN_RATIO, POINTS
 from vitadapter_zoo.models.boxes import ANCHOR_RATIOS, ROI_STRIDES
-from vitadapter_zoo.models.build import SIZES, UNIPERCEIVER_DROP_PATH
+from vitadapter_zoo.models.build import SIZES, UNIPERCEIVER_DROP_PATH, Size
 from vitadapter_zoo.models.mask_rcnn import MASK_THRESHOLD, SCORE_THRESHOLD
 from vitadapter_zoo.models.vit import PATCH, WINDOW
 
@@ -98,7 +98,7 @@ def _model(row: Row, classes: int) -> Config:
         },
         "roi_head": {
             "type": "StandardRoIHead",
-            "bbox_roi_extractor": _roi_extractor(7, size.neck_width),
+            "bbox_roi_extractor": _roi_extractor(7, size),
             "bbox_head": {
                 "type": "Shared2FCBBoxHead",
                 "in_channels": size.neck_width,
@@ -110,7 +110,7 @@ def _model(row: Row, classes: int) -> Config:
                 "loss_cls": {"type": "CrossEntropyLoss", "use_sigmoid": False, "loss_weight": 1.0},
                 "loss_bbox": {"type": "L1Loss", "loss_weight": 1.0},
             },
-            "mask_roi_extractor": _roi_extractor(14, size.neck_width),
+            "mask_roi_extractor": _roi_extractor(14, size),
             "mask_head": {
                 "type": "FCNMaskHead",
                 "num_convs": size.mask_convs,
@@ -191,12 +191,13 @@ def _coder(stds: tuple[float, float, float, float]) -> Config:
     }
 
 
-def _roi_extractor(size: int, width: int) -> Config:
+def _roi_extractor(bins: int, size: Size) -> Config:
     return {
         "type": "SingleRoIExtractor",
-        "roi_layer": {"type": "RoIAlign", "output_size": size, "sampling_ratio": 0},
-        "out_channels": width,
+        "roi_layer": {"type": "RoIAlign", "output_size": bins, "sampling_ratio": 0},
+        "out_channels": size.neck_width,
         "featmap_strides": list(ROI_STRIDES),
+        "finest_scale": size.finest_scale,
     }
 
 
