@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from vitadapter_zoo import settings
-from vitadapter_zoo.catalog import ROWS, get_row, list_models
+from vitadapter_zoo.catalog import get_row, list_models
 from vitadapter_zoo.errors import ZooError
 from vitadapter_zoo.weights import cache
 
@@ -199,7 +199,7 @@ def card(name: str | None, everything: bool, out: Path | None) -> None:
     names = _names((name,) if name else (), everything)
     from vitadapter_zoo.publishing import cards
 
-    for row in (row for row in ROWS if row.name in names):
+    for row in map(get_row, names):
         if out or everything:
             click.echo(cards.write(row, out or Path("model_cards")))
         else:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vitadapter_zoo.catalog import COCO_CLASSES
+from vitadapter_zoo.catalog import COCO_CLASSES, Row
 from vitadapter_zoo.errors import DatasetError
 
 ANNOTATIONS = "annotations/instances_val2017.json"
@@ -63,6 +63,12 @@ class Dataset:
         names = {name for _, name in self.categories}
         return counts == VAL2017 and names == set(COCO_CLASSES)
 
+    def is_measured(self, row: Row) -> bool:
+        """Whether the row's figures are of this data set."""
+        if row.data_files is None:
+            return self.is_val2017
+        return self.sha256 == hashlib.sha256(row.data_files[0].read_bytes()).hexdigest()
+
     def category_ids(self, classes: Sequence[str]) -> tuple[int, ...]:
         """The category id of each of a model's classes, in the model's order.
 
@@ -80,6 +86,20 @@ class Dataset:
                 "of its (a background, for instance)"
             )
         return tuple(ids[name] for name in classes)
+
+
+def row_dataset(row: Row) -> Dataset:
+    """The data set that the row's figures are of, where this package carries it.
+
+    Raises:
+        DatasetError: the figures are of COCO's val2017, which is not in the package.
+    """
+    if row.data_files is None:
+        raise DatasetError(
+            f"the published figures of {row.name} belong to COCO val2017, which is not in this "
+            "package: give its folder with --coco DIR, or other data with --annotations FILE"
+        )
+    return read_dataset(*row.data_files)
 
 
 def coco_paths(directory: Path) -> tuple[Path, Path]:

@@ -92,19 +92,22 @@ def nms_by_group(boxes: Tensor, scores: Tensor, groups: Tensor, threshold: float
     return nms(boxes + offsets[:, None], scores, threshold)
 
 
-def pool_rois(maps: list[Tensor], rois: Tensor, size: int) -> Tensor:
+def pool_rois(
+    maps: list[Tensor], rois: Tensor, size: int, finest_scale: int = FINEST_SCALE
+) -> Tensor:
     """RoIAlign each box from the level that fits its size.
 
     Args:
         maps: ``[N, 256, H / s, W / s]`` at strides 4, 8, 16 and 32.
         rois: ``[R, 5]`` as (image index, x1, y1, x2, y2) in network pixels.
         size: bins per side.
+        finest_scale: boxes below twice this size in pixels are pooled at stride 4.
 
     Returns:
         ``[R, 256, size, size]``.
     """
     scales = ((rois[:, 3] - rois[:, 1]) * (rois[:, 4] - rois[:, 2])).sqrt()
-    levels = (scales / FINEST_SCALE + 1e-6).log2().floor().clamp(0, len(ROI_STRIDES) - 1)
+    levels = (scales / finest_scale + 1e-6).log2().floor().clamp(0, len(ROI_STRIDES) - 1)
     # Channels-last, the order in which the mask head's convolutions are fastest.
     pooled = maps[0].new_zeros(len(rois), size, size, maps[0].shape[1]).permute(0, 3, 1, 2)
     for level, (x, stride) in enumerate(zip(maps, ROI_STRIDES, strict=True)):

@@ -9,6 +9,7 @@ from vitadapter_zoo.catalog import ROWS, Row
 from vitadapter_zoo.weights import atomic
 
 DATASET = "COCO val2017"
+EMOJI = "emoji scenes of vitadapter-zoo"
 SOURCE = "https://github.com/czczup/ViT-Adapter/tree/main/detection"
 # Pretrained weights that the Hub has too; the others are named by their address in the text.
 BASE_MODELS = {
@@ -29,7 +30,8 @@ CITATION = """@inproceedings{chen2023vitadapter,
 
 def card(row: Row) -> ModelCard:
     """The card of one row: metadata with its published results, and the text."""
-    return ModelCard(f"---\n{metadata(row).to_yaml()}\n---\n\n{_text(row)}")
+    text = _made_here(row) if row.made_here else _text(row)
+    return ModelCard(f"---\n{metadata(row).to_yaml()}\n---\n\n{text}")
 
 
 def metadata(row: Row) -> ModelCardData:
@@ -37,14 +39,14 @@ def metadata(row: Row) -> ModelCardData:
     results = [
         EvalResult(
             task_type=task,
-            dataset_type="coco",
-            dataset_name=DATASET,
-            dataset_split="val2017",
+            dataset_type="emoji" if row.made_here else "coco",
+            dataset_name=EMOJI if row.made_here else DATASET,
+            dataset_split="val" if row.made_here else "val2017",
             metric_type=kind,
             metric_name=name,
             metric_value=value,
-            source_name="ViT-Adapter, detection results",
-            source_url=SOURCE,
+            source_name=None if row.made_here else "ViT-Adapter, detection results",
+            source_url=None if row.made_here else SOURCE,
         )
         for task, kind, name, value in (
             ("object-detection", "box_ap", "box AP", row.box_ap),
@@ -55,8 +57,8 @@ def metadata(row: Row) -> ModelCardData:
         license=row.license.lower(),
         library_name="vitadapter-zoo",
         pipeline_tag="image-segmentation",
-        tags=[*TAGS, "coco"],
-        datasets=["detection-datasets/coco"],
+        tags=TAGS if row.made_here else [*TAGS, "coco"],
+        datasets=None if row.made_here else ["detection-datasets/coco"],
         base_model=BASE_MODELS.get(row.pretraining_name),
         model_name=row.name,
         eval_results=results,
@@ -157,6 +159,66 @@ unusual views are found less well, COCO's bias in places and people is inherited
 calibrated probabilities. Not for decisions about people or for safety without tests of your own.
 
 The published file: <{row.checkpoint_url}>, {row.license}.
+
+## Citation
+
+```bibtex
+{CITATION}
+```
+"""
+
+
+def _made_here(row: Row) -> str:
+    mean, std = (", ".join(f"{value:g}" for value in triple) for triple in (row.mean, row.std))
+    return f"""# {row.name}
+
+A small {row.backbone} with Mask R-CNN and an FPN, trained from nothing by vitadapter-zoo itself for
+demonstrations and tests. It finds drawings (Noto Color Emoji) of {len(row.classes)} of COCO's
+classes with their boxes and masks: {", ".join(row.classes)}. It has the parts of the published
+networks, narrower and shallower: windowed and global attention, injectors, extractors, FPN,
+proposals, boxes and masks. About {row.parameters}M parameters, stored as float16.
+
+## Use
+
+The weights are in the package; nothing is downloaded.
+
+```python
+import vitadapter_zoo
+
+model = vitadapter_zoo.load("{row.name}")
+detections = model.predict("picture.jpg")[0].filter(0.5)
+print(detections.class_names, detections.boxes)  # xyxy, image pixels
+```
+
+```sh
+vitadapter-zoo verify {row.name}
+```
+
+Images are resized to fit {row.input_size[0]} x {row.input_size[1]} and normalised with mean
+({mean}) and standard deviation ({std}) of RGB, 0 to 255; `model.predict` does that.
+
+## Results
+
+Box AP {row.box_ap:.1f} and mask AP {row.mask_ap:.1f} (COCO's, IoU 0.50:0.05:0.95) on the 200
+validation images in the package, measured with the stored weights. These figures say nothing about
+photographs and cannot be compared with figures on COCO.
+
+## Data
+
+`scripts/make_emoji_coco.py` renders the images: glyphs in many sizes, turned, mirrored, recoloured,
+partly hidden, on photographs and on textures, with objects of no class among them. The masks are
+exact. The validation images' photographs and objects of no class are not among the training's; the
+glyphs are the same.
+
+## Training
+
+`scripts/train_demo.py` repeats it. Script, seed, versions, hashes of the data and the training log
+are in `adapter-n-emoji.json` beside the weights.
+
+## Licences
+
+Weights and annotations: {row.license}. The glyphs in the images: SIL Open Font License 1.1. The
+photographs in the background: see `LICENSE.md` beside the images.
 
 ## Citation
 

@@ -95,8 +95,18 @@ def source_sha256(paths: list[Path]) -> str:
 
 
 def published(row: Row) -> Source:
-    """The source that the catalog names."""
-    return parse(row.checkpoint_url)
+    """The source that the catalog names.
+
+    Raises:
+        CheckpointError: a file of this package that is not there.
+    """
+    source = parse(row.checkpoint_url)
+    if isinstance(source, LocalFile) and not source.path.is_file():
+        raise CheckpointError(
+            f"the weights of {row.name} are missing from the package ({source.path}): install "
+            "vitadapter-zoo again"
+        )
+    return source
 
 
 def _is_current(place: cache.Entry, row: Row, source: Source, offline: bool) -> bool:
