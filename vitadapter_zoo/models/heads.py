@@ -105,9 +105,10 @@ class RPNHead(nn.Module):
             scores, best = scores.topk(min(candidates, len(scores)))
             deltas = deltas.permute(1, 2, 0).reshape(-1, 4)[best].float()
             boxes = decode(grid[best], deltas, RPN_STDS, size)
-            solid = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(dim=1)
-            kept.append((boxes[solid], scores[solid], torch.full_like(best[solid], level)))
+            kept.append((boxes, scores, torch.full_like(best, level)))
         boxes, scores, levels = (torch.cat(parts) for parts in zip(*kept, strict=True))
+        solid = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(dim=1).nonzero().squeeze(1)
+        boxes, scores, levels = boxes[solid], scores[solid], levels[solid]
         best = nms_by_group(boxes, scores, levels, RPN_NMS)[:PROPOSALS]
         return Proposals(boxes[best], scores[best])
 
