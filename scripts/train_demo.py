@@ -44,11 +44,13 @@ def main() -> None:
     data = _render(out, options)
     _train(out, options)
     weights, provenance = _export(out, data, options)
+    record = weights.with_suffix(".json")
+    record.write_text(json.dumps(provenance, indent=1) + "\n")
     print(f"{weights}: box AP {provenance['box_ap']:.2f}, mask AP {provenance['mask_ap']:.2f}")
     if options.install:
         target = packaged_weights()
         target.write_bytes(weights.read_bytes())
-        target.with_suffix(".json").write_text(json.dumps(provenance, indent=1) + "\n")
+        target.with_suffix(".json").write_bytes(record.read_bytes())
         print(
             f"installed {target}; write box_ap={provenance['box_ap']:.1f}, "
             f"mask_ap={provenance['mask_ap']:.1f} into the catalog's row {NAME}"
