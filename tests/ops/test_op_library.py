@@ -138,7 +138,9 @@ def test_build_op_replaces_the_fallback_and_a_wrong_build_is_refused(copy: Path)
     assert cpu["why"].startswith(built.stdout.strip())
 
     header = copy / "csrc" / "sampling.h"
-    header.write_text(header.read_text().replace("extent - 0.5f", "extent - 0.25f"))
+    right, wrong_offset = "convert<F>(size) - 0.5f", "convert<F>(size) - 0.25f"
+    assert right in header.read_text()
+    header.write_text(header.read_text().replace(right, wrong_offset))
     assert run(*command, "build-op", package=copy, VITADAPTER_ZOO_CUDA="0").returncode == 0
     wrong = run("-c", COMPUTE, package=copy)
     assert wrong.stdout == "8.0\n"
