@@ -165,7 +165,9 @@ def test_without_a_library_the_fallback_computes_and_warns_once(copy: Path) -> N
 
 def test_a_build_that_samples_elsewhere_is_refused(copy: Path) -> None:
     header = copy / "csrc" / "sampling.h"
-    header.write_text(header.read_text().replace("size) - 0.5f", "size) - 0.25f"))
+    right, wrong_offset = "convert<F>(size) - 0.5f", "convert<F>(size) - 0.25f"
+    assert right in header.read_text()
+    header.write_text(header.read_text().replace(right, wrong_offset))
     assert run(*COMMAND, "build-op", package=copy, VITADAPTER_ZOO_CUDA="0").returncode == 0
     wrong = run("-c", COMPUTE, package=copy)
     assert wrong.stdout == "8.0\n"
