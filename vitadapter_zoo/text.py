@@ -10,11 +10,11 @@ from vitadapter_zoo.errors import ZooError
 
 
 def shown(text: object, limit: int = 80) -> str:
-    """Foreign text as a message may print it: on one line, escaped and shortened.
+    r"""Foreign text as a message may print it: on one line, escaped and shortened.
 
     Names of tensors, classes and files come from other people's files. Control characters, line
     breaks, terminal escapes, characters that change the direction of writing and lone surrogates
-    are written as ``\\x1b``, ``\\n`` and so on; what is longer than ``limit`` characters is cut in
+    are written as ``\x1b``, ``\n`` and so on; what is longer than ``limit`` characters is cut in
     the middle.
 
     Args:
