@@ -113,13 +113,13 @@ def number_in(
     Raises:
         ZooError: of the class ``kind``; the value is absent, no number, or out of range.
     """
-    value = settings.get(key)
+    value: Any = settings.get(key)
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     fits = is_number and math.isfinite(value) and low <= value <= high
     if not fits or (whole and value != int(value)):
         raise range_error(where, key, value, f"{'an integer' if whole else 'a number'} from "
                           f"{low:g} to {high:g}", kind)  # fmt: skip
-    return value  # type: ignore[no-any-return]
+    return float(value)
 
 
 def range_error(

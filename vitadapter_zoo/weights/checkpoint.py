@@ -8,10 +8,10 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from vitadapter_zoo.errors import CheckpointError, UnsafeCheckpointError
+from vitadapter_zoo.errors import CheckpointError
 from vitadapter_zoo.text import JSONError, parse_json, quoted, read_json, shown
 from vitadapter_zoo.weights import torch_file
-from vitadapter_zoo.weights.pickle_reader import Pairs, TensorRecord, Unsupported
+from vitadapter_zoo.weights.pickle_values import Pairs, TensorRecord, Unsupported
 
 LARGEST_HEADER = 100_000_000  # bytes; the safetensors format's own limit
 # The Hub's names for safetensors weights, in one file or in several with an index.
@@ -212,7 +212,8 @@ def _classes(loaded: object) -> tuple[str, ...] | None:
 
 
 def _names(value: object) -> tuple[str, ...] | None:
-    if type(value) not in (list, tuple) or not 0 < len(value) <= MOST_CLASSES:  # type: ignore[arg-type]
+    if not isinstance(value, (list, tuple)) or not 0 < len(value) <= MOST_CLASSES:
         return None
-    names = tuple(value)  # type: ignore[arg-type]
-    return names if all(type(name) is str for name in names) else None
+    names: tuple[object, ...] = tuple(value)
+    texts = tuple(name for name in names if isinstance(name, str))
+    return texts if len(texts) == len(names) else None

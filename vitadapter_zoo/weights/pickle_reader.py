@@ -12,183 +12,35 @@ collide. Nothing here follows references, so a structure that contains itself a 
 costs no more than its instructions.
 """
 
+import pickle
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 from vitadapter_zoo.text import quoted, shown
+from vitadapter_zoo.weights.pickle_values import (
+    NUMBERS,
+    OLD_NAMES,
+    OPAQUE,
+    REBUILD,
+    UNSUPPORTED,
+    DamagedError,
+    Named,
+    Pairs,
+    RefusedError,
+    StorageRecord,
+    TensorRecord,
+    Unsupported,
+    is_allowed,
+    is_count,
+    tensor,
+    text_of,
+)
 
 # Far above any checkpoint of these networks with its optimizer, which has about 150,000.
 MOST_STEPS = 2_000_000
 LARGEST_PICKLE = 32 << 20  # bytes
-
-
-class RefusedError(Exception):
-    """The pickle asks for something that checkpoints do not hold.
-
-    Attributes:
-        name: the function or class that it names, ``module.name``; empty where there is none.
-        first: whether that name begins the pickle, as it does where a whole object was saved.
-    """
-
-    def __init__(self, reason: str, name: str = "", *, first: bool = False) -> None:
-        super().__init__(reason)
-        self.name = name
-        self.first = first
-
-
-class DamagedError(Exception):
-    """The pickle ends early, or its instructions contradict each other."""
-
-
-class _Opaque:
-    """A value that takes no part in the weights and was not built."""
-
-    def __repr__(self) -> str:
-        return "OPAQUE"
-
-
-OPAQUE: Final = _Opaque()
-
-
-class Pairs(list[tuple[Any, Any]]):
-    """A dictionary as its (key, value) pairs, in the order of the file."""
-
-    def get(self, key: str, default: Any = None) -> Any:
-        """The last value of a text key."""
-        for found, value in reversed(self):
-            if type(found) is str and found == key:
-                return value
-        return default
-
-
-@dataclass(frozen=True, slots=True)
-class Named:
-    """A function or class that checkpoints may name; it is never looked up."""
-
-    module: str
-    name: str
-
-    @property
-    def path(self) -> str:
-        return f"{self.module}.{self.name}"
-
-
-@dataclass(frozen=True, slots=True)
-class StorageRecord:
-    """A block of numbers in the file.
-
-    Attributes:
-        kind: the class of the storage, ``FloatStorage`` for instance.
-        key: the block's name in the file.
-        count: number of elements; of bytes for ``UntypedStorage``.
-        start: first element of a view into the block, in legacy files.
-    """
-
-    kind: str
-    key: str
-    count: int
-    start: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class TensorRecord:
-    """What the file says of a tensor.
-
-    Attributes:
-        storage: the block that holds its elements.
-        offset: its first element in the block.
-        size: its shape.
-        stride: elements from one index to the next, per dimension.
-        dtype: name of the dtype where the tensor states it; else the storage's.
-    """
-
-    storage: StorageRecord
-    offset: int
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Unsupported:
-    """A tensor of a kind that has no plain numbers: ``quantised``, ``sparse`` and so on."""
-
-    kind: str
-
-
-_UNSUPPORTED = {
-    "_rebuild_qtensor": "quantised",
-    "_rebuild_sparse_tensor": "sparse",
-    "_rebuild_sparse_csr_tensor": "sparse",
-    "_rebuild_nested_tensor": "nested",
-    "_rebuild_meta_tensor_no_storage": "without values (meta device)",
-    "_rebuild_wrapper_subclass": "of a subclass without values",
-    "_rebuild_device_tensor_from_numpy": "of a device that stores numpy arrays",
-    "_rebuild_device_tensor_from_cpu_tensor": "of a device that is not supported",
-}
-_REBUILD = {"_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_tensor_v3"}
-_WRAP = {"_rebuild_parameter", "_rebuild_parameter_with_state"}
-NUMBERS = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1")
-# Called in checkpoints for values that are no weights. None of them is built.
-_PLAIN = {
-    "_codecs.encode",
-    "builtins.bytearray",
-    "builtins.complex",
-    "builtins.set",
-    "builtins.frozenset",
-    "builtins.slice",
-    "builtins.range",
-    "collections.Counter",
-    "torch.Size",
-    "torch.device",
-    "torch.serialization._get_layout",
-    "numpy.dtype",
-    "numpy.core.multiarray.scalar",
-    "numpy._core.multiarray.scalar",
-}
-_OLD_NAMES = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # Python 2's
-
-
-def is_allowed(module: str, name: str) -> bool:
-    """Whether checkpoints may hold that function, class or constant."""
-    path = f"{module}.{name}"
-    if module == "torch._utils":
-        return name in _UNSUPPORTED or name in _REBUILD or name in _WRAP
-    if module == "torch" or module.startswith(("torch.cuda", "torch.sparse")):
-        known = {"Tensor", "Size", "device", "strided", "sparse_coo", "contiguous_format",
-                 "preserve_format", "channels_last", "channels_last_3d"}  # fmt: skip
-        return (
-            name.endswith(("Storage", "Tensor"))
-            or name in known
-            or name.startswith(("per_tensor_", "per_channel_"))
-            or is_dtype(name)
-        )
-    if module in ("numpy.dtypes", "numpy") and (name.endswith("DType") or name == "dtype"):
-        return True
-    return path in _PLAIN or path in (
-        "collections.OrderedDict",
-        "collections.defaultdict",
-        "builtins.dict",
-        "builtins.list",
-        "builtins.int",
-        "builtins.float",
-        "torch._tensor._rebuild_from_type_v2",
-        "torch.nn.parameter.Parameter",
-        "torch.nn.parameter.Buffer",
-        "torch.storage.UntypedStorage",
-        "torch.storage.TypedStorage",
-        "torch.storage._TypedStorage",
-        "torch.storage._UntypedStorage",
-    )
-
-
-def is_dtype(name: str) -> bool:
-    """Whether torch has a dtype of that name, or might in another version."""
-    stems = ("float", "bfloat", "int", "uint", "complex", "qint", "quint", "bits", "half", "double",
-             "bool", "short", "long")  # fmt: skip
-    return name.startswith(stems) and name.replace("_", "").isalnum()
 
 
 @dataclass(frozen=True)
@@ -232,14 +84,14 @@ class _Interpreter:
     def run(self) -> Pickled:
         try:
             while True:
-                code = self.data[self.at]
+                code = bytes(self.data[self.at : self.at + 1])
                 self.at += 1
                 self.spend(1)
-                if code == 0x2E:  # STOP
+                if code == pickle.STOP:
                     return Pickled(self.stack.pop(), self.at, self.storages)
                 step = _STEPS.get(code)
                 if step is None:
-                    raise DamagedError(f"it has an instruction {code:#04x} of no torch file")
+                    raise DamagedError(f"it has an instruction {code!r} of no torch file")
                 step(self)
         except (IndexError, KeyError, struct.error) as error:
             raise DamagedError("it ends early or uses values that it does not hold") from error
@@ -285,6 +137,9 @@ class _Interpreter:
         items = self.pop_mark()
         self.stack.append(tuple(items))
 
+    def opaque(self, _content: object) -> None:
+        self.stack.append(OPAQUE)
+
     def mark(self) -> None:
         self.marks.append(self.stack)
         self.stack = []
@@ -293,10 +148,11 @@ class _Interpreter:
         self.memo[index] = self.stack[-1]
 
     def named(self, module: str, name: str) -> None:
-        first = not self.stack and not self.marks and not self.memo
-        module = _OLD_NAMES.get(module, module)
+        module = OLD_NAMES.get(module, module)
         if not is_allowed(module, name):
             path = f"{module}.{name}"
+            # Legacy files put the word "module" before the class of a whole network.
+            first = all(type(x) is str for part in (*self.marks, self.stack) for x in part)
             raise RefusedError(f"it names {quoted(path)}", path, first=first)
         self.stack.append(Named(module, name))
 
@@ -329,15 +185,19 @@ class _Interpreter:
 
     def persistent(self) -> None:
         wanted = self.stack.pop()
-        if type(wanted) is not tuple or len(wanted) not in (5, 6) or _name(wanted[0]) != "storage":
+        if (
+            type(wanted) is not tuple
+            or len(wanted) not in (5, 6)
+            or text_of(wanted[0]) != "storage"
+        ):
             raise RefusedError("it refers to something outside that is no storage")
-        kind, key, count = wanted[1], _name(wanted[2]), wanted[4]
-        if not isinstance(kind, Named) or type(key) is not str or not _is_count(count):
+        kind, key, count = wanted[1], text_of(wanted[2]), wanted[4]
+        if not isinstance(kind, Named) or type(key) is not str or not is_count(count):
             raise RefusedError("it describes a storage without a type, name or size")
         begin = 0
         if len(wanted) == 6 and wanted[5] is not None:  # legacy files: a view into a storage
             view = wanted[5]
-            if type(view) is not tuple or len(view) != 3 or not _is_count(view[1]):
+            if type(view) is not tuple or len(view) != 3 or not is_count(view[1]):
                 raise RefusedError("it describes a view of a storage without a start")
             begin = view[1]
         record = StorageRecord(kind.name, key, count, begin)
@@ -361,10 +221,10 @@ class _Interpreter:
         if function.path in ("collections.OrderedDict", "builtins.dict", "collections.defaultdict"):
             return self.dictionary(function, arguments)
         if function.module == "torch._utils":
-            if name in _UNSUPPORTED:
-                return Unsupported(_UNSUPPORTED[name])
-            if name in _REBUILD:
-                return _tensor(name, arguments)
+            if name in UNSUPPORTED:
+                return Unsupported(UNSUPPORTED[name])
+            if name in REBUILD:
+                return tensor(name, arguments)
             self.check_state(arguments[3] if len(arguments) > 3 else None)
             return self.only_tensor(arguments[0])
         if name == "_rebuild_from_type_v2":
@@ -433,39 +293,6 @@ class _Interpreter:
                     )
 
 
-def _name(value: Any) -> Any:
-    """Text, which Python 2 wrote as bytes."""
-    return value.decode("ascii") if type(value) is bytes else value
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 1 << 62
-
-
-def _counts(value: Any, what: str) -> tuple[int, ...]:
-    if type(value) is not tuple or len(value) > 64 or not all(_is_count(x) for x in value):
-        raise RefusedError(f"it describes a tensor whose {what} is not a few whole numbers")
-    return value
-
-
-def _tensor(name: str, arguments: tuple[Any, ...]) -> TensorRecord | Unsupported:
-    storage, offset, size, stride = arguments[:4]
-    if not isinstance(storage, StorageRecord) or not _is_count(offset):
-        raise RefusedError("it describes a tensor without a storage")
-    size, stride = _counts(size, "shape"), _counts(stride, "stride")
-    if len(size) != len(stride):
-        raise RefusedError("it describes a tensor with more strides than dimensions")
-    dtype = None
-    bits = arguments[6] if len(arguments) > 6 else None
-    if name == "_rebuild_tensor_v3":
-        if not isinstance(bits, Named):
-            raise RefusedError("it describes a tensor without a dtype")
-        dtype, bits = bits.name, arguments[7] if len(arguments) > 7 else None
-    if bits:  # negated or conjugated, whose numbers differ from those in the file
-        return Unsupported("a lazily negated or conjugated view")
-    return TensorRecord(storage, offset, size, stride, dtype)
-
-
 def _push(value: Any) -> Callable[[_Interpreter], object]:
     return lambda run: run.stack.append(value)
 
@@ -495,54 +322,54 @@ def _old_text(run: _Interpreter, length: int) -> None:
         run.stack.append(raw)
 
 
-_STEPS: dict[int, Callable[[_Interpreter], object]] = {
-    0x80: lambda run: run.take(1),  # PROTO
-    0x95: lambda run: run.take(8),  # FRAME
-    0x28: lambda run: run.mark(),
-    0x30: lambda run: run.stack.pop(),  # POP
-    0x31: lambda run: run.pop_mark(),  # POP_MARK
-    0x32: lambda run: run.stack.append(run.stack[-1]),  # DUP
-    0x63: lambda run: run.named(run.line(), run.line()),  # GLOBAL
-    0x93: lambda run: run.stack_global(),
-    0x52: lambda run: run.reduce(),
-    0x81: lambda run: run.new_object(),
-    0x62: lambda run: run.build(),
-    0x51: lambda run: run.persistent(),
-    0x61: lambda run: run.append([run.stack.pop()]),  # APPEND
-    0x65: lambda run: run.append(run.pop_mark()),  # APPENDS
-    0x73: lambda run: run.set_items([*reversed([run.stack.pop(), run.stack.pop()])]),  # SETITEM
-    0x75: lambda run: run.set_items(run.pop_mark()),  # SETITEMS
-    0x90: lambda run: run.add_items(),
-    0x74: lambda run: run.pack_mark(),  # TUPLE
-    0x85: _pack(1),
-    0x86: _pack(2),
-    0x87: _pack(3),
-    0x4E: _push(None),
-    0x88: _push(True),
-    0x89: _push(False),
-    0x29: _push(()),
-    0x5D: lambda run: run.stack.append([]),
-    0x7D: lambda run: run.stack.append(Pairs()),
-    0x8F: _push(OPAQUE),  # EMPTY_SET
-    0x91: lambda run: (run.pop_mark(), run.stack.append(OPAQUE)),  # FROZENSET
-    0x4A: lambda run: run.stack.append(run.number("<i")),
-    0x4B: lambda run: run.stack.append(run.number("B")),
-    0x4D: lambda run: run.stack.append(run.number("<H")),
-    0x47: lambda run: run.stack.append(run.number(">d")),
-    0x8A: lambda run: _long(run, run.number("B")),
-    0x8B: lambda run: _long(run, run.number("<i")),
-    0x58: lambda run: run.text(run.number("<I")),
-    0x8C: lambda run: run.text(run.number("B")),
-    0x8D: lambda run: run.text(run.number("<Q")),
-    0x55: lambda run: _old_text(run, run.number("B")),
-    0x54: lambda run: _old_text(run, run.number("<i")),
-    0x43: lambda run: run.stack.append(run.take(run.number("B"))),
-    0x42: lambda run: run.stack.append(run.take(run.number("<I"))),
-    0x8E: lambda run: run.stack.append(run.take(run.number("<Q"))),
-    0x96: lambda run: (run.take(run.number("<Q")), run.stack.append(OPAQUE)),  # BYTEARRAY8
-    0x68: lambda run: run.stack.append(run.memo[run.number("B")]),
-    0x6A: lambda run: run.stack.append(run.memo[run.number("<I")]),
-    0x71: lambda run: run.put(run.number("B")),
-    0x72: lambda run: run.put(run.number("<I")),
-    0x94: lambda run: run.put(len(run.memo)),  # MEMOIZE
+_STEPS: dict[bytes, Callable[[_Interpreter], object]] = {
+    pickle.PROTO: lambda run: run.take(1),
+    pickle.FRAME: lambda run: run.take(8),
+    pickle.MARK: lambda run: run.mark(),
+    pickle.POP: lambda run: run.stack.pop(),
+    pickle.POP_MARK: lambda run: run.pop_mark(),
+    pickle.DUP: lambda run: run.stack.append(run.stack[-1]),
+    pickle.GLOBAL: lambda run: run.named(run.line(), run.line()),
+    pickle.STACK_GLOBAL: lambda run: run.stack_global(),
+    pickle.REDUCE: lambda run: run.reduce(),
+    pickle.NEWOBJ: lambda run: run.new_object(),
+    pickle.BUILD: lambda run: run.build(),
+    pickle.BINPERSID: lambda run: run.persistent(),
+    pickle.APPEND: lambda run: run.append([run.stack.pop()]),
+    pickle.APPENDS: lambda run: run.append(run.pop_mark()),
+    pickle.SETITEM: lambda run: run.set_items([*reversed([run.stack.pop(), run.stack.pop()])]),
+    pickle.SETITEMS: lambda run: run.set_items(run.pop_mark()),
+    pickle.ADDITEMS: lambda run: run.add_items(),
+    pickle.TUPLE: lambda run: run.pack_mark(),
+    pickle.TUPLE1: _pack(1),
+    pickle.TUPLE2: _pack(2),
+    pickle.TUPLE3: _pack(3),
+    pickle.NONE: _push(None),
+    pickle.NEWTRUE: _push(True),
+    pickle.NEWFALSE: _push(False),
+    pickle.EMPTY_TUPLE: _push(()),
+    pickle.EMPTY_LIST: lambda run: run.stack.append([]),
+    pickle.EMPTY_DICT: lambda run: run.stack.append(Pairs()),
+    pickle.EMPTY_SET: _push(OPAQUE),
+    pickle.FROZENSET: lambda run: run.opaque(run.pop_mark()),
+    pickle.BININT: lambda run: run.stack.append(run.number("<i")),
+    pickle.BININT1: lambda run: run.stack.append(run.number("B")),
+    pickle.BININT2: lambda run: run.stack.append(run.number("<H")),
+    pickle.BINFLOAT: lambda run: run.stack.append(run.number(">d")),
+    pickle.LONG1: lambda run: _long(run, run.number("B")),
+    pickle.LONG4: lambda run: _long(run, run.number("<i")),
+    pickle.BINUNICODE: lambda run: run.text(run.number("<I")),
+    pickle.SHORT_BINUNICODE: lambda run: run.text(run.number("B")),
+    pickle.BINUNICODE8: lambda run: run.text(run.number("<Q")),
+    pickle.SHORT_BINSTRING: lambda run: _old_text(run, run.number("B")),
+    pickle.BINSTRING: lambda run: _old_text(run, run.number("<i")),
+    pickle.SHORT_BINBYTES: lambda run: run.stack.append(run.take(run.number("B"))),
+    pickle.BINBYTES: lambda run: run.stack.append(run.take(run.number("<I"))),
+    pickle.BINBYTES8: lambda run: run.stack.append(run.take(run.number("<Q"))),
+    pickle.BYTEARRAY8: lambda run: run.opaque(run.take(run.number("<Q"))),
+    pickle.BINGET: lambda run: run.stack.append(run.memo[run.number("B")]),
+    pickle.LONG_BINGET: lambda run: run.stack.append(run.memo[run.number("<I")]),
+    pickle.BINPUT: lambda run: run.put(run.number("B")),
+    pickle.LONG_BINPUT: lambda run: run.put(run.number("<I")),
+    pickle.MEMOIZE: lambda run: run.put(len(run.memo)),
 }

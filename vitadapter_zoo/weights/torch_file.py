@@ -20,13 +20,15 @@ from torch import Tensor
 from vitadapter_zoo.errors import CheckpointError, UnsafeCheckpointError
 from vitadapter_zoo.text import quoted, shown
 from vitadapter_zoo.weights import pickle_reader
-from vitadapter_zoo.weights.pickle_reader import (
+from vitadapter_zoo.weights.pickle_reader import Pickled
+from vitadapter_zoo.weights.pickle_values import (
     DamagedError,
-    Pickled,
+    Pairs,
     RefusedError,
     StorageRecord,
     TensorRecord,
 )
+from vitadapter_zoo.weights.refusal import refusal
 
 # What torch.save writes into its zip, and nothing else.
 MEMBER = re.compile(
@@ -89,7 +91,7 @@ def read(path: Path, origin: str) -> TorchFile:
             with memoryview(data) as whole:
                 return (_read_zip if zipped else _read_legacy)(path, whole, origin)
     except RefusedError as error:
-        raise _refusal(origin, error) from error
+        raise refusal(origin, error) from error
     # Each of these is a way in which a damaged file shows.
     except (DamagedError, zipfile.BadZipFile, OSError, ValueError, NotImplementedError,
             RuntimeError, struct.error) as error:  # fmt: skip
@@ -147,7 +149,7 @@ def _read_legacy(path: Path, data: memoryview, origin: str) -> TorchFile:
             raise DamagedError(f"the storage {quoted(key)} is cut short")
         places[key] = (end + 8, length)
         end += 8 + length
-    little = header.value.get("little_endian") if type(header.value) is pickle_reader.Pairs else None
+    little = header.value.get("little_endian") if type(header.value) is Pairs else None
     swapped = little is not None and little != (sys.byteorder == "little")
     return TorchFile(path, content.value, places, swapped, "legacy torch pickle")
 
@@ -187,7 +189,7 @@ def tensors(file: TorchFile, records: Mapping[str, TensorRecord], origin: str) -
             if file.swapped:
                 storage.byteswap(dtype)
             storages[key] = storage
-        made[name] = torch.empty(0, dtype=dtype).set_(  # type: ignore[call-overload]
+        made[name] = torch.empty(0, dtype=dtype).set_(
             storages[key], record.storage.start + record.offset, record.size, record.stride
         )
     return made
@@ -265,7 +267,7 @@ def _check_directory(data: memoryview) -> None:
         raise zipfile.BadZipFile("File is not a zip file")
     (size,) = struct.unpack_from("<I", tail, at + 12)
     locator = len(data) - len(tail) + at - 20
-    if size == 0xFFFFFFFF and locator >= 0 and data[locator : locator + 4] == b"PK\x06\x07":
+    if size == 0xFFFFFFFF and locator >= 0 and bytes(data[locator : locator + 4]) == b"PK\x06\x07":
         (place,) = struct.unpack_from("<Q", data, locator + 8)
         if place + 56 > len(data):
             raise zipfile.BadZipFile("its directory lies outside")
@@ -307,43 +309,3 @@ def _range(data: memoryview, member: zipfile.ZipInfo) -> tuple[int, int]:
     if signature != b"PK\x03\x04" or start + member.file_size > len(data):
         raise DamagedError(f"the member {quoted(member.filename)} lies outside of the file")
     return start, member.file_size
-
-
-# Functions that no saved object needs: a file that names one was made to run a command.
-HOSTILE = ("os", "posix", "nt", "sys", "subprocess", "shutil", "runpy", "importlib", "builtins",
-           "pty", "socket", "ctypes", "code", "pickle", "pip", "webbrowser", "timeit", "pdb",
-           "bdb", "asyncio", "multiprocessing", "operator", "functools", "types", "marshal",
-           "signal", "tempfile", "urllib", "requests", "site", "idlelib", "cProfile", "profile",
-           "trace", "doctest", "_posixsubprocess", "platform", "commands", "ensurepip", "torch",
-           "numpy")  # fmt: skip
-# Classes of these libraries that people save beside their weights.
-OWN = ("torch.nn.", "numpy.core.multiarray.", "numpy._core.multiarray.", "numpy.ndarray")
-
-
-def _refusal(origin: str, error: RefusedError) -> UnsafeCheckpointError:
-    """What was found, and the advice that fits: a saved object can be saved again as tensors."""
-    start = f"{origin} was refused: "
-    module = error.name.partition(".")[0]
-    own_object = error.name and (module not in HOSTILE or error.name.startswith(OWN))
-    if not own_object:
-        detail = (
-            f"a checkpoint is a pickle of tensors and plain data, and this is not ({error})"
-            if error.name
-            else str(error)
-        )
-        return UnsafeCheckpointError(
-            f"{start}{detail}. Nothing in it was run. Get the file from its publisher again"
-        )
-    if error.first:
-        what = f"it holds a whole Python object, {quoted(error.name)}, instead of tensors"
-        saved = "torch.save(torch.load(FILE, weights_only=False).state_dict(), 'weights.pth')"
-    else:
-        what = f"beside tensors and plain data it holds an object: {str(error)}"
-        saved = (
-            "checkpoint = torch.load(FILE, weights_only=False); torch.save({'state_dict': "
-            "checkpoint['state_dict']}, 'weights.pth')"
-        )
-    return UnsafeCheckpointError(
-        f"{start}{what}. Nothing in it was run. If you made the file or trust its author, save its "
-        f"tensors alone where that class is installed, and load the result: {saved}"
-    )
