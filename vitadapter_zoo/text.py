@@ -1,7 +1,6 @@
 """Text and JSON from outside: shown safely, and parsed with one kind of error."""
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -115,7 +114,7 @@ def number_in(
     """
     value: Any = settings.get(key)
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    fits = is_number and math.isfinite(value) and low <= value <= high
+    fits = is_number and low <= value <= high
     if not fits or (whole and value != int(value)):
         raise range_error(where, key, value, f"{'an integer' if whole else 'a number'} from "
                           f"{low:g} to {high:g}", kind)  # fmt: skip

@@ -9,19 +9,15 @@ import safetensors.torch
 from torch import Tensor
 
 from vitadapter_zoo.errors import CheckpointError
-from vitadapter_zoo.text import JSONError, parse_json, quoted, read_json, shown
+from vitadapter_zoo.text import JSONError, parse_json, quoted, shown
 from vitadapter_zoo.weights import torch_file
 from vitadapter_zoo.weights.pickle_values import Pairs, TensorRecord, Unsupported
+from vitadapter_zoo.weights.shards import MOST_CLASSES
 
 LARGEST_HEADER = 100_000_000  # bytes; the safetensors format's own limit
-# The Hub's names for safetensors weights, in one file or in several with an index.
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-LARGEST_INDEX = 64 << 20  # bytes
 # Where training frameworks put the weights, in the order of preference.
 STATE_KEYS = ("state_dict", "model_state_dict", "model", "state_dict_ema", "ema_state_dict",
               "model_ema", "ema", "network", "net", "weights")  # fmt: skip
-MOST_CLASSES = 10_000
 
 
 @dataclass(frozen=True)
@@ -107,23 +103,6 @@ def _foreign_json(text: str) -> Any:
         return parse_json(text)
     except JSONError:  # other tools use the same words for something else
         return None
-
-
-def shard_names(index: Path) -> list[str]:
-    """The files that an index of sharded safetensors names, all in the index's own folder.
-
-    Raises:
-        CheckpointError: not an index, or one that names files elsewhere.
-    """
-    try:
-        names = sorted(set(read_json(index, LARGEST_INDEX)["weight_map"].values()))
-        if not names or any(Path(name).name != name or name in ("", "..") for name in names):
-            raise ValueError("it names files outside its own folder, or none")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{index} is not an index of sharded safetensors: {shown(error)}"
-        ) from error
-    return names
 
 
 def read_all(paths: list[Path], origin: str) -> Checkpoint:

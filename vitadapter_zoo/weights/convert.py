@@ -17,8 +17,9 @@ from vitadapter_zoo.models import MaskRCNN, build
 from vitadapter_zoo.text import shown
 from vitadapter_zoo.weights import atomic, checkpoint
 from vitadapter_zoo.weights import fit as fitting
-from vitadapter_zoo.weights.checkpoint import MOST_CLASSES, Checkpoint
+from vitadapter_zoo.weights.checkpoint import Checkpoint
 from vitadapter_zoo.weights.fit import Fitted
+from vitadapter_zoo.weights.shards import MOST_CLASSES
 
 logger = logging.getLogger(__name__)
 
@@ -165,7 +166,8 @@ def class_names(loaded: Checkpoint, classes: Sequence[str] | None = None) -> tup
         count = len(COCO_CLASSES)
     for names in (classes, loaded.classes, COCO_CLASSES):
         if names and len(names) == count:
-            return tuple(names)
+            is_coco = [x.casefold() for x in names] == list(COCO_CLASSES)
+            return COCO_CLASSES if is_coco else tuple(names)
     return count
 
 
