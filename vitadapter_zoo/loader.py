@@ -154,7 +154,8 @@ def _check_combination(
 ) -> None:
     if place_of(name) is not None and (checkpoint is not None or not pretrained):
         raise ConfigError(
-            f"{quoted(os.fspath(name), 200)} has weights of its own: leave checkpoint and pretrained out"
+            f"{quoted(os.fspath(name), 200)} has weights of its own: leave checkpoint and "
+            "pretrained out"
         )
     if not pretrained and checkpoint is not None:
         raise ConfigError("pretrained=False takes no checkpoint: leave one of them out")
