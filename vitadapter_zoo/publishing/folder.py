@@ -9,7 +9,7 @@ from vitadapter_zoo.errors import CheckpointError
 from vitadapter_zoo.text import JSONError, number_in, range_error, read_json, shown
 from vitadapter_zoo.weights import hub
 from vitadapter_zoo.weights.progress import Report
-from vitadapter_zoo.weights.shards import MOST_CLASSES
+from vitadapter_zoo.weights.shards import LONGEST_NAME, MOST_CLASSES
 from vitadapter_zoo.weights.source import HubFile
 
 CONFIG = "config.json"
@@ -19,7 +19,6 @@ DTYPES = ("float32", "float16", "bfloat16", "float64")
 SIDES = (16, 8192)  # pixels
 MEANS = (0.0, 255.0)
 DEVIATIONS = (0.01, 10_000.0)
-LONGEST_NAME = 200  # characters
 # Steps of the preparation that the network's input always has.
 FIXED = {"do_resize": True, "do_rescale": False, "do_normalize": True}
 

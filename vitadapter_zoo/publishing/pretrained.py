@@ -116,7 +116,7 @@ def push_to_hub(
             )
         # huggingface_hub lets its HTTP library's errors through beside its own.
         except Exception as error:
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            reason = shown(str(error).strip().partition("\n")[0] or type(error).__name__, 200)
             raise ZooError(
                 f"cannot publish to {repo_id}: {reason}; check the name, the connection and "
                 "`hf auth whoami`"

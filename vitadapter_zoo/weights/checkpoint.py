@@ -12,7 +12,7 @@ from vitadapter_zoo.errors import CheckpointError
 from vitadapter_zoo.text import JSONError, parse_json, quoted, shown
 from vitadapter_zoo.weights import torch_file
 from vitadapter_zoo.weights.pickle_values import Pairs, TensorRecord, Unsupported
-from vitadapter_zoo.weights.shards import MOST_CLASSES
+from vitadapter_zoo.weights.shards import LONGEST_NAME, MOST_CLASSES
 
 LARGEST_HEADER = 100_000_000  # bytes; the safetensors format's own limit
 # Where training frameworks put the weights, in the order of preference.
@@ -64,6 +64,7 @@ def read(path: Path, origin: str) -> Checkpoint:
         CheckpointError: missing, truncated, or not a checkpoint.
         UnsafeCheckpointError: a pickle that asks for anything but tensors and plain data.
     """
+    origin = shown(origin, 300)
     head = _head(path, origin)
     if _is_safetensors(head):
         return _read_safetensors(path, origin)
@@ -122,7 +123,7 @@ def read_all(paths: list[Path], origin: str) -> Checkpoint:
         twice = tensors.keys() & shard.keys()
         if twice:
             raise CheckpointError(
-                f"{origin}: the tensor {quoted(min(twice))} is in more than one shard"
+                f"{shown(origin, 300)}: the tensor {quoted(min(twice))} is in more than one shard"
             )
         tensors |= shard
     return Checkpoint(tensors, "safetensors", classes=classes)
@@ -194,5 +195,5 @@ def _names(value: object) -> tuple[str, ...] | None:
     if not isinstance(value, (list, tuple)) or not 0 < len(value) <= MOST_CLASSES:
         return None
     names: tuple[object, ...] = tuple(value)
-    texts = tuple(name for name in names if isinstance(name, str))
-    return texts if len(texts) == len(names) else None
+    texts = {name for name in names if isinstance(name, str) and name and len(name) <= LONGEST_NAME}
+    return tuple(map(str, names)) if len(texts) == len(names) else None

@@ -179,6 +179,7 @@ def fit(
     Raises:
         CheckpointError: the tensors are not the model's, or not finite.
     """
+    origin = shown(origin, 300)
     expected = model.state_dict()
     try:
         fitted = fitting.fit(loaded.tensors, expected, row.name, allow_nonfinite=allow_nonfinite)
@@ -214,8 +215,8 @@ def _fitted(
     if classes is not None and names != tuple(classes):
         count = names if isinstance(names, int) else len(names)
         raise CheckpointError(
-            f"{origin} has {count} classes and {len(classes)} names were given; give one name for "
-            "each class"
+            f"{shown(origin, 300)} has {count} classes and {len(classes)} names were given; "
+            "give one name for each class"
         )
     with torch.device("meta"):
         model = build(row, placeholders(names) if isinstance(names, int) else names)

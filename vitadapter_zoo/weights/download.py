@@ -22,9 +22,9 @@ from urllib.parse import unquote, urlparse
 import requests
 
 from vitadapter_zoo.errors import DownloadError, ZooError
-from vitadapter_zoo.text import shown
+from vitadapter_zoo.text import read_json, shown
 from vitadapter_zoo.weights import atomic
-from vitadapter_zoo.weights.cache import Known
+from vitadapter_zoo.weights.cache import LARGEST_RECORD, Known
 from vitadapter_zoo.weights.progress import Report, silent
 
 CHUNK = 1 << 16  # bytes; what a lost connection loses at most
@@ -104,7 +104,7 @@ class _Part:
 
     def _resume(self, url: str) -> None:
         try:
-            announced = _RemoteFile(**json.loads(self.record.read_text()))
+            announced = _RemoteFile(**read_json(self.record, LARGEST_RECORD))
             size = self.path.stat().st_size
         except (OSError, ValueError, TypeError):
             self.drop()
@@ -191,7 +191,7 @@ def download(
 def _finished(url: str, target: Path, sha256: str | None) -> Known | None:
     """An earlier process's whole download that it died before using; removed if it is not that."""
     try:
-        announced = _RemoteFile(**json.loads(atomic.part_record_of(target).read_text()))
+        announced = _RemoteFile(**read_json(atomic.part_record_of(target), LARGEST_RECORD))
         status = target.stat()
     except (OSError, ValueError, TypeError):
         announced = None
@@ -358,7 +358,7 @@ def _is_html(head: bytes) -> bool:
 
 def _web_page(url: str) -> DownloadError:
     return DownloadError(
-        f"{url} sends a web page (HTML), not weights: a login or error page perhaps; "
+        f"{shown(url, 300)} sends a web page (HTML), not weights: a login or error page perhaps; "
         "open it in a browser, download the file and pass its path as the checkpoint"
     )
 

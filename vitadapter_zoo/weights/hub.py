@@ -24,6 +24,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils.tqdm import tqdm
 
 from vitadapter_zoo.errors import CheckpointError, DownloadError, ZooError
+from vitadapter_zoo.text import shown
 from vitadapter_zoo.weights import atomic, cache
 from vitadapter_zoo.weights.progress import Report
 from vitadapter_zoo.weights.shards import INDEX, SINGLE, shard_names
@@ -76,7 +77,7 @@ def _one_error(source: HubFile) -> Iterator[None]:
         # hf_xet raises RuntimeError for what fails inside of it.
         if not theirs and not isinstance(error, (OSError, ValueError, RuntimeError)):
             raise
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        reason = shown(str(error).strip().partition("\n")[0] or type(error).__name__, 200)
         raise DownloadError(
             f"cannot download {source}: {reason}; check the connection and HF_ENDPOINT "
             f"({constants.ENDPOINT}) and try again"
@@ -149,7 +150,9 @@ def choose(source: HubFile, preferred: str | None = None, *, offline: bool = Fal
             return replace(source, file=name)
     if len(weights) == 1:
         return replace(source, file=weights[0])
-    have = f"several: {', '.join(sorted(weights)[:8])}" if weights else "none"
+    have = (
+        f"several: {', '.join(shown(name) for name in sorted(weights)[:8])}" if weights else "none"
+    )
     raise CheckpointError(
         f"{source} leaves the weights file open and the repository has {have}; "
         f"name one as {source}/FILE"

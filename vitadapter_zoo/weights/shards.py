@@ -9,6 +9,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 LARGEST_INDEX = 64 << 20  # bytes
 MOST_CLASSES = 10_000
+LONGEST_NAME = 200  # characters of a class name
 
 
 def shard_names(index: Path) -> list[str]:
