@@ -109,7 +109,7 @@ def cache_verify() -> None:
         if state == "DAMAGED":
             wrong.append(str(item.entry.weights))
     if wrong:
-        raise ZooError(
+        raise click.ClickException(  # exit status 1: the check found something
             f"{len(wrong)} damaged: {', '.join(wrong)}; they are made anew when they are next "
             "loaded, and `vitadapter-zoo cache prune` removes what is not complete"
         )

@@ -13,33 +13,24 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from vitadapter_zoo.catalog import get_row
-from vitadapter_zoo.errors import ZooError
+from vitadapter_zoo.cli.failures import COULD_NOT_RUN
 
 if TYPE_CHECKING:
     from vitadapter_zoo.evaluation.dataset import Dataset
     from vitadapter_zoo.evaluation.verdict import Verification
 
 EXIT_STATUS = {"confirmed": 0, "refuted": 1, "inconclusive": 3}
-COULD_NOT_RUN = 2
 WORST_FIRST = (COULD_NOT_RUN, *(EXIT_STATUS[it] for it in ("refuted", "inconclusive", "confirmed")))
 REPORT = click.Path(path_type=Path, file_okay=False)
 REPORT_HELP = "Write report.html, report.json and the detections there."
 
 
-class _CouldNotRunError(click.ClickException):
-    """Told like every error, with the exit status of ``verify``."""
-
-    exit_code = COULD_NOT_RUN
-
-
 class _VerdictCommand(click.Command):
-    """Exit status 1 means refuted here, so that whatever keeps it from running gives 2."""
+    """Says, when it is interrupted, that nothing is lost."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except ZooError as error:
-            raise _CouldNotRunError(str(error)) from error
         except KeyboardInterrupt:
             click.echo("\nstopped; the same command continues where it was", err=True)
             raise
@@ -286,7 +277,7 @@ def _tell(found: Verification, as_json: bool, folder: Path | None) -> None:
     if folder is not None:
         report.write(found, folder, command=_command())
         click.echo(f"report: {folder / report.PAGE}", err=True)
-    sys.exit(EXIT_STATUS[found.verdict])
+    click.get_current_context().exit(EXIT_STATUS[found.verdict])
 
 
 def _tell_all(
@@ -308,7 +299,8 @@ def _tell_all(
     if folder is not None:
         click.echo(f"report: {folder / overview.PAGE}", err=True)
     statuses = {EXIT_STATUS.get(row["status"], COULD_NOT_RUN) for row in content["rows"]}
-    sys.exit(next(status for status in WORST_FIRST if status in statuses))
+    status = next(status for status in WORST_FIRST if status in statuses)
+    click.get_current_context().exit(status)
 
 
 def _command() -> str:
