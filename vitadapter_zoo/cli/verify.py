@@ -167,7 +167,7 @@ def verify(
     chosen_device = usable_device(device) if ray is None else device
 
     def evaluate(model: str) -> Verification:
-        with live.evaluation(data.annotations, not quiet, max_minutes) as watch:
+        with live.evaluation(data, not quiet, max_minutes) as watch:
             return run_verify(
                 model,
                 data,

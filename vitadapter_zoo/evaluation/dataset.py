@@ -3,37 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from vitadapter_zoo import settings
 from vitadapter_zoo.catalog import COCO_CLASSES
 from vitadapter_zoo.errors import DatasetError
+from vitadapter_zoo.evaluation import annotation_file, ids
+from vitadapter_zoo.evaluation.annotation_file import Image as Image
+from vitadapter_zoo.evaluation.annotation_file import Object
+from vitadapter_zoo.evaluation.ids import Id
+from vitadapter_zoo.text import JSONError, parse_json, shown
 
 ANNOTATIONS = "annotations/instances_val2017.json"
 IMAGES = "val2017"
 # Of val2017, the set that the published figures belong to: images and annotations, crowds included.
 VAL2017 = (5000, 36_781)
-
-
-@dataclass(frozen=True)
-class Image:
-    """One image of a data set.
-
-    Attributes:
-        image_id: the annotation file's.
-        path: of the image file.
-        size: (height, width) in pixels, as the annotation file says.
-        category_ids: classes annotated in it, each once.
-    """
-
-    image_id: int
-    path: Path
-    size: tuple[int, int]
-    category_ids: frozenset[int]
 
 
 @dataclass(frozen=True)
@@ -45,25 +32,27 @@ class Dataset:
         sha256: of the annotation file.
         images: in the order of their ids.
         categories: (id, name) of every class, in the file's order.
-        annotation_count: objects and crowds in all.
+        objects: every annotation, in the file's order.
         folder: of the image files.
+        ignore_exif: whether image files are read without the rotation of their EXIF data.
     """
 
     annotations: Path
     sha256: str
     images: tuple[Image, ...]
-    categories: tuple[tuple[int, str], ...]
-    annotation_count: int
+    categories: tuple[tuple[Id, str], ...]
+    objects: tuple[Object, ...]
     folder: Path
+    ignore_exif: bool = False
 
     @property
     def is_val2017(self) -> bool:
         """Whether this is, by its numbers and classes, what the published figures belong to."""
-        counts = (len(self.images), self.annotation_count)
+        counts = (len(self.images), len(self.objects))
         names = {name for _, name in self.categories}
         return counts == VAL2017 and names == set(COCO_CLASSES)
 
-    def category_ids(self, classes: Sequence[str]) -> tuple[int, ...]:
+    def category_ids(self, classes: Sequence[str]) -> tuple[Id, ...]:
         """The category id of each of a model's classes, in the model's order.
 
         Raises:
@@ -101,95 +90,43 @@ def coco_paths(directory: Path) -> tuple[Path, Path]:
     )
 
 
-def read_dataset(annotations: Path, images: Path) -> Dataset:
-    """Read an annotation file and check it.
+def read_dataset(annotations: Path, images: Path, *, ignore_exif: bool = False) -> Dataset:
+    """Read an annotation file and check everything that is scored.
 
     Args:
-        annotations: in COCO's instances format.
+        annotations: in COCO's instances format; UTF-8, UTF-16 or UTF-32.
         images: the folder of the image files. Whether they are there is not checked here.
+        ignore_exif: whether the annotations belong to the pixels as they are stored, without the
+            rotation that a file's EXIF data ask for.
 
     Raises:
         DatasetError: not readable, not in COCO's format, without annotations or without masks.
     """
+    annotations, images = settings.expanded(annotations), settings.expanded(images)
+    file = shown(annotations, 300)
     try:
         encoded = annotations.read_bytes()
-        content = json.loads(encoded)
     except OSError as error:
         raise DatasetError(
-            f"cannot read the annotation file {annotations}: {error.strerror}; give COCO's folder "
-            "with --coco or the file with --annotations"
-        ) from error
-    except ValueError as error:
-        raise DatasetError(
-            f"{annotations} is not JSON ({error}): it is truncated or another kind of file; "
-            "unpack or download it again"
+            f"cannot read the annotation file {file}: {error.strerror}; give COCO's folder with "
+            "--coco or the file with --annotations"
         ) from error
     try:
-        _check(content, annotations)
-        found: dict[int, set[int]] = {image["id"]: set() for image in content["images"]}
-        for annotation in content["annotations"]:
-            found[annotation["image_id"]].add(annotation["category_id"])
-        entries = [
-            Image(
-                image["id"],
-                images / image["file_name"],
-                (int(image["height"]), int(image["width"])),
-                frozenset(found[image["id"]]),
-            )
-            for image in content["images"]
-        ]
-        categories = tuple((int(c["id"]), str(c["name"])) for c in content["categories"])
-    except (KeyError, TypeError, ValueError) as error:
+        content = parse_json(encoded)
+    except JSONError as error:
         raise DatasetError(
-            f"{annotations} is not in COCO's instances format ({type(error).__name__}: {error}); "
-            f"take {Path(ANNOTATIONS).name} or a file of its form"
+            f"{file}: {error}; it is truncated or another kind of file: unpack or download it again"
         ) from error
+    found = annotation_file.parse(content, annotations, images)
     return Dataset(
         annotations=annotations,
         sha256=hashlib.sha256(encoded).hexdigest(),
-        images=tuple(sorted(entries, key=lambda image: image.image_id)),
-        categories=categories,
-        annotation_count=len(content["annotations"]),
+        images=found.images,
+        categories=found.categories,
+        objects=found.objects,
         folder=images,
+        ignore_exif=ignore_exif,
     )
-
-
-def _check(content: dict[str, Any], path: Path) -> None:
-    """What hotcoco would take silently and score wrongly."""
-    if "annotations" not in content and "images" in content:
-        raise DatasetError(
-            f"{path} holds no annotations: test sets are scored by COCO's own server alone; "
-            f"take {Path(ANNOTATIONS).name}"
-        )
-    image_ids = _unique("image", (image["id"] for image in content["images"]), path)
-    category_ids = _unique("category", (c["id"] for c in content["categories"]), path)
-    _unique("category name", (c["name"] for c in content["categories"]), path)
-    _unique("annotation", (a["id"] for a in content["annotations"]), path)
-    for annotation in content["annotations"]:
-        name = f"annotation {annotation['id']} of {path}"
-        if not annotation.get("segmentation"):
-            raise DatasetError(
-                f"{name} has no mask: mask AP needs a segmentation for every object; take an "
-                "instances file (captions and keypoints have none)"
-            )
-        if annotation["image_id"] not in image_ids or annotation["category_id"] not in category_ids:
-            raise DatasetError(
-                f"{name} names an image or class that the file does not have; it was cut or "
-                "edited: take the original file"
-            )
-        if annotation["iscrowd"] not in (0, 1) or len(annotation["bbox"]) != 4:
-            raise DatasetError(f"{name} has no valid iscrowd and bbox; take the original file")
-        if not isinstance(annotation["area"], (int, float)):
-            raise DatasetError(f"{name} has no area; take the original file")
-
-
-def _unique(kind: str, keys: Iterable[Any], path: Path) -> set[Any]:
-    seen: set[Any] = set()
-    for key in keys:
-        if key in seen:
-            raise DatasetError(f"{path} has the {kind} {key!r} twice; take the original file")
-        seen.add(key)
-    return seen
 
 
 def check_images(images: Sequence[Image]) -> list[Image]:
@@ -210,26 +147,27 @@ def sampling_order(dataset: Dataset, seed: int) -> list[Image]:
         dataset: what is sampled.
         seed: the same seed gives the same order.
     """
-    frequency: dict[int, int] = {}
+    rank = {key: place for place, key in enumerate(sorted(dict(dataset.categories), key=ids.order))}
+    frequency: dict[Id, int] = {}
     for image in dataset.images:
         for key in image.category_ids:
             frequency[key] = frequency.get(key, 0) + 1
-    strata: dict[int, list[Image]] = {}
-    for image in dataset.images:
-        rarest = min(image.category_ids, key=lambda key: (frequency[key], key), default=-1)
-        strata.setdefault(rarest, []).append(image)
+    strata: dict[int, list[tuple[int, Image]]] = {}
+    for place, image in enumerate(dataset.images):
+        rarest = min(((frequency[key], rank[key]) for key in image.category_ids), default=(0, -1))
+        strata.setdefault(rarest[1], []).append((place, image))
     generator = random.Random(seed)  # noqa: S311  sampling, not secrets
     placed = []
-    for key in sorted(strata):
-        members = strata[key]
+    for stratum in sorted(strata):
+        members = strata[stratum]
         generator.shuffle(members)
         start = generator.random()
-        placed += [((k + start) / len(members), image) for k, image in enumerate(members)]
-    return [image for _, image in sorted(placed, key=lambda pair: (pair[0], pair[1].image_id))]
+        placed += [((k + start) / len(members), *member) for k, member in enumerate(members)]
+    return [image for _, _, image in sorted(placed, key=lambda entry: entry[:2])]
 
 
 def _some(what: str, names: list[str]) -> str:
     if not names:
         return ""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{what} {', '.join(map(repr, names[:3]))}{more}; "
+    return f"{what} {', '.join(shown(repr(name)) for name in names[:3])}{more}; "

@@ -16,6 +16,7 @@ from torch import nn
 from vitadapter_zoo.detections import Detections, Instances, xywh
 from vitadapter_zoo.errors import ImageError
 from vitadapter_zoo.evaluation.dataset import Image
+from vitadapter_zoo.evaluation.ids import Id
 from vitadapter_zoo.evaluation.run import ImageResult
 from vitadapter_zoo.images import NetworkInput
 from vitadapter_zoo.models import MaskRCNN
@@ -52,7 +53,7 @@ class Evaluator:
     """
 
     model: MaskRCNN
-    category_ids: tuple[int, ...]
+    category_ids: tuple[Id, ...]
 
     def prepare(self, task: Task) -> Prepared | ImageResult:
         """Decode one image; where that fails, the result that says why it is left out."""

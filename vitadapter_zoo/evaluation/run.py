@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vitadapter_zoo.errors import ZooError
+from vitadapter_zoo.evaluation.ids import Id
 from vitadapter_zoo.weights import atomic, cache
 
 RUN = "run.json"
@@ -37,11 +38,11 @@ class ImageResult:
         skipped: why the image was left out; empty where it was not.
     """
 
-    image_id: int
+    image_id: Id
     size: tuple[int, int]
     boxes: Sequence[Sequence[float]] = ()
     scores: Sequence[float] = ()
-    category_ids: Sequence[int] = ()
+    category_ids: Sequence[Id] = ()
     masks: Sequence[str] = ()
     image_sha256: str = ""
     skipped: str = ""
@@ -77,7 +78,7 @@ class Run:
     """
 
     directory: Path
-    results: dict[int, ImageResult] = field(default_factory=dict)
+    results: dict[Id, ImageResult] = field(default_factory=dict)
 
     def append(self, result: ImageResult) -> None:
         """Keep one image's result; on the disk when this returns.
@@ -157,7 +158,7 @@ def _parse(line: bytes) -> ImageResult | None:
     return ImageResult(**{**values, "size": tuple(values["size"])})
 
 
-def _read(path: Path) -> dict[int, ImageResult]:
+def _read(path: Path) -> dict[Id, ImageResult]:
     """The whole lines of a run; what is torn or damaged is taken out of the file."""
     if not path.exists():
         return {}

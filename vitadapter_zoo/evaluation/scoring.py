@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from vitadapter_zoo._version import __version__
+from vitadapter_zoo.evaluation import ids
+from vitadapter_zoo.evaluation.dataset import Dataset
+from vitadapter_zoo.evaluation.ids import Id
 from vitadapter_zoo.evaluation.run import ImageResult
 
 Kind = Literal["box", "mask"]
@@ -75,36 +77,20 @@ class Matches:
 
 @dataclass(frozen=True)
 class Table:
-    """Results of several images in one table, for both kinds; ``tabulate`` makes it.
+    """Results of several images in one table, for both kinds; ``Annotations.tabulate`` makes it.
+
+    The scorer computes with float64, in which large ids are rounded. It gets numbers from 1 on
+    instead, in the order of the ids.
 
     Attributes:
-        image_ids: of every image, in order, those without detections too.
-        rows: float64 ``[D, 7]``: image id, x, y, width, height, score, category id.
+        images: numbers of the images, in order, those without detections too.
+        rows: float64 ``[D, 7]``: image number, x, y, width, height, score, category number.
         masks: COCO's RLE of each row.
     """
 
-    image_ids: list[int]
+    images: list[int]
     rows: Floats
     masks: list[Any]
-
-
-def tabulate(results: Sequence[ImageResult]) -> Table:
-    """One table of all detections, ordered by image id, which decides between equal scores."""
-    ordered = sorted(results, key=lambda result: result.image_id)
-    rows = np.empty((sum(len(result.scores) for result in ordered), 7))
-    masks: list[Any] = []
-    start = 0
-    with _without_collection():
-        for result in ordered:
-            block = rows[start : start + len(result.scores)]
-            if len(block):
-                block[:, 0] = result.image_id
-                block[:, 1:5] = result.boxes
-                block[:, 5] = result.scores
-                block[:, 6] = result.category_ids
-                masks += result.segmentations()
-            start += len(block)
-    return Table([result.image_id for result in ordered], rows, masks)
 
 
 @dataclass(frozen=True)
@@ -116,7 +102,7 @@ class Unmatched:
         false: places, in the image's result, of the detections that found no object.
     """
 
-    missed: tuple[int, ...]
+    missed: tuple[Id, ...]
     false: tuple[int, ...]
 
 
@@ -133,21 +119,48 @@ def _without_collection() -> Iterator[None]:
 
 
 class Annotations:
-    """An annotation file as hotcoco holds it, read once for both kinds."""
+    """The annotations of a data set as hotcoco holds them, for both kinds."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, data: Dataset) -> None:
         from hotcoco import COCO
 
-        self._coco = COCO(str(path))
-        names = self._coco.cats
-        self.category_ids = sorted(names)
-        self.category_names = [str(names[key]["name"]) for key in self.category_ids]
+        self._data = data
+        self._image_numbers = _numbers(image.image_id for image in data.images)
+        names = dict(data.categories)
+        self._category_numbers = _numbers(names)
+        self.category_names = [names[key] for key in self._category_numbers]
+        self._coco = COCO(_as_coco(data, self._image_numbers, self._category_numbers))
+
+    def tabulate(self, results: Sequence[ImageResult]) -> Table:
+        """One table of all detections, ordered by image id, which decides between equal scores.
+
+        Args:
+            results: at most one for each image of the data set.
+        """
+        numbered = sorted(
+            ((self._image_numbers[result.image_id], result) for result in results),
+            key=lambda pair: pair[0],
+        )
+        rows = np.empty((sum(len(result.scores) for result in results), 7))
+        masks: list[Any] = []
+        start = 0
+        with _without_collection():
+            for number, result in numbered:
+                block = rows[start : start + len(result.scores)]
+                if len(block):
+                    block[:, 0] = number
+                    block[:, 1:5] = result.boxes
+                    block[:, 5] = result.scores
+                    block[:, 6] = [self._category_numbers[key] for key in result.category_ids]
+                    masks += result.segmentations()
+                start += len(block)
+        return Table([number for number, _ in numbered], rows, masks)
 
     def score(self, table: Table, kind: Kind) -> Scores:
         """COCO's figures over the images of the table.
 
         Args:
-            table: from ``tabulate``.
+            table: from ``Annotations.tabulate``.
             kind: what is compared, boxes or masks.
         """
         evaluation = self._evaluate(table, kind)
@@ -159,16 +172,18 @@ class Annotations:
         """The matching behind the AP over all areas, class by class, for resampling images.
 
         Args:
-            table: from ``tabulate``; the matches number its images in their order.
+            table: from ``Annotations.tabulate``; the matches number its images in their order.
             kind: what is compared, boxes or masks.
         """
         evaluation = self._evaluate(table, kind, every_area=False)
-        places = {image_id: place for place, image_id in enumerate(table.image_ids)}
-        by_class: dict[int, list[dict[str, Any]]] = {key: [] for key in self.category_ids}
+        places = {number: place for place, number in enumerate(table.images)}
+        by_class: dict[int, list[dict[str, Any]]] = {
+            number: [] for number in self._category_numbers.values()
+        }
         for entry in evaluation.eval_imgs:
             if entry is not None:
                 by_class[entry["category_id"]].append(entry)
-        return [_matches(by_class[key], places) for key in self.category_ids]
+        return [_matches(entries, places) for entries in by_class.values()]
 
     def unmatched(self, results: Sequence[ImageResult], kind: Kind) -> list[Unmatched]:
         """Missed objects and false detections of each image, by COCO's matching at IoU 0.5.
@@ -180,32 +195,24 @@ class Annotations:
         Returns:
             One for each of ``results``, in their order.
         """
-        found = self._evaluate(tabulate(results), kind, every_area=False)
+        found = self._evaluate(self.tabulate(results), kind, every_area=False)
         found = found.image_diagnostics(iou_thr=0.5)
-        missed: dict[int, list[int]] = {result.image_id: [] for result in results}
-        unfound = [key for key, status in found["gt_status"].items() if status == "fn"]
-        for one in self._coco.load_anns(unfound):
-            missed[one["image_id"]].append(one["id"])
-        false: dict[int, list[int]] = {}
+        missed: dict[Id, list[Id]] = {result.image_id: [] for result in results}
+        for number, status in sorted(found["gt_status"].items()):
+            if status == "fn":
+                one = self._data.objects[number - 1]
+                missed[one.image_id].append(one.annotation_id)
+        false: dict[Id, list[int]] = {}
         first = 1  # hotcoco numbers the detections in the order of the images
-        for result in sorted(results, key=lambda one: one.image_id):
+        for result in sorted(results, key=lambda one: self._image_numbers[one.image_id]):
             places = range(len(result.scores))
             statuses = [found["dt_status"].get(first + place) for place in places]
             false[result.image_id] = [place for place in places if statuses[place] == "fp"]
             first += len(places)
         return [
-            Unmatched(tuple(sorted(missed[result.image_id])), tuple(false[result.image_id]))
+            Unmatched(tuple(missed[result.image_id]), tuple(false[result.image_id]))
             for result in results
         ]
-
-    def objects(self, image_id: int) -> list[dict[str, Any]]:
-        """The annotations of one image, each with its mask as ``rle``."""
-        found = self._coco.load_anns(self._coco.get_ann_ids(img_ids=[image_id]))
-        return [{**one, "rle": self._coco.ann_to_rle(one)} for one in found]
-
-    def file_name(self, image_id: int) -> str:
-        """Path of an image's file inside the folder of images."""
-        return str(self._coco.load_imgs([image_id])[0]["file_name"])
 
     def _evaluate(self, table: Table, kind: Kind, *, every_area: bool = True) -> Any:
         from hotcoco import COCOeval
@@ -220,12 +227,45 @@ class Annotations:
                 areas = np.asarray(mask.area(table.masks), np.float64)
                 detections.update_anns(ids=np.arange(1, len(areas) + 1), area=areas)
         evaluation = COCOeval(self._coco, detections, _IOU_TYPES[kind])
-        evaluation.params.img_ids = table.image_ids
+        evaluation.params.img_ids = table.images
         if not every_area:
             evaluation.params.area_rng = evaluation.params.area_rng[:1]
             evaluation.params.area_rng_lbl = evaluation.params.area_rng_lbl[:1]
         evaluation.evaluate()
         return evaluation
+
+
+def _numbers(keys: Iterable[Id]) -> dict[Id, int]:
+    """Numbers from 1 on for ids, in their order."""
+    return {key: number for number, key in enumerate(sorted(keys, key=ids.order), start=1)}
+
+
+def _as_coco(
+    data: Dataset, image_numbers: dict[Id, int], category_numbers: dict[Id, int]
+) -> dict[str, list[dict[str, Any]]]:
+    """What COCO's evaluation looks at, and nothing else; annotations are numbered from 1 on."""
+    sizes = {image.image_id: list(image.size) for image in data.images}
+    return {
+        "images": [
+            {"id": image_numbers[key], "file_name": "", "height": size[0], "width": size[1]}
+            for key, size in sizes.items()
+        ],
+        "categories": [
+            {"id": category_numbers[key], "name": name} for key, name in data.categories
+        ],
+        "annotations": [
+            {
+                "id": number,
+                "image_id": image_numbers[one.image_id],
+                "category_id": category_numbers[one.category_id],
+                "bbox": list(one.box),
+                "area": one.area,
+                "iscrowd": int(one.is_crowd),
+                "segmentation": {"size": sizes[one.image_id], "counts": one.mask},
+            }
+            for number, one in enumerate(data.objects, start=1)
+        ],
+    }
 
 
 def versions() -> dict[str, str]:

@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from vitadapter_zoo.evaluation import ids
 from vitadapter_zoo.evaluation.bootstrap import Interval, bootstrap
 from vitadapter_zoo.evaluation.dataset import Dataset
+from vitadapter_zoo.evaluation.ids import Id
 from vitadapter_zoo.evaluation.run import ImageResult
-from vitadapter_zoo.evaluation.scoring import KINDS, NOTHING, Annotations, Kind, Scores, tabulate
+from vitadapter_zoo.evaluation.scoring import KINDS, NOTHING, Annotations, Kind, Scores
 
 Verdict = Literal["confirmed", "refuted", "inconclusive"]
 
@@ -61,7 +63,7 @@ class Verification:
         skipped: the images left out, with the reason.
         total: images of the whole data set.
         unseen: names of the classes annotated in the whole data set and in no evaluated image.
-        annotations: the annotation file.
+        data: what was evaluated on.
         images: folder of the image files; None where results came from a file.
         details: hashes, precision, versions, hardware and duration, ready for JSON.
     """
@@ -73,12 +75,17 @@ class Verification:
     box: Scores
     mask: Scores
     results: tuple[ImageResult, ...]
-    skipped: dict[int, str]
+    skipped: dict[Id, str]
     total: int
     unseen: tuple[str, ...]
-    annotations: Path
+    data: Dataset
     images: Path | None
     details: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def annotations(self) -> Path:
+        """The annotation file."""
+        return self.data.annotations
 
     @property
     def evaluated(self) -> int:
@@ -115,13 +122,16 @@ def judge(
         images: folder of the image files.
         details: of the run, for the report.
     """
-    scored = sorted((one for one in results if not one.skipped), key=lambda one: one.image_id)
+    scored = sorted(
+        (one for one in results if not one.skipped), key=lambda one: ids.order(one.image_id)
+    )
     skipped = {one.image_id: one.skipped for one in results if one.skipped}
-    annotations, table = Annotations(data.annotations), tabulate(scored)
+    annotations = Annotations(data)
+    table = annotations.tabulate(scored)
     seen = {one.image_id for one in scored}
     names = dict(data.categories)
-    annotated: set[int] = set()
-    present: set[int] = set()
+    annotated: set[Id] = set()
+    present: set[Id] = set()
     for image in data.images:
         annotated |= image.category_ids
         if image.image_id in seen:
@@ -156,7 +166,7 @@ def judge(
         skipped=skipped,
         total=len(data.images),
         unseen=unseen,
-        annotations=data.annotations,
+        data=data,
         images=images,
         details=details or {},
     )
@@ -167,7 +177,7 @@ def _decide(
     complete: bool,
     evaluated: int,
     total: int,
-    skipped: dict[int, str],
+    skipped: dict[Id, str],
     unseen: float,
 ) -> tuple[Verdict, str]:
     if any(one.published is None for one in comparisons):

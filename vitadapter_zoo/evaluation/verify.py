@@ -19,6 +19,7 @@ from vitadapter_zoo.catalog import list_models
 from vitadapter_zoo.environment import environment
 from vitadapter_zoo.errors import ImageError
 from vitadapter_zoo.evaluation import dataset as datasets
+from vitadapter_zoo.evaluation import ids
 from vitadapter_zoo.evaluation.dataset import Dataset, Image
 from vitadapter_zoo.evaluation.evaluator import Evaluator, MmdetEvaluator, stream, until
 from vitadapter_zoo.evaluation.identity import facts_of, run_directory
@@ -275,7 +276,7 @@ def _worker_pool(
         path = name if name in list_models() else _absolute(name)
         where = torch.device(wanted.device or "cpu")
     home = None if wanted.cache_dir is None else Path(wanted.cache_dir).absolute()
-    slim = replace(data, images=())
+    slim = replace(data, images=(), objects=())
     spec = Spec(path, source, str(where), wanted.dtype, home, wanted.offline, threads, slim)
     if ray is not None:
         from vitadapter_zoo.evaluation.workers.ray_cluster import actors
@@ -329,6 +330,6 @@ def _todo(images: Sequence[Image], run: Run) -> Iterator[Image]:
 def _digest_of_images(results: Sequence[ImageResult]) -> str:
     """One hash over the image files that were evaluated."""
     digest = hashlib.sha256()
-    for result in sorted(results, key=lambda one: one.image_id):
+    for result in sorted(results, key=lambda one: ids.order(one.image_id)):
         digest.update(f"{result.image_id} {result.image_sha256}\n".encode())
     return digest.hexdigest()

@@ -7,12 +7,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vitadapter_zoo.evaluation.dataset import Image
+from vitadapter_zoo.evaluation.dataset import Dataset, Image
 from vitadapter_zoo.evaluation.run import ImageResult, Run
-from vitadapter_zoo.evaluation.scoring import KINDS, NOTHING, Annotations, tabulate
+from vitadapter_zoo.evaluation.scoring import KINDS, NOTHING, Annotations
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -24,12 +23,12 @@ Watch = Callable[[Run, Sequence[Image]], None]
 
 @contextlib.contextmanager
 def evaluation(
-    annotations: Path, shown: bool = True, max_minutes: float | None = None
+    data: Dataset, shown: bool = True, max_minutes: float | None = None
 ) -> Iterator[Watch | None]:
     """Show images done, images per second, time left and the AP so far while the block runs.
 
     Args:
-        annotations: the annotation file, for the running AP.
+        data: what is evaluated on, for the running AP.
         shown: False shows nothing, as does a stderr that is no terminal.
         max_minutes: after which the run ends by itself.
 
@@ -61,7 +60,7 @@ def evaluation(
     )
     with ThreadPoolExecutor(1, "running-ap") as scorer, contextlib.ExitStack() as ending:
         ending.callback(progress.stop)
-        yield _Line(progress, RunningAP(annotations, scorer)).show
+        yield _Line(progress, RunningAP(data, scorer)).show
 
 
 class _Line:
@@ -103,12 +102,12 @@ class RunningAP:
     """The AP of the images so far, computed beside the run and seldom enough not to slow it.
 
     Args:
-        annotations: the annotation file.
+        data: what is evaluated on.
         scorer: where the scoring is done; one thread.
     """
 
-    def __init__(self, annotations: Path, scorer: ThreadPoolExecutor) -> None:
-        self._path = annotations
+    def __init__(self, data: Dataset, scorer: ThreadPoolExecutor) -> None:
+        self._data = data
         self._scorer = scorer
         self._annotations: Annotations | None = None
         self._pending: Future[tuple[str, float]] | None = None
@@ -131,10 +130,10 @@ class RunningAP:
     def _score(self, results: Sequence[ImageResult]) -> tuple[str, float]:
         began = time.monotonic()
         if self._annotations is None:
-            self._annotations = Annotations(self._path)
-        good = tabulate([result for result in results if not result.skipped])
+            self._annotations = Annotations(self._data)
+        good = self._annotations.tabulate([one for one in results if not one.skipped])
         values = []
         for kind in KINDS:
             ap = self._annotations.score(good, kind).ap
             values.append(f"{kind} {'-' if ap == NOTHING else f'{100 * ap:.1f}'}")
-        return f"AP of {len(good.image_ids):,}: {', '.join(values)}", time.monotonic() - began
+        return f"AP of {len(good.images):,}: {', '.join(values)}", time.monotonic() - began

@@ -14,6 +14,9 @@ from hotcoco import mask as coco_mask
 from PIL import Image, ImageDraw, ImageFont
 
 from vitadapter_zoo.errors import ImageError
+from vitadapter_zoo.evaluation import ids
+from vitadapter_zoo.evaluation.annotation_file import Object
+from vitadapter_zoo.evaluation.ids import Id
 from vitadapter_zoo.evaluation.run import ImageResult
 from vitadapter_zoo.evaluation.scoring import Annotations, Unmatched
 from vitadapter_zoo.evaluation.verdict import Verification
@@ -39,7 +42,7 @@ class WorstImage:
         false: detections that match no object.
     """
 
-    image_id: int
+    image_id: Id
     file_name: str
     objects: int
     missed: int
@@ -78,22 +81,24 @@ def worst(found: Verification) -> list[tuple[WorstImage, Pictures | str]]:
         At most 8, with pictures or with why there are none.
     """
     results = [_confident(result) for result in found.results]
-    annotations = Annotations(found.annotations)
+    annotations = Annotations(found.data)
     judged = zip(results, annotations.unmatched(results, "mask"), strict=True)
     ranked = sorted(
-        judged, key=lambda pair: (-len(pair[1].missed) - len(pair[1].false), pair[0].image_id)
+        judged,
+        key=lambda pair: (-len(pair[1].missed) - len(pair[1].false), ids.order(pair[0].image_id)),
     )
-    names = dict(zip(annotations.category_ids, annotations.category_names, strict=True))
+    names = dict(found.data.categories)
+    paths = {image.image_id: image.path for image in found.data.images}
     chosen: list[tuple[WorstImage, Pictures | str]] = []
     room = PICTURE_BYTES
     for result, unmatched in ranked[:SHOWN]:
         if not (unmatched.missed or unmatched.false):
             break
-        objects = annotations.objects(result.image_id)
+        objects = [one for one in found.data.objects if one.image_id == result.image_id]
         mistakes = WorstImage(
             image_id=result.image_id,
-            file_name=annotations.file_name(result.image_id),
-            objects=sum(not one["iscrowd"] for one in objects),
+            file_name=_inside(paths[result.image_id], found.data.folder),
+            objects=sum(not one.is_crowd for one in objects),
             missed=len(unmatched.missed),
             false=len(unmatched.false),
         )
@@ -103,6 +108,11 @@ def worst(found: Verification) -> list[tuple[WorstImage, Pictures | str]]:
             shown = shown if room >= 0 else "the page has as many pictures as it may"
         chosen.append((mistakes, shown))
     return chosen
+
+
+def _inside(path: Path, folder: Path) -> str:
+    """A path as the annotation file has it."""
+    return str(path.relative_to(folder)) if path.is_relative_to(folder) else str(path)
 
 
 def _confident(result: ImageResult) -> ImageResult:
@@ -121,8 +131,8 @@ def _pictures(
     file_name: str,
     result: ImageResult,
     unmatched: Unmatched,
-    objects: Sequence[dict[str, Any]],
-    names: Mapping[int, str],
+    objects: Sequence[Object],
+    names: Mapping[Id, str],
 ) -> Pictures | str:
     if found.images is None:
         return "the images were not given"
@@ -135,10 +145,10 @@ def _pictures(
         return f"{path} is not the annotated image: its size differs"
     annotated = [
         _Outline(
-            one["rle"],
-            one["bbox"],
-            names[one["category_id"]],
-            CROWD if one["iscrowd"] else MISSED if one["id"] in unmatched.missed else GOOD,
+            {"size": list(result.size), "counts": one.mask},
+            one.box,
+            names[one.category_id],
+            CROWD if one.is_crowd else MISSED if one.annotation_id in unmatched.missed else GOOD,
         )
         for one in objects
     ]

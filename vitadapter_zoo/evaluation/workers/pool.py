@@ -22,6 +22,7 @@ from vitadapter_zoo.errors import ZooError
 from vitadapter_zoo.evaluation.dataset import Dataset, Image
 from vitadapter_zoo.evaluation.evaluator import AHEAD, Evaluator, Task
 from vitadapter_zoo.evaluation.identity import Facts, facts_of
+from vitadapter_zoo.evaluation.ids import Id
 from vitadapter_zoo.evaluation.run import ImageResult
 from vitadapter_zoo.loader import load
 
@@ -124,7 +125,7 @@ Events: TypeAlias = "SimpleQueue[tuple[Worker, Message]]"
 class _WorkerState:
     ready: bool = False
     alone: bool = False  # with one image that was in flight when a worker died
-    holding: set[int] = field(default_factory=set)
+    holding: set[Id] = field(default_factory=set)
 
 
 @dataclass
@@ -150,10 +151,10 @@ class Pool:
         self._events: Events = SimpleQueue()
         self._workers: dict[Worker, _WorkerState] = {}
         self._facts: Facts | None = None
-        self._assignments: dict[int, _Assignment] = {}  # in the order of their start
+        self._assignments: dict[Id, _Assignment] = {}  # in the order of their start
         self._retries: deque[Image] = deque()
         self._queue: deque[Image] = deque()
-        self._exits: Counter[int] = Counter()
+        self._exits: Counter[Id] = Counter()
         self._failed_starts = 0
         self._last_reason = ""
 
@@ -270,7 +271,7 @@ class Pool:
                 del self._assignments[image_id]
                 self._retries.append(assignment.image)
 
-    def _on_result(self, worker: Worker, image_id: int) -> bool:
+    def _on_result(self, worker: Worker, image_id: Id) -> bool:
         """Whether this is the first result of an image."""
         state = self._workers.get(worker)
         if state is not None:
