@@ -28,7 +28,7 @@ from emoji_scenes import FONT
 from make_emoji_coco import make_split
 
 from vitadapter_zoo import get_row, load, verify
-from vitadapter_zoo.evaluation.dataset import Dataset, read_dataset
+from vitadapter_zoo.evaluation.dataset import Dataset, row_dataset
 from vitadapter_zoo.weights.convert import write_safetensors
 from vitadapter_zoo.weights.source import LocalFile, parse
 
@@ -67,8 +67,7 @@ def packaged_weights() -> Path:
 
 def validation() -> Dataset:
     """The 200 validation images that the package carries."""
-    folder = packaged_weights().parent
-    return read_dataset(folder / "annotations" / "instances_val.json", folder / "val")
+    return row_dataset(get_row(NAME))
 
 
 def _options() -> argparse.Namespace:

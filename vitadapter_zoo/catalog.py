@@ -8,6 +8,7 @@ they are never computed here, except the gains over the plain ViT, which are nev
 import difflib
 import fnmatch
 from dataclasses import dataclass
+from pathlib import Path
 
 from vitadapter_zoo.errors import UnknownModelError
 
@@ -16,6 +17,7 @@ LICENSE = "Apache-2.0"
 INPUT_SIZE = (1333, 800)
 
 PACKAGED = "package:"  # begins the address of a file within this package
+PACKAGE = Path(__file__).parent
 
 Triple = tuple[float, float, float]
 IMAGENET_MEAN: Triple = (123.675, 116.28, 103.53)
@@ -134,6 +136,14 @@ class Row:
     def made_here(self) -> bool:
         """Whether this package trained the weights and carries them, rather than others."""
         return self.checkpoint_url.startswith(PACKAGED)
+
+    @property
+    def data_files(self) -> tuple[Path, Path] | None:
+        """Annotation file and image folder of ``data``; None where it is not in this package."""
+        if self.data is None:
+            return None
+        folder = PACKAGE / self.data
+        return folder / "annotations" / "instances_val.json", folder / "val"
 
     @property
     def has_adapter(self) -> bool:

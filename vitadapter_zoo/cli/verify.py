@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from vitadapter_zoo.catalog import get_row
+from vitadapter_zoo.catalog import get_row, list_models
 from vitadapter_zoo.cli.failures import COULD_NOT_RUN
 
 if TYPE_CHECKING:
@@ -65,7 +65,8 @@ def _coco_options(command: Any) -> Any:
             "--coco",
             type=click.Path(path_type=Path, file_okay=False),
             metavar="DIR",
-            help="COCO's folder: annotations/instances_val2017.json and val2017/.",
+            help="COCO's folder: annotations/instances_val2017.json and val2017/. Not needed for "
+            "adapter-n-emoji, which has its data in the package.",
         ),
     ):
         command = option(command)
@@ -78,6 +79,7 @@ def _coco_options(command: Any) -> Any:
 Examples:
   vitadapter-zoo verify adapter-l-augreg-3x --coco /data/coco --report report
   vitadapter-zoo verify adapter-t-deit-3x --coco /data/coco --images 200
+  vitadapter-zoo verify adapter-n-emoji
   vitadapter-zoo verify my-model --annotations own.json --images own/ --expect 41.2 38.0
   vitadapter-zoo verify --all --coco /data/coco --report zoo
 \b
@@ -86,7 +88,7 @@ could not run, else 1 if any was refuted, else 3 if any was inconclusive.
 """,
 )
 @click.argument("name", required=False)
-@click.option("--all", "every", is_flag=True, help="Every checkpoint of the catalog in turn.")
+@click.option("--all", "every", is_flag=True, help="Every published checkpoint in turn.")
 @_coco_options
 @click.option(
     "--images",
@@ -157,7 +159,7 @@ def verify(
     if every and (checkpoint, run, expect) != (None, None, None):
         raise click.UsageError("--checkpoint, --run and --expect belong to one model, not to --all")
     _check(folder)
-    data = _dataset(coco, annotations, folders[0] if folders else None)
+    data = _dataset(coco, annotations, folders[0] if folders else None, name)
     import torch
 
     from vitadapter_zoo.cli.predict import usable_device
@@ -226,13 +228,13 @@ def score(
     started = time.monotonic()
     row = get_row(name)
     _check(folder)
-    data = _dataset(coco, annotations, None)
+    data = _dataset(coco, annotations, None, name)
     from vitadapter_zoo.evaluation.results_file import read_results
     from vitadapter_zoo.evaluation.scoring import versions
     from vitadapter_zoo.evaluation.verdict import judge
     from vitadapter_zoo.weights import atomic
 
-    published = expect or ((row.box_ap, row.mask_ap) if data.is_val2017 else None)
+    published = expect or ((row.box_ap, row.mask_ap) if data.is_measured(row) else None)
     judged = read_results(results, data)
     details = {
         "results": str(results),
@@ -246,9 +248,14 @@ def score(
     _tell(found, as_json, folder)
 
 
-def _dataset(coco: Path | None, annotations: Path | None, images: Path | None) -> Dataset:
-    from vitadapter_zoo.evaluation.dataset import coco_paths, read_dataset
+def _dataset(
+    coco: Path | None, annotations: Path | None, images: Path | None, name: str | None
+) -> Dataset:
+    """The data set of the options, or without them that of the row ``name``."""
+    from vitadapter_zoo.evaluation.dataset import coco_paths, read_dataset, row_dataset
 
+    if coco is None and annotations is None and name in list_models(table=3):
+        return row_dataset(get_row(name))
     if (coco is None) == (annotations is None):
         raise click.UsageError("give either --coco DIR or --annotations FILE")
     if annotations is not None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vitadapter_zoo import settings
-from vitadapter_zoo.catalog import COCO_CLASSES
+from vitadapter_zoo.catalog import COCO_CLASSES, Row
 from vitadapter_zoo.errors import DatasetError
 from vitadapter_zoo.evaluation import annotation_file, ids
 from vitadapter_zoo.evaluation.annotation_file import Image as Image
@@ -52,6 +52,12 @@ class Dataset:
         names = {name for _, name in self.categories}
         return counts == VAL2017 and names == set(COCO_CLASSES)
 
+    def is_measured(self, row: Row) -> bool:
+        """Whether the row's figures are of this data set."""
+        if row.data_files is None:
+            return self.is_val2017
+        return self.sha256 == hashlib.sha256(row.data_files[0].read_bytes()).hexdigest()
+
     def category_ids(self, classes: Sequence[str]) -> tuple[Id, ...]:
         """The category id of each of a model's classes, in the model's order.
 
@@ -69,6 +75,20 @@ class Dataset:
                 "of its (a background, for instance)"
             )
         return tuple(ids[name] for name in classes)
+
+
+def row_dataset(row: Row) -> Dataset:
+    """The data set that the row's figures are of, where this package carries it.
+
+    Raises:
+        DatasetError: the figures are of COCO's val2017, which is not in the package.
+    """
+    if row.data_files is None:
+        raise DatasetError(
+            f"the published figures of {row.name} belong to COCO val2017, which is not in this "
+            "package: give its folder with --coco DIR, or other data with --annotations FILE"
+        )
+    return read_dataset(*row.data_files)
 
 
 def coco_paths(directory: Path) -> tuple[Path, Path]:

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import torch
 
 from vitadapter_zoo import settings
+from vitadapter_zoo.catalog import get_row, list_models
 from vitadapter_zoo.environment import environment
-from vitadapter_zoo.errors import ImageError
+from vitadapter_zoo.errors import DatasetError, ImageError
 from vitadapter_zoo.evaluation import dataset as datasets
 from vitadapter_zoo.evaluation import ids
 from vitadapter_zoo.evaluation.dataset import Dataset, Image
@@ -40,7 +41,7 @@ Watch: TypeAlias = Callable[[Run, Sequence[Image]], None]
 
 def verify(
     model: str | os.PathLike[str] | MaskRCNN,
-    dataset: str | os.PathLike[str] | Dataset,
+    dataset: str | os.PathLike[str] | Dataset | None = None,
     *,
     checkpoint: str | os.PathLike[str] | None = None,
     limit: int | None = None,
@@ -70,14 +71,15 @@ def verify(
         model: load name, folder or repository as for ``load``, or a loaded detector, fine-tuned on
             other classes for instance.
         dataset: COCO's folder (``annotations/instances_val2017.json`` and ``val2017/``), or what
-            ``vitadapter_zoo.evaluation.dataset.read_dataset`` gives for any data in COCO's format.
+            ``vitadapter_zoo.evaluation.dataset.read_dataset`` gives for any data in COCO's format;
+            may be left out for the row made here, whose data set is in the package.
         checkpoint: as for ``load``.
         limit: evaluate only so many images, a stratified random sample.
         max_minutes: begin no further image after that time; the images are then taken in the
             order of a stratified random sample.
         seed: of the sample and the bootstrap.
         expected: box and mask AP in points (0..100) to compare with, on all of ``dataset``; by
-            default the published values where ``dataset`` is val2017.
+            default the catalog's values where ``dataset`` is what they belong to.
         skip_bad_images: leave out images that are missing or cannot be decoded, instead of
             raising; the verdict is then inconclusive.
         device: where the network computes; the CPU by default. A loaded detector stays where it
@@ -131,13 +133,13 @@ def verify(
 
 def run_verification(
     model: str | os.PathLike[str] | MaskRCNN,
-    dataset: str | os.PathLike[str] | Dataset,
+    dataset: str | os.PathLike[str] | Dataset | None,
     options: Options,
     watch: Watch | None = None,
 ) -> Verification:
     """What ``verify`` does, with its options in one object."""
     started = time.monotonic()
-    data = _opened(dataset)
+    data = _row_data(model) if dataset is None else _opened(dataset)
     images = list(data.images)
     if options.is_part:
         images = datasets.sampling_order(data, options.seed)[: options.limit]
@@ -179,12 +181,29 @@ def run_verification(
         name,
         data,
         results,
-        options.expected or (facts.published if data.is_val2017 else None),
+        options.expected
+        or (facts.published if data.is_measured(get_row(identity["model"])) else None),
         random_part=options.is_part,
         seed=options.seed,
         images=data.folder,
         details=details,
     )
+
+
+def _row_data(model: str | os.PathLike[str] | MaskRCNN) -> Dataset:
+    """The data set of a row that is named, or of a loaded detector's row.
+
+    Raises:
+        DatasetError: a folder or repository, or a row whose data are not in the package.
+    """
+    if not isinstance(model, (str, os.PathLike)):
+        return datasets.row_dataset(model.row)
+    if os.fspath(model) not in list_models():
+        raise DatasetError(
+            f"which data set {os.fspath(model)!r} is to be evaluated on is not known: give COCO's "
+            "folder with --coco DIR, or other data with --annotations FILE"
+        )
+    return datasets.row_dataset(get_row(os.fspath(model)))
 
 
 def _opened(dataset: str | os.PathLike[str] | Dataset) -> Dataset:

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import TypeAlias
 from urllib.parse import quote, unquote, urlparse
 
-from vitadapter_zoo.catalog import PACKAGED
+from vitadapter_zoo.catalog import PACKAGE, PACKAGED
 from vitadapter_zoo.errors import CheckpointError
 
-PACKAGE = Path(__file__).parents[1]
 HUB = "https://huggingface.co"
 REPO = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 WEIGHTS = (".pth", ".pth.tar", ".pt", ".bin", ".ckpt", ".safetensors")
