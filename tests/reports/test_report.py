@@ -196,7 +196,7 @@ def test_a_part_says_why_its_ap_is_not_the_published_one(scene: Scene, tmp_path:
     assert page.values["low-box"] == 100 * interval.low
     assert page.values["high-box"] == 100 * interval.high
     text = " ".join(page.text.split())
-    assert "the AP of a part is not to be set beside them: it is biased" in text
+    assert "The AP of a part cannot be compared with them: it is biased" in text
     assert "images which were not evaluated count there as images without detections" in text
     # No folder of images was given.
     assert "No picture: the images were not given." in text

@@ -7,16 +7,19 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from vitadapter_zoo import settings
 from vitadapter_zoo.catalog import get_row, list_models
 from vitadapter_zoo.cli.failures import COULD_NOT_RUN
 
 if TYPE_CHECKING:
     from vitadapter_zoo.evaluation.dataset import Dataset
+    from vitadapter_zoo.evaluation.options import Options
     from vitadapter_zoo.evaluation.verdict import Verification
 
 EXIT_STATUS = {"confirmed": 0, "refuted": 1, "inconclusive": 3}
@@ -36,26 +39,36 @@ class _VerdictCommand(click.Command):
             raise
 
 
-class _CountOrFolder(click.ParamType[Any]):
-    """``--images 200`` is a number of images, ``--images DIR`` the folder that they lie in."""
+class _ImageFolder(click.ParamType[Path]):
+    """A folder; a number, which ``--images`` took before, is refused."""
 
-    name = "N|DIR"
+    name = "DIR"
 
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> int | Path:
-        if not isinstance(value, str):
-            return value
-        if value.isdigit():
-            if int(value) < 1:
-                self.fail("at least one image is needed", param, ctx)
-            return int(value)
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        if isinstance(value, str) and value.isdigit() and not Path(value).is_dir():
+            self.fail(
+                f"--images takes the folder of the image files; to evaluate {value} of the images, "
+                f"write --limit {value}",
+                param,
+                ctx,
+            )
         return Path(value)
 
 
-def _coco_options(command: Any) -> Any:
+def _data_options(command: Any) -> Any:
     """The options that name a data set."""
     for option in (
+        click.option(
+            "--ignore-exif",
+            is_flag=True,
+            help="Read images as they are stored, without the rotation of their EXIF data, if they "
+            "were annotated that way.",
+        ),
+        click.option(
+            "--images",
+            type=_ImageFolder(),
+            help="The folder of the image files of --annotations; by default its own folder.",
+        ),
         click.option(
             "--annotations",
             type=click.Path(path_type=Path, dir_okay=False),
@@ -78,7 +91,7 @@ def _coco_options(command: Any) -> Any:
     epilog="""\b
 Examples:
   vitadapter-zoo verify adapter-l-augreg-3x --coco /data/coco --report report
-  vitadapter-zoo verify adapter-t-deit-3x --coco /data/coco --images 200
+  vitadapter-zoo verify adapter-t-deit-3x --coco /data/coco --limit 200
   vitadapter-zoo verify adapter-n-emoji
   vitadapter-zoo verify my-model --annotations own.json --images own/ --expect 41.2 38.0
   vitadapter-zoo verify --all --coco /data/coco --report zoo
@@ -89,14 +102,12 @@ could not run, else 1 if any was refuted, else 3 if any was inconclusive.
 )
 @click.argument("name", required=False)
 @click.option("--all", "every", is_flag=True, help="Every published checkpoint in turn.")
-@_coco_options
+@_data_options
 @click.option(
-    "--images",
-    "choices",
-    type=_CountOrFolder(),
-    multiple=True,
-    help="A number: evaluate so many, a stratified random sample. Or the image folder that belongs "
-    "to --annotations. Both by giving it twice.",
+    "--limit",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Evaluate N images only, a stratified random sample.",
 )
 @click.option("--checkpoint", metavar="SOURCE", help="As for `predict`.")
 @click.option("--max-minutes", type=click.FloatRange(0, min_open=True), help="Stop after that.")
@@ -127,7 +138,9 @@ def verify(
     every: bool,
     coco: Path | None,
     annotations: Path | None,
-    choices: tuple[int | Path, ...],
+    images: Path | None,
+    ignore_exif: bool,
+    limit: int | None,
     checkpoint: str | None,
     max_minutes: float | None,
     seed: int,
@@ -146,30 +159,24 @@ def verify(
     quiet: bool,
 ) -> None:
     """Re-run COCO's evaluation of NAME and confirm or refute the published box and mask AP."""
-    counts = [choice for choice in choices if isinstance(choice, int)]
-    folders = [choice for choice in choices if isinstance(choice, Path)]
-    if len(counts) > 1 or len(folders) > 1:
-        raise click.UsageError("--images takes one number and one folder at most")
-    if folders and annotations is None:
-        raise click.UsageError("--images DIR goes with --annotations")
     if (name is None) != every:
         raise click.UsageError("give either NAME or --all")
     if backend == "mmdet" and (ray is not None or (workers or 1) > 1):
         raise click.UsageError("--backend mmdet runs in one process, without --workers and --ray")
+    if backend == "mmdet" and ignore_exif:
+        raise click.UsageError("--ignore-exif needs --backend native: mmdet applies EXIF rotations")
     if every and (checkpoint, run, expect) != (None, None, None):
         raise click.UsageError("--checkpoint, --run and --expect belong to one model, not to --all")
-    _check(folder)
-    data = _dataset(coco, annotations, folders[0] if folders else None, name)
+    folder = _report_folder(folder)
+    data = _dataset(name, coco, annotations, images, ignore_exif)
     import torch
 
     from vitadapter_zoo.cli.predict import usable_device
     from vitadapter_zoo.evaluation.options import Options
-    from vitadapter_zoo.evaluation.verify import run_verification
-    from vitadapter_zoo.reports import live
 
     options = Options(
         checkpoint=checkpoint,
-        limit=counts[0] if counts else None,
+        limit=limit,
         max_minutes=max_minutes,
         seed=seed,
         expected=expect,
@@ -185,14 +192,20 @@ def verify(
         progress=not quiet,
     )
 
-    def evaluate(model: str) -> Verification:
-        with live.evaluation(data, not quiet, max_minutes) as watch:
-            return run_verification(model, data, options, watch)
-
+    evaluate = partial(_evaluate, data=data, options=options)
     if name is not None:
         _tell(evaluate(name), as_json, folder)
     else:
         _tell_all(evaluate, data.annotations, as_json, folder)
+
+
+def _evaluate(model: str, data: Dataset, options: Options) -> Verification:
+    """Evaluate one model, with the live line on the terminal."""
+    from vitadapter_zoo.evaluation.verify import run_verification
+    from vitadapter_zoo.reports import live
+
+    with live.evaluation(data, options.progress, options.max_minutes) as watch:
+        return run_verification(model, data, options, watch)
 
 
 @click.command(
@@ -205,7 +218,7 @@ Exit status: as for `verify`.
 """,
 )
 @click.argument("results", type=click.Path(path_type=Path, dir_okay=False))
-@_coco_options
+@_data_options
 @click.option("--model", "name", required=True, metavar="NAME", help="Load name, see `list`.")
 @click.option(
     "--expect",
@@ -219,6 +232,8 @@ def score(
     results: Path,
     coco: Path | None,
     annotations: Path | None,
+    images: Path | None,
+    ignore_exif: bool,
     name: str,
     expect: tuple[float, float] | None,
     folder: Path | None,
@@ -227,14 +242,14 @@ def score(
     """Judge a file of COCO results from elsewhere, of the original code for example."""
     started = time.monotonic()
     row = get_row(name)
-    _check(folder)
-    data = _dataset(coco, annotations, None, name)
+    results, folder = settings.expanded(results), _report_folder(folder)
+    data = _dataset(name, coco, annotations, images, ignore_exif)
     from vitadapter_zoo.evaluation.results_file import read_results
     from vitadapter_zoo.evaluation.scoring import versions
     from vitadapter_zoo.evaluation.verdict import judge
     from vitadapter_zoo.weights import atomic
 
-    published = expect or ((row.box_ap, row.mask_ap) if data.is_measured(row) else None)
+    published = (row.box_ap, row.mask_ap) if data.is_measured(row) else None
     judged = read_results(results, data)
     details = {
         "results": str(results),
@@ -242,33 +257,49 @@ def score(
         "annotations_sha256": data.sha256,
         "environment": {"versions": versions()},
     }
-    images = data.folder if coco is not None else None
-    found = judge(row.name, data, judged, published, images=images, details=details)
+    found = judge(
+        row.name,
+        data,
+        judged,
+        expect or published,
+        reference="expected" if expect else "published",
+        images=None if annotations is not None and images is None else data.folder,
+        details=details,
+    )
     found.details["seconds"] = time.monotonic() - started
     _tell(found, as_json, folder)
 
 
 def _dataset(
-    coco: Path | None, annotations: Path | None, images: Path | None, name: str | None
+    name: str | None,
+    coco: Path | None,
+    annotations: Path | None,
+    images: Path | None,
+    ignore_exif: bool,
 ) -> Dataset:
     """The data set of the options, or without them that of the row ``name``."""
     from vitadapter_zoo.evaluation.dataset import coco_paths, read_dataset, row_dataset
 
+    if images is not None and annotations is None:
+        raise click.UsageError("--images DIR goes with --annotations")
     if coco is None and annotations is None and name in list_models(table=3):
         return row_dataset(get_row(name))
     if (coco is None) == (annotations is None):
         raise click.UsageError("give either --coco DIR or --annotations FILE")
-    if annotations is not None:
-        return read_dataset(annotations, images if images is not None else annotations.parent)
-    return read_dataset(*coco_paths(coco or Path()))
+    if annotations is None:
+        annotations, images = coco_paths(coco or Path())
+    return read_dataset(annotations, images or annotations.parent, ignore_exif=ignore_exif)
 
 
-def _check(folder: Path | None) -> None:
-    """Tell of a report that cannot be written before the hours that lead to it."""
+def _report_folder(folder: Path | None) -> Path | None:
+    """The folder of the report; one that cannot be written is an error before the hours of work."""
     from vitadapter_zoo.reports import report
 
-    if folder is not None:
-        report.check_folder(folder)
+    if folder is None:
+        return None
+    folder = settings.expanded(folder)
+    report.check_folder(folder)
+    return folder
 
 
 def _tell(found: Verification, as_json: bool, folder: Path | None) -> None:

@@ -97,6 +97,7 @@ def coco_paths(directory: Path) -> tuple[Path, Path]:
     Raises:
         DatasetError: they are not there; the message names what is there instead.
     """
+    directory = settings.expanded(directory)
     annotations, images = directory / ANNOTATIONS, directory / IMAGES
     if annotations.is_file() and images.is_dir():
         return annotations, images

@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -18,9 +18,10 @@ from vitadapter_zoo.errors import ImageError
 from vitadapter_zoo.evaluation.dataset import Image
 from vitadapter_zoo.evaluation.ids import Id
 from vitadapter_zoo.evaluation.run import ImageResult
-from vitadapter_zoo.images import NetworkInput
+from vitadapter_zoo.images import NetworkInput, stored_pixels
 from vitadapter_zoo.models import MaskRCNN
 from vitadapter_zoo.ops.masks import paste_rle
+from vitadapter_zoo.text import shown
 
 AHEAD = 2  # images decoded, and images being encoded, while one is in the network
 
@@ -50,10 +51,12 @@ class Evaluator:
     Attributes:
         model: in evaluation mode.
         category_ids: of each class, in the model's order.
+        ignore_exif: whether images are decoded without the rotation of their EXIF data.
     """
 
     model: MaskRCNN
     category_ids: tuple[Id, ...]
+    ignore_exif: bool = field(default=False, kw_only=True)
 
     def prepare(self, task: Task) -> Prepared | ImageResult:
         """Decode one image; where that fails, the result that says why it is left out."""
@@ -62,15 +65,12 @@ class Evaluator:
         try:
             if task.unreadable:
                 raise ImageError(task.unreadable)
-            prepared = self.model.preprocess(task.encoded)
+            pixels = stored_pixels(task.encoded) if self.ignore_exif else task.encoded
+            prepared = self.model.preprocess(pixels)
             if prepared.original != image.size:
-                (height, width), (expected_height, expected_width) = prepared.original, image.size
-                raise ImageError(
-                    f"it has {width} x {height} pixels, the annotations say "
-                    f"{expected_width} x {expected_height}: it belongs to another data set"
-                )
+                raise ImageError(_other_size(task.encoded, prepared.original, image.size))
         except ImageError as error:
-            reason = f"{image.path}: {error}"
+            reason = f"{shown(image.path, 300)}: {error}"
             return ImageResult(image.image_id, image.size, image_sha256=digest, skipped=reason)
         return Prepared(image, digest, prepared)
 
@@ -94,6 +94,25 @@ class Evaluator:
             masks=masks,
             image_sha256=prepared.sha256,
         )
+
+
+def _other_size(encoded: bytes, found: tuple[int, int], annotated: tuple[int, int]) -> str:
+    """Why an image's (height, width) is not the annotated one."""
+    sizes = (
+        f"it has {found[1]} x {found[0]} pixels, the annotations say "
+        f"{annotated[1]} x {annotated[0]}"
+    )
+    if stored_pixels(encoded).shape[:2] == annotated:
+        return (
+            f"{sizes}: its EXIF data rotate it, and it was annotated as it is stored, without the "
+            "rotation; --ignore-exif (read_dataset(..., ignore_exif=True)) reads it that way"
+        )
+    if found[::-1] == annotated:
+        return (
+            f"{sizes}: height and width are exchanged, because it was rotated after it was "
+            "annotated or the annotation file has the two sides the wrong way round"
+        )
+    return f"{sizes}: it belongs to another data set"
 
 
 @dataclass(frozen=True)

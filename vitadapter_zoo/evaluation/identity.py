@@ -61,6 +61,7 @@ def run_identity(model: MaskRCNN, data: Dataset, backend: str = "native") -> dic
         "threads": torch.get_num_threads() if kind == "cpu" else None,
         "operator": "compiled" if found["operator"][kind]["compiled"] else "reference",
         "resize": "OpenCV bilinear",
+        **({"exif": "ignored"} if data.ignore_exif else {}),
         "versions": {name: found["versions"][name] for name in wanted},
     }
 

@@ -93,7 +93,10 @@ def check_size(rle: dict[str, Any], size: tuple[int, int]) -> None:
         MaskError: so it is.
     """
     if rle.get("size") != list(size):
-        raise MaskError(f"has a mask whose size is not {list(size)}, its image's [height, width]")
+        raise MaskError(
+            f"has a mask whose size is not {list(size)}, its image's [height, width]: one of the two "
+            "was edited, or belongs to another data set"
+        )
 
 
 def check_total(total: int, size: tuple[int, int]) -> None:

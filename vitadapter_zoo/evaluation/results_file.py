@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vitadapter_zoo import settings
 from vitadapter_zoo.errors import DatasetError
 from vitadapter_zoo.evaluation import ids, masks, values
 from vitadapter_zoo.evaluation.dataset import Dataset, Image
@@ -29,6 +30,7 @@ def read_results(path: Path, data: Dataset) -> list[ImageResult]:
     Raises:
         DatasetError: not such a file, or of another data set.
     """
+    path = settings.expanded(path)
     file = shown(path, 300)
     try:
         content = parse_json(path.read_bytes())
@@ -89,11 +91,10 @@ def _detection(
         raise _not_results(file, f"detection {place} has a score that is not a number in 0..1")
     if not isinstance(mask, dict) or not isinstance(mask.get("counts"), str):
         raise _not_results(file, f"detection {place} has no compressed RLE")
-    if mask.get("size") != list(size):
-        raise DatasetError(
-            f"detection {place} of {file} has a mask whose size is not {list(size)}, its image's "
-            "[height, width]: the results belong to another data set"
-        )
+    try:
+        masks.check_size(mask, size)
+    except masks.MaskError as error:
+        raise DatasetError(f"detection {place} of {file} {error}") from error
     box = values.box(entry.get("bbox"))
     if box is None and "bbox" in entry:
         raise _not_results(

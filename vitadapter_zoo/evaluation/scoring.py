@@ -33,6 +33,14 @@ NOTHING = -1.0  # COCO's figure where there is nothing to measure
 FIGURES = (
     "AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl",
 )  # fmt: skip
+MEANINGS = {
+    "AP": "IoU 0.50:0.95", "AP50": "IoU 0.50", "AP75": "IoU 0.75",
+    "APs": "small objects, below 32 x 32 pixels", "APm": "medium objects",
+    "APl": "large objects, above 96 x 96 pixels",
+    "AR1": "recall, 1 detection an image", "AR10": "recall, 10 detections an image",
+    "AR100": "recall, 100 detections an image", "ARs": "recall, small objects",
+    "ARm": "recall, medium objects", "ARl": "recall, large objects",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

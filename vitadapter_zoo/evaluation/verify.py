@@ -26,6 +26,7 @@ from vitadapter_zoo.evaluation.options import Options
 from vitadapter_zoo.evaluation.run import ImageResult, Run, open_run
 from vitadapter_zoo.evaluation.verdict import Verification, judge
 from vitadapter_zoo.evaluation.workers.start import worker_pool
+from vitadapter_zoo.text import shown
 
 if TYPE_CHECKING:
     from vitadapter_zoo.evaluation.workers.pool import Pool
@@ -161,7 +162,7 @@ def run_verification(
         place = (
             run_directory(name, identity, options.cache_dir)
             if options.run is None
-            else Path(options.run)
+            else settings.expanded(options.run)
         )
         run = stack.enter_context(open_run(place, identity))
         before = sum(image.image_id in run.results for image in images)
@@ -177,12 +178,13 @@ def run_verification(
         "workers": pool.size if pool else 1,
         "sample_seed": options.seed if options.is_part else None,
     }
+    published = facts.published if data.is_measured(get_row(identity["model"])) else None
     return judge(
         name,
         data,
         results,
-        options.expected
-        or (facts.published if data.is_measured(get_row(identity["model"])) else None),
+        options.expected or published,
+        reference="expected" if options.expected else "published",
         random_part=options.is_part,
         seed=options.seed,
         images=data.folder,
@@ -209,15 +211,16 @@ def _row_data(model: str | os.PathLike[str] | MaskRCNN) -> Dataset:
 def _opened(dataset: str | os.PathLike[str] | Dataset) -> Dataset:
     if isinstance(dataset, Dataset):
         return dataset
-    return datasets.read_dataset(*datasets.coco_paths(Path(dataset).expanduser()))
+    return datasets.read_dataset(*datasets.coco_paths(Path(dataset)))
 
 
 def _check_images(images: Sequence[Image]) -> None:
     """Tell of missing files before the first hour, not in it."""
     absent = datasets.check_images(images)
     if absent:
+        example = shown(absent[0].path, 300)
         raise ImageError(
-            f"{len(absent):,} of {len(images):,} images are not there, {absent[0].path} for "
+            f"{len(absent):,} of {len(images):,} images are not there, {example} for "
             "instance: unpack the image archive there, or leave them out with --skip-bad-images "
             "(the verdict is then inconclusive)"
         )
@@ -226,7 +229,12 @@ def _check_images(images: Sequence[Image]) -> None:
 def _evaluator(model: MaskRCNN, data: Dataset, backend: str) -> Evaluator:
     category_ids = data.category_ids(model.categories)
     if backend == "native":
-        return Evaluator(model, category_ids)
+        return Evaluator(model, category_ids, ignore_exif=data.ignore_exif)
+    if data.ignore_exif:
+        raise ValueError(
+            "mmdet's test pipeline applies EXIF rotations: evaluate with the native backend, or "
+            "save the images as they are shown and annotate those"
+        )
     from vitadapter_zoo.backends.mmdet import from_native
 
     return MmdetEvaluator(model, category_ids, from_native(model))

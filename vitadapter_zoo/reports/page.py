@@ -9,18 +9,10 @@ from typing import Any
 import jinja2
 
 from vitadapter_zoo.catalog import PAPER
-from vitadapter_zoo.evaluation.scoring import FIGURES, NOTHING
+from vitadapter_zoo.evaluation.scoring import FIGURES, MEANINGS, NOTHING
 from vitadapter_zoo.reports import charts
 from vitadapter_zoo.reports.worst_images import SCORE, Pictures
 
-MEANINGS = {
-    "AP": "IoU 0.50:0.95", "AP50": "IoU 0.50", "AP75": "IoU 0.75",
-    "APs": "small objects, below 32 x 32 pixels", "APm": "medium objects",
-    "APl": "large objects, above 96 x 96 pixels",
-    "AR1": "recall, 1 detection an image", "AR10": "recall, 10 detections an image",
-    "AR100": "recall, 100 detections an image", "ARs": "recall, small objects",
-    "ARm": "recall, medium objects", "ARl": "recall, large objects",
-}  # fmt: skip
 SIZES = {"small": "APs", "medium": "APm", "large": "APl"}
 
 

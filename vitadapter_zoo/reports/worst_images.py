@@ -20,7 +20,8 @@ from vitadapter_zoo.evaluation.ids import Id
 from vitadapter_zoo.evaluation.run import ImageResult
 from vitadapter_zoo.evaluation.scoring import Annotations, Unmatched
 from vitadapter_zoo.evaluation.verdict import Verification
-from vitadapter_zoo.images import RGB, read_image
+from vitadapter_zoo.images import RGB, read_image, stored_pixels
+from vitadapter_zoo.text import shown
 
 SCORE = 0.3  # detections that count here; what `vitadapter-zoo predict` shows too
 SHOWN = 8
@@ -138,11 +139,13 @@ def _pictures(
         return "the images were not given"
     path: Path = found.images / file_name
     try:
-        rgb = read_image(path)
+        rgb = stored_pixels(path.read_bytes()) if found.data.ignore_exif else read_image(path)
+    except OSError as error:
+        return f"cannot read the image {shown(path, 300)}: {error.strerror}"
     except ImageError as error:
         return str(error)
     if rgb.shape[:2] != result.size:
-        return f"{path} is not the annotated image: its size differs"
+        return f"{shown(path, 300)} is not the annotated image: its size differs"
     annotated = [
         _Outline(
             {"size": list(result.size), "counts": one.mask},

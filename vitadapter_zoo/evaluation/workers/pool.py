@@ -74,7 +74,11 @@ class WorkerEvaluator:
         _use_threads(threads)
         detector, _ = load_detector(spec.name, replace(spec.options, progress=False))
         self.facts = facts_of(detector, spec.data)
-        self._evaluator = Evaluator(detector, spec.data.category_ids(detector.categories))
+        self._evaluator = Evaluator(
+            detector,
+            spec.data.category_ids(detector.categories),
+            ignore_exif=spec.data.ignore_exif,
+        )
         # One thread of its own: the number of OpenMP threads belongs to the thread that asks.
         self._network = ThreadPoolExecutor(
             1, "network", initializer=_use_threads, initargs=(threads,)
