@@ -90,7 +90,7 @@ def test_a_weighed_image_counts_as_often_as_its_weight(tmp_path: Path) -> None:
     repeated, more = {**content, "images": [], "annotations": []}, []
     for place, result in enumerate(results):
         for copy in range(weights[place]):
-            key = result.image_id * 10 + copy
+            key = int(result.image_id) * 10 + copy
             image = next(one for one in content["images"] if one["id"] == result.image_id)
             repeated["images"].append({**image, "id": key})
             repeated["annotations"] += [

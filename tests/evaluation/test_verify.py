@@ -257,7 +257,7 @@ def test_a_torn_record_is_done_again(tmp_path: Path) -> None:
         with open_run(tmp_path, {"a": 1}) as run:
             assert len(run.results) == 2
     with open_run(tmp_path, {"a": 1}) as run:
-        assert run.results == {key: results[key] for key in run.results}
+        assert run.results == {key: results[int(key)] for key in run.results}
 
 
 def test_results_of_another_run_are_not_mixed(
@@ -442,7 +442,8 @@ def test_the_command(folder: Path, coco: Path, undisturbed: Verification, tmp_pa
 
 def test_the_old_meaning_of_images_is_refused(folder: Path, coco: Path) -> None:
     """``--images 200`` was the number of images before ``--limit``."""
-    for arguments in (["--coco", coco], ["--annotations", annotation_file(coco), "--images", coco]):
+    own: list[str | Path] = ["--annotations", annotation_file(coco), "--images", coco]
+    for arguments in (["--coco", coco], own):
         found = command("verify", folder, *arguments, "--images", "200")
         assert found.exit_code == 2
         assert "write --limit 200" in found.stderr
@@ -581,7 +582,7 @@ def test_every_beginning_of_the_sampling_order_is_stratified(coco: Path) -> None
     times = np.zeros(100)
     for seed in range(2000):
         for one in sampling_order(many, seed)[:10]:
-            times[one.image_id] += 1
+            times[int(one.image_id)] += 1
     assert np.abs(times / 2000 - 0.1).max() < 0.03
 
 

@@ -94,8 +94,8 @@ def check_size(rle: dict[str, Any], size: tuple[int, int]) -> None:
     """
     if rle.get("size") != list(size):
         raise MaskError(
-            f"has a mask whose size is not {list(size)}, its image's [height, width]: one of the two "
-            "was edited, or belongs to another data set"
+            f"has a mask whose size is not {list(size)}, its image's [height, width]: one of the "
+            "two was edited, or belongs to another data set"
         )
 
 
