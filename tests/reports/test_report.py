@@ -495,7 +495,7 @@ def test_the_line_counts_images_and_says_what_was_there_already(
     scene: Scene, tmp_path: Path
 ) -> None:
     output = watched(scene, tmp_path / "run", True)
-    assert "1 of 3 images were there already" in output
+    assert "1 of 3 images were evaluated in an earlier call" in output
     assert "3/3" in output
     assert re.search(r"AP of 2: box \d+\.\d, mask \d+\.\d", output)
     assert watched(scene, tmp_path / "quiet", False) == ""

@@ -110,7 +110,7 @@ def written(content: dict[str, Any], folder: Path) -> Path:
 def by_pycocotools(
     path: Path, results: list[ImageResult], kind: Kind, image_ids: list[Id] | None = None
 ) -> Any:
-    """The evaluation by pycocotools of an annotation file, on all images or those that are named."""
+    """What pycocotools computes for an annotation file, on all images or on some."""
     detections = [one for result in results for one in result.to_coco()]
     return evaluated(json.loads(path.read_bytes()), detections, kind, image_ids)
 
@@ -121,7 +121,7 @@ def evaluated(
     kind: Kind,
     image_ids: list[Id] | None = None,
 ) -> Any:
-    """The evaluation by pycocotools of parsed files; masks are scored without boxes, by their own size.
+    """What pycocotools computes for parsed files; masks are scored without boxes, by their size.
 
     It changes the dictionaries, as pycocotools does.
     """

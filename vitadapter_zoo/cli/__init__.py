@@ -1,4 +1,4 @@
-"""The command ``vitadapter-zoo``. torch and rich are imported only where they are used."""
+"""The command ``vitadapter-zoo``; only the commands that need torch and rich import them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from vitadapter_zoo.cli.verify import score, verify
 
 
 class _ZooGroup(click.Group):
-    """Ends every command with an exit status of its own choice: click's 1 would mean *refuted*."""
+    """A group whose commands exit with 2 on errors: click's 1 would mean *refuted*."""
 
     def main(
         self,
@@ -31,7 +31,7 @@ class _ZooGroup(click.Group):
         standalone_mode: bool = True,
         **extra: Any,
     ) -> Any:
-        """Run the command and exit with 0 to 3, 130 (interrupted) or 141 (nobody reads)."""
+        """Run the command and exit with 0 to 3, 130 (interrupted) or 141 (the reader has gone)."""
         run: Callable[[], Any] = partial(
             super().main, args, prog_name, complete_var, standalone_mode=False, **extra
         )
@@ -62,7 +62,7 @@ class _ZooGroup(click.Group):
             raise failures.output_failure(error) from error
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Turn whatever a command raises into one line, or a traceback with ``--debug``."""
+        """Turn any exception of a command into one line, after a traceback with ``--debug``."""
         try:
             return super().invoke(ctx)
         except (click.ClickException, click.Abort, click.exceptions.Exit):

@@ -1,4 +1,4 @@
-"""``verify`` and ``score``: does a checkpoint give its published AP?"""
+"""``verify`` and ``score``: compare the AP of a checkpoint or a result file with the published."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ REPORT_HELP = "Write report.html, report.json and the detections there."
 
 
 class _VerdictCommand(click.Command):
-    """Says, when it is interrupted, that nothing is lost."""
+    """A command that an interrupt stops without loss of results."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            click.echo("\nstopped; the same command continues where it was", err=True)
+            click.echo("\nstopped; the same command continues from here", err=True)
             raise
 
 
@@ -110,24 +110,36 @@ could not run, else 1 if any was refuted, else 3 if any was inconclusive.
     help="Evaluate N images only, a stratified random sample.",
 )
 @click.option("--checkpoint", metavar="SOURCE", help="As for `predict`.")
-@click.option("--max-minutes", type=click.FloatRange(0, min_open=True), help="Stop after that.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the sample.")
+@click.option(
+    "--max-minutes",
+    type=click.FloatRange(0, min_open=True),
+    help="Start no further image after M minutes.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the sample.")
 @click.option(
     "--expect",
     type=(float, float),
     metavar="BOX MASK",
-    help="Compare with these APs (0..100) on the whole of the data, instead of the published.",
+    help="Compare with these APs (0..100) of the whole data set, not with the published.",
 )
-@click.option("--skip-bad-images", is_flag=True, help="Leave them out; ends inconclusive.")
+@click.option(
+    "--skip-bad-images",
+    is_flag=True,
+    help="Leave out missing and damaged images; the verdict is inconclusive.",
+)
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32")
 @click.option(
     "--backend", type=click.Choice(["native", "mmdet"]), default="native", show_default=True,
     help="mmdet: the same weights inside mmdet, through its own test pipeline.",
 )  # fmt: skip
-@click.option("--workers", type=click.IntRange(1), help="Compute in so many processes.")
-@click.option("--ray", metavar="auto|ADDRESS", help="Compute on the nodes of a Ray cluster.")
-@click.option("--threads", type=click.IntRange(1), help="CPU threads of each; kept to in a run.")
+@click.option("--workers", type=click.IntRange(1), help="Number of processes.")
+@click.option("--ray", metavar="auto|ADDRESS", help="Run on the nodes of a Ray cluster.")
+@click.option(
+    "--threads",
+    type=click.IntRange(1),
+    help="CPU threads of each process; the same in all of a run.",
+)
 @click.option("--run", type=click.Path(path_type=Path, file_okay=False), help="Run directory.")
 @click.option("--report", "folder", type=REPORT, help=REPORT_HELP)
 @click.option("--json", "as_json", is_flag=True, help="Print every figure as JSON.")
@@ -224,7 +236,7 @@ Exit status: as for `verify`.
     "--expect",
     type=(float, float),
     metavar="BOX MASK",
-    help="Compare with these APs (0..100), instead of the published.",
+    help="Compare with these APs (0..100), not with the published.",
 )
 @click.option("--report", "folder", type=REPORT, help=REPORT_HELP)
 @click.option("--json", "as_json", is_flag=True, help="Print every figure as JSON.")
@@ -239,7 +251,7 @@ def score(
     folder: Path | None,
     as_json: bool,
 ) -> None:
-    """Judge a file of COCO results from elsewhere, of the original code for example."""
+    """Score a file of COCO results, for example from the original code, and give a verdict."""
     started = time.monotonic()
     row = get_row(name)
     results, folder = settings.expanded(results), _report_folder(folder)
@@ -303,7 +315,7 @@ def _report_folder(folder: Path | None) -> Path | None:
 
 
 def _tell(found: Verification, as_json: bool, folder: Path | None) -> None:
-    """Print what was found, write the report, and leave with the verdict's exit status."""
+    """Print the outcome, write the report, and exit with the verdict's status."""
     from vitadapter_zoo.reports import report
 
     if as_json:
@@ -322,7 +334,7 @@ def _tell_all(
     as_json: bool,
     folder: Path | None,
 ) -> None:
-    """Evaluate and print every row, and leave with the worst one's exit status."""
+    """Evaluate and print every row, and exit with the status of the worst."""
     from vitadapter_zoo.reports import overview
 
     content = overview.verify_all(
@@ -340,5 +352,5 @@ def _tell_all(
 
 
 def _command() -> str:
-    """What was typed, for those who want to repeat it."""
+    """The command line, for the report."""
     return shlex.join(["vitadapter-zoo", *sys.argv[1:]])

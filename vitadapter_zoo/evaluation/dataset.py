@@ -1,4 +1,4 @@
-"""Data sets in COCO's format: what is checked before an hour of computing, and parts of them."""
+"""Data sets in COCO's format: reading and checking them, and random samples of their images."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vitadapter_zoo.text import JSONError, parse_json, shown
 
 ANNOTATIONS = "annotations/instances_val2017.json"
 IMAGES = "val2017"
-# Of val2017, the set that the published figures belong to: images and annotations, crowds included.
+# Numbers of images and annotations of val2017, to which the published figures belong.
 VAL2017 = (5000, 36_781)
 
 
@@ -47,7 +47,7 @@ class Dataset:
 
     @property
     def is_val2017(self) -> bool:
-        """Whether this is, by its numbers and classes, what the published figures belong to."""
+        """Whether this is COCO val2017, by the numbers of images and objects and the classes."""
         counts = (len(self.images), len(self.objects))
         names = {name for _, name in self.categories}
         return counts == VAL2017 and names == set(COCO_CLASSES)
@@ -69,10 +69,11 @@ class Dataset:
         extra = [name for name in ids if name not in set(classes)]
         if absent or extra:
             raise DatasetError(
-                f"{self.annotations} has {len(ids)} classes and the model {len(classes)}: "
+                f"{shown(self.annotations, 300)} has {len(ids)} classes and the model "
+                f"{len(classes)}: "
                 f"{_some('only the model has', absent)}{_some('only the file has', extra)}"
-                "take the annotations that the model was trained for, or remove what is no class "
-                "of its (a background, for instance)"
+                "take the annotations that the model was trained for, or remove the classes that "
+                "it does not have (a background class, for instance)"
             )
         return tuple(ids[name] for name in classes)
 
@@ -95,7 +96,7 @@ def coco_paths(directory: Path) -> tuple[Path, Path]:
     """Annotation file and image folder of val2017 in COCO's usual layout.
 
     Raises:
-        DatasetError: they are not there; the message names what is there instead.
+        DatasetError: they are missing; the message lists what the folder has instead.
     """
     directory = settings.expanded(directory)
     annotations, images = directory / ANNOTATIONS, directory / IMAGES
@@ -151,21 +152,21 @@ def read_dataset(annotations: Path, images: Path, *, ignore_exif: bool = False) 
 
 
 def check_images(images: Sequence[Image]) -> list[Image]:
-    """Those of ``images`` whose files are not there."""
+    """The images whose files are missing."""
     return [image for image in images if not image.path.is_file()]
 
 
 def sampling_order(dataset: Dataset, seed: int) -> list[Image]:
-    """All images in an order of which every beginning is a stratified random sample.
+    """All images, in an order whose first n images are a stratified random sample for every n.
 
     Each image belongs to the stratum of its rarest class, so that rare classes are represented;
-    images without objects are one more. Within a stratum of s images the places (k + u) / s,
-    k = 0..s-1, go to the images at random; u is uniform on 0..1 for each stratum. Sorted by place,
-    the first n images hold n s / N of each stratum, up to rounding, and every image is equally
-    likely to be among them.
+    images without objects are a stratum of their own. Within a stratum of s images the places
+    (k + u) / s, k = 0..s-1, are given to the images at random; u is uniform on 0..1 for each
+    stratum. Sorted by place, the first n of N images have n s / N of each stratum, up to rounding,
+    and every image is equally likely to be among them.
 
     Args:
-        dataset: what is sampled.
+        dataset: the data set.
         seed: the same seed gives the same order.
     """
     rank = {key: place for place, key in enumerate(sorted(dict(dataset.categories), key=ids.order))}

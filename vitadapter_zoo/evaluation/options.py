@@ -1,4 +1,4 @@
-"""The options of an evaluation, as the command line, ``verify`` and the workers share them."""
+"""The options of an evaluation, shared by the command line, ``verify`` and the workers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Options:
     """How a detector is loaded and evaluated; ``verify`` describes each option.
 
     Raises:
-        ValueError: a number below what makes sense, workers with ``backend="mmdet"``, or no such
+        ValueError: a number is too small, workers with ``backend="mmdet"``, or an unknown
             ``backend``.
     """
 

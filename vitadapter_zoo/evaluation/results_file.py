@@ -1,4 +1,4 @@
-"""Files of COCO results, from here or from elsewhere."""
+"""Reading and checking files in COCO's result format, from this package or another."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ def read_results(path: Path, data: Dataset) -> list[ImageResult]:
         path: a JSON list of dictionaries with image_id, category_id, score, segmentation
             (compressed RLE), and bbox ``[x, y, width, height]``; where bbox is absent it is the
             mask's.
-        data: what they belong to.
+        data: the data set that the results belong to.
 
     Returns:
-        One result for every image of ``data``: those that the file does not name had no detections.
+        One result for every image of ``data``. Images that the file does not name have no
+        detections.
 
     Raises:
-        DatasetError: not such a file, or of another data set.
+        DatasetError: the file is not in this format, or belongs to another data set.
     """
     path = settings.expanded(path)
     file = shown(path, 300)
@@ -106,7 +107,7 @@ def _detection(
 
 
 def _check_masks(content: list[dict[str, Any]], file: str) -> None:
-    """Check the run lengths of all masks at once, which is many times faster than each by each."""
+    """Check the run lengths of all masks at once, which is many times faster than one by one."""
     counts = [entry["segmentation"]["counts"].encode() for entry in content]
     for place, total in enumerate(masks.totals(counts).tolist()):
         size = content[place]["segmentation"]["size"]

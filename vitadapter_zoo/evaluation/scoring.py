@@ -1,7 +1,7 @@
-"""COCO's figures for a set of results, computed by hotcoco behind one function.
+"""COCO's 12 figures, AP by class and the matching of detections, computed by hotcoco.
 
-hotcoco has pycocotools' interface and gives its figures to the last digit; faster-coco-eval, which
-has the same interface, could take its place here and nowhere else.
+hotcoco has the interface of pycocotools and computes the same figures to the last digit. No other
+module uses it for scoring.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Floats = npt.NDArray[np.float64]
 _IOU_TYPES = {"box": "bbox", "mask": "segm"}
 ALL, SMALL, MEDIUM, LARGE = range(4)  # COCO's area ranges: split at 32 x 32 and 96 x 96 pixels
 MAX_DETECTIONS = (1, 10, 100)
-NOTHING = -1.0  # COCO's figure where there is nothing to measure
+NOTHING = -1.0  # COCO's figure if no object is annotated
 FIGURES = (
     "AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl",
 )  # fmt: skip
@@ -45,10 +45,10 @@ MEANINGS = {
 
 @dataclass(frozen=True)
 class Scores:
-    """COCO's figures of one kind, box or mask; all in 0..1, and -1 where nothing is annotated.
+    """COCO's figures for boxes or for masks; in 0..1, or -1 if no object is annotated.
 
     Attributes:
-        figures: the 12 of COCO by the names in ``FIGURES``.
+        figures: COCO's 12 figures by the names in ``FIGURES``.
         per_class: AP by class name.
         per_class_50: AP at IoU 0.5 by class name.
         precision: float64 ``[10, 101, K, 4, 3]``: IoU 0.50:0.05:0.95, recall 0:0.01:1, class,
@@ -68,13 +68,13 @@ class Scores:
 
 @dataclass(frozen=True)
 class Matches:
-    """Which detections of one class found an object, best score first.
+    """The detections of a class and whether each matches an object, best score first.
 
     Attributes:
-        images: int64 ``[D]``, place of each detection's image among the images asked for.
+        images: int64 ``[D]``, index of each detection's image in the table.
         found: bool ``[10, D]``: matched with an object, by IoU threshold.
-        counted: bool ``[10, D]``: neither matched with a crowd nor otherwise left out.
-        objects: float64 ``[I]``: objects of the class in each image, crowds left out.
+        counted: bool ``[10, D]``: not matched with a crowd and not ignored otherwise.
+        objects: float64 ``[I]``: objects of the class in each image, without crowds.
     """
 
     images: npt.NDArray[np.int64]
@@ -103,11 +103,11 @@ class Table:
 
 @dataclass(frozen=True)
 class Unmatched:
-    """What does not fit in one image, at IoU 0.5; crowds are left out.
+    """The mistakes in an image at IoU 0.5; crowds are left out.
 
     Attributes:
-        missed: ids of the annotations that no detection of their class found.
-        false: places, in the image's result, of the detections that found no object.
+        missed: ids of the annotations that no detection of their class matches.
+        false: indices, in the image's result, of the detections that match no object.
     """
 
     missed: tuple[Id, ...]
@@ -116,7 +116,7 @@ class Unmatched:
 
 @contextlib.contextmanager
 def _without_collection() -> Iterator[None]:
-    """For half a million dictionaries at once: looking for garbage takes longer than that."""
+    """Pause garbage collection: with half a million new dictionaries it takes most of the time."""
     collected = gc.isenabled()
     gc.disable()
     try:
@@ -177,10 +177,10 @@ class Annotations:
         return _summarize(curves["precision"], curves["recall"], self.category_names)
 
     def matches(self, table: Table, kind: Kind) -> list[Matches]:
-        """The matching behind the AP over all areas, class by class, for resampling images.
+        """The matching that the AP over all areas is computed from, by class.
 
         Args:
-            table: from ``Annotations.tabulate``; the matches number its images in their order.
+            table: from ``Annotations.tabulate``; the matches index its images.
             kind: what is compared, boxes or masks.
         """
         evaluation = self._evaluate(table, kind, every_area=False)
@@ -197,11 +197,11 @@ class Annotations:
         """Missed objects and false detections of each image, by COCO's matching at IoU 0.5.
 
         Args:
-            results: one per image, with the detections that shall count.
+            results: one per image, with the detections that count.
             kind: what is compared, boxes or masks.
 
         Returns:
-            One for each of ``results``, in their order.
+            One entry for each of ``results``, in the same order.
         """
         found = self._evaluate(self.tabulate(results), kind, every_area=False)
         found = found.image_diagnostics(iou_thr=0.5)
@@ -229,7 +229,7 @@ class Annotations:
             detections = self._coco.load_res(table.rows)
         else:
             detections = self._coco.load_res(table.rows, segmentation=table.masks)
-            if table.masks:  # by size a mask counts with its own area, not with its box's
+            if table.masks:  # the size of a mask is its own area, not that of its box
                 from hotcoco import mask
 
                 areas = np.asarray(mask.area(table.masks), np.float64)
@@ -277,13 +277,13 @@ def _as_coco(
 
 
 def versions() -> dict[str, str]:
-    """The versions of what scores."""
+    """The versions of the packages that compute the figures."""
     packages = {name: metadata.version(name) for name in ("hotcoco", "numpy")}
     return {"vitadapter-zoo": __version__, **packages}
 
 
 def _summarize(precision: Floats, recall: Floats, names: list[str]) -> Scores:
-    """The 12 means of COCO, as pycocotools takes them, and those by class."""
+    """COCO's 12 figures, as pycocotools computes them, and AP by class."""
     last = len(MAX_DETECTIONS) - 1
     half, three_quarters = 0, 5  # places of IoU 0.50 and 0.75
     values = [
@@ -308,7 +308,7 @@ def _mean(values: Floats) -> float:
 
 
 def _matches(entries: list[dict[str, Any]], places: dict[int, int]) -> Matches:
-    """One class's entries of hotcoco, put together over the images."""
+    """The matches of a class: hotcoco's entries for the images, concatenated."""
     empty = np.zeros((10, 0), np.bool_)
     scores = np.concatenate([np.zeros(0), *(np.array(one["dtScores"]) for one in entries)])
     found, ignored = (

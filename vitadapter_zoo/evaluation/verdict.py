@@ -19,8 +19,10 @@ Reference = Literal["published", "expected"]
 
 TOLERANCE = 0.1  # AP points between the published and the measured value, both rounded to 0.1
 SHOWN_LEVEL = 0.95  # of the interval that is reported
-REFUTING_LEVEL = 0.99  # of the interval outside of which a part refutes
-FEWEST_TO_REFUTE = 50  # images: the interval of fewer, with few ways to halve them, is too narrow
+REFUTING_LEVEL = 0.99  # of the interval; a part refutes values outside of it
+FEWEST_TO_REFUTE = (
+    50  # images; fewer can be halved in few ways, which makes the interval too narrow
+)
 
 
 @dataclass(frozen=True)
@@ -51,21 +53,21 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Verification:
-    """What an evaluation found; ``verify`` and ``judge`` make it.
+    """The outcome of an evaluation; ``verify`` and ``judge`` return it.
 
     Attributes:
-        model: load name, folder or file that was evaluated.
+        model: load name, folder or repository that was evaluated.
         verdict: confirmed, refuted or inconclusive.
         reason: one sentence.
         comparisons: box, then mask.
         box: COCO's figures for boxes.
         mask: COCO's figures for masks.
-        results: one per evaluated image, in the order of image ids; left-out ones are not here.
-        skipped: the images left out, with the reason.
-        total: images of the whole data set.
-        unseen: names of the classes annotated in the whole data set and in no evaluated image.
-        data: what was evaluated on.
-        images: folder of the image files; None where results came from a file.
+        results: one per evaluated image, in the order of the image ids.
+        skipped: the reasons why images were left out, by image id.
+        total: number of images in the whole data set.
+        unseen: names of the classes that are annotated in the data set but in no evaluated image.
+        data: the data set.
+        images: folder of the image files; None if results came from a file and no folder is known.
         reference: whether the values to compare with are published, or the caller's own.
         details: hashes, precision, versions, hardware and duration, ready for JSON.
     """
@@ -92,7 +94,7 @@ class Verification:
 
     @property
     def evaluated(self) -> int:
-        """How many images were evaluated."""
+        """The number of evaluated images."""
         return len(self.results)
 
 
@@ -116,11 +118,11 @@ def judge(
     classes have that do not occur in the part.
 
     Args:
-        model: what is judged, for the report.
-        data: what it was evaluated on.
+        model: name of the model, for the report.
+        data: the data set.
         results: one per image.
-        published: box and mask AP in points (0..100), for the whole of ``data``; None where
-            nothing is known.
+        published: box and mask AP in points (0..100), for the whole of ``data``; None if they are
+            not known.
         reference: what ``published`` is called: published, or expected by the caller.
         random_part: whether the images are a random sample of the data set.
         seed: of the bootstrap.
@@ -159,7 +161,7 @@ def judge(
 def _annotated_and_unseen(
     data: Dataset, scored: Sequence[ImageResult]
 ) -> tuple[int, tuple[str, ...]]:
-    """How many classes have objects, and the names of those that no evaluated image has."""
+    """The number of classes with objects, and the names of those in no evaluated image."""
     seen = {one.image_id for one in scored}
     annotated: set[Id] = set()
     present: set[Id] = set()

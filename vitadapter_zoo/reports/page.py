@@ -1,4 +1,4 @@
-"""The pages of reports: one file each, with everything in it."""
+"""The HTML pages of reports: self-contained files without any external resource."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def report(content: Mapping[str, Any], pictures: Sequence[Pictures | str]) -> st
     """The page of one verification.
 
     Args:
-        content: what report.json holds, as ``vitadapter_zoo.reports.write`` puts it together.
-        pictures: for each of its ``worst_images``, or why there are none.
+        content: the content of report.json, from ``vitadapter_zoo.reports.write``.
+        pictures: for each of its ``worst_images``, or the reason why there are none.
     """
     figures = {kind: content[kind]["figures"] for kind in ("box", "mask")}
     return _render(
@@ -59,7 +59,7 @@ def index(content: Mapping[str, Any]) -> str:
     """The page of the whole zoo.
 
     Args:
-        content: what index.json holds, as ``vitadapter_zoo.reports.overview`` puts it together.
+        content: the content of index.json, from ``vitadapter_zoo.reports.overview``.
     """
     return _render("index.html", zoo=content)
 
@@ -78,7 +78,7 @@ def _render(template: str, **values: Any) -> str:
 
 
 def _points(figure: float) -> float | None:
-    """0..1 in points; None where COCO has nothing to measure."""
+    """A figure in points; None if no object is annotated."""
     return None if figure == NOTHING else 100 * figure
 
 
@@ -102,7 +102,7 @@ def _sources(shown: Pictures | str) -> str | list[str]:
 
 
 def _facts(content: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-    """What the figures rest on, by section; what a score of a file has not is left out."""
+    """Everything that the figures depend on, by section; values that are not known are left out."""
     identity = content.get("identity", {})
     environment = content.get("environment", {})
     data = {

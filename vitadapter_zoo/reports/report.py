@@ -1,4 +1,4 @@
-"""Reports of a verification: a table for the terminal, JSON, and a page for people."""
+"""Reports of a verification: tables for the terminal, JSON, and an HTML page."""
 
 from __future__ import annotations
 
@@ -78,26 +78,26 @@ def _scores(scores: Scores) -> dict[str, Any]:
 
 
 def check_folder(directory: Path) -> None:
-    """Tell of a folder that no report can go to, before the hours that lead to one.
+    """Refuse a folder that no report can be written to, before the evaluation starts.
 
     Raises:
-        ZooError: it cannot be made or written to.
+        ZooError: it cannot be created or written to.
     """
     there = next(path for path in (directory, *directory.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise ZooError(
-            f"no report can be written to {directory}: {there} is no folder that can be written "
-            "to; choose another one with --report"
+            f"no report can be written to {directory}: {there} is not a folder with write "
+            "permission; choose another one with --report"
         )
 
 
 def write(found: Verification, directory: Path, *, command: str | None = None) -> dict[str, Any]:
-    """Write report.json, report.html and detections.json; each is there whole or as before.
+    """Write report.json, report.html and detections.json; each file is replaced in one step.
 
     Args:
-        found: what was found.
-        directory: made where it does not exist.
-        command: that led to it, for those who want to repeat it.
+        found: the outcome of the evaluation.
+        directory: created if it does not exist.
+        command: the command line, for the report.
 
     Returns:
         The content of report.json.
@@ -125,7 +125,7 @@ def write(found: Verification, directory: Path, *, command: str | None = None) -
 
 
 def _write_detections(found: Verification, target: Path) -> None:
-    """COCO's result format, a line for each detection; never all of it in memory."""
+    """Write COCO's result format with a line for each detection, without building it in memory."""
     with atomic.replacing(target) as partial, partial.open("w", encoding="utf-8") as file:
         separator = "[\n"
         for result in found.results:
@@ -136,9 +136,9 @@ def _write_detections(found: Verification, target: Path) -> None:
 
 
 def curves(scores: Scores) -> dict[str, list[float]]:
-    """Precision at recall 0:0.01:1, the mean over the annotated classes; empty without any.
+    """Precision at recall 0:0.01:1 by IoU, the mean over the annotated classes; empty without any.
 
-    By the IoU: 0.50, 0.75, and the mean over 0.50:0.05:0.95. The mean of each is the AP.
+    The IoU is 0.50, 0.75, or the mean over 0.50:0.05:0.95. The mean of each curve is the AP.
     """
     of_all = scores.precision[:, :, :, ALL, -1]
     annotated = of_all[:, :, (of_all > NOTHING).all(axis=(0, 1))]
@@ -153,7 +153,7 @@ def curves(scores: Scores) -> dict[str, list[float]]:
 
 
 def score_histogram(found: Verification) -> list[int]:
-    """How many detections have a score in each twentieth of 0..1."""
+    """The number of detections with a score in each twentieth of 0..1."""
     scores = np.concatenate([np.zeros(0), *(np.asarray(one.scores) for one in found.results)])
     counts: list[int] = np.histogram(scores, bins=BINS, range=(0, 1))[0].tolist()
     return counts

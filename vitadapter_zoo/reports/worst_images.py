@@ -1,4 +1,4 @@
-"""The images with the most mistakes, and pictures that show them."""
+"""The images with the most mistakes, and pictures of the mistakes."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ from vitadapter_zoo.evaluation.verdict import Verification
 from vitadapter_zoo.images import RGB, read_image, stored_pixels
 from vitadapter_zoo.text import shown
 
-SCORE = 0.3  # detections that count here; what `vitadapter-zoo predict` shows too
+SCORE = 0.3  # lowest score of a detection that counts, as in `vitadapter-zoo predict`
 SHOWN = 8
 LONGEST_SIDE = 480  # pixels of a picture
 TEXT_HEIGHT = 14
-PICTURE_BYTES = 2_000_000  # of all pictures together: a page that can be mailed
+PICTURE_BYTES = 2_000_000  # of all pictures together, so that the page can be mailed
 GOOD, FALSE, MISSED, CROWD = (72, 199, 116), (255, 92, 92), (255, 179, 64), (170, 170, 170)
 
 
 @dataclass(frozen=True)
 class WorstImage:
-    """One image and what the detector got wrong in it.
+    """An image and the numbers of mistakes in it.
 
     Attributes:
         image_id: the annotation file's.
         file_name: inside the folder of images.
-        objects: annotated ones, crowds left out.
-        missed: how many of them no detection of their class matches at mask IoU 0.5.
-        false: detections that match no object.
+        objects: number of annotated objects, without crowds.
+        missed: number of objects that no detection of their class matches at mask IoU 0.5.
+        false: number of detections that match no object.
     """
 
     image_id: Id
@@ -52,7 +52,7 @@ class WorstImage:
 
 @dataclass(frozen=True)
 class _Outline:
-    """One object to draw: RLE, ``[x, y, width, height]`` in image pixels, text, RGB."""
+    """An object to draw: RLE, ``[x, y, width, height]`` in image pixels, text, RGB."""
 
     rle: dict[str, Any]
     box: Sequence[float]
@@ -62,7 +62,7 @@ class _Outline:
 
 @dataclass(frozen=True)
 class Pictures:
-    """JPEG files of one image: the annotations on it, and the detections."""
+    """Two JPEG files of an image: one with its annotations, one with the detections."""
 
     annotations: bytes
     detections: bytes
@@ -72,14 +72,14 @@ def worst(found: Verification) -> list[tuple[WorstImage, Pictures | str]]:
     """The images with the most mistakes, the worst first.
 
     A mistake is an object that no detection of its class with a score of at least 0.3 matches at
-    mask IoU 0.5, or such a detection without an object. Of images with equally many, the one of
-    the lowest id comes first.
+    mask IoU 0.5, or such a detection that matches no object. Images with the same number of
+    mistakes are ordered by id.
 
     Args:
         found: an evaluation.
 
     Returns:
-        At most 8, with pictures or with why there are none.
+        At most 8 images, each with pictures or the reason why there are none.
     """
     results = [_confident(result) for result in found.results]
     annotations = Annotations(found.data)
@@ -106,7 +106,7 @@ def worst(found: Verification) -> list[tuple[WorstImage, Pictures | str]]:
         shown = _pictures(found, mistakes.file_name, result, unmatched, objects, names)
         if isinstance(shown, Pictures):
             room -= len(shown.annotations) + len(shown.detections)
-            shown = shown if room >= 0 else "the page has as many pictures as it may"
+            shown = shown if room >= 0 else "the page has reached its limit for pictures"
         chosen.append((mistakes, shown))
     return chosen
 
@@ -171,7 +171,7 @@ def _pictures(
 
 
 def _drawn(rgb: RGB, outlines: Sequence[_Outline]) -> bytes:
-    """The image at 480 pixels with masks and texts, as JPEG; mistakes and small objects on top."""
+    """The image as JPEG of 480 pixels, with masks and texts; mistakes and small objects on top."""
     height, width = rgb.shape[:2]
     scale = LONGEST_SIDE / max(height, width)
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
@@ -200,7 +200,7 @@ def _area(one: _Outline) -> float:
 
 
 def _write_texts(picture: Image.Image, outlines: Sequence[_Outline], scale: float) -> None:
-    """A text at each box's upper left corner, the first ones first, where there is room for it."""
+    """Write a text at the upper left corner of each box, if it does not cover an earlier text."""
     draw = ImageDraw.Draw(picture)
     font = ImageFont.load_default()
     taken: list[tuple[float, float, float, float]] = []
