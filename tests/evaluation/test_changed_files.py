@@ -7,7 +7,7 @@ import copy
 import json
 import math
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ def base(seed: int) -> Files:
 
 BASES = [base(seed) for seed in range(40, 48)]
 
-ODD_VALUES = st.sampled_from(
+ODD_VALUES: st.SearchStrategy[Any] = st.sampled_from(
     [
         None, True, False, 0, -1, 1, 2, 3.0, 0.5, -0.0, 1e-300, 1e308, -1e308, 1e9, 1e5, -30.5,
         float("nan"), float("inf"), -float("inf"), 2**31, 2**53 + 1, 2**64, -(2**70), 10**400,
@@ -103,7 +103,7 @@ def change_one_thing(draw: st.DrawFn, root: Any) -> None:
     elif way in ("repeat", "insert"):
         container.insert(key, copy.deepcopy(value) if way == "repeat" else draw(ODD_VALUES))
     else:
-        container[key] = {
+        changes: dict[str, Callable[[], Any]] = {
             "replace": lambda: draw(ODD_VALUES),
             "text": lambda: str(value),
             "float": lambda: float(value),
@@ -113,8 +113,9 @@ def change_one_thing(draw: st.DrawFn, root: Any) -> None:
             "append": lambda: value + draw(st.characters()),
             "one character": lambda: draw(st.characters()) + value[1:],
             "wrap": lambda: [value],
-            "empty": lambda: type(value)(),
-        }[way]()
+            "empty": type(value),
+        }
+        container[key] = changes[way]()
 
 
 @st.composite

@@ -448,6 +448,10 @@ def test_the_old_meaning_of_images_is_refused(folder: Path, coco: Path) -> None:
         assert found.exit_code == 2
         assert "write --limit 200" in found.stderr
     assert command("verify", folder, "--coco", coco, "--limit", "0").exit_code == 2
+    for values in (("nan", "nan"), ("41", "101"), ("-1", "41"), ("inf", "41")):
+        found = command("verify", folder, "--coco", coco, "--expect", *values)
+        assert found.exit_code == 2
+        assert "0..100" in found.stderr
     assert "goes with --annotations" in command(
         "verify", folder, "--coco", coco, "--images", coco
     ).stderr  # fmt: skip

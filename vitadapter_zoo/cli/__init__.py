@@ -16,8 +16,9 @@ from vitadapter_zoo.cli.mmdet import compare, config
 from vitadapter_zoo.cli.models import info, list_command
 from vitadapter_zoo.cli.op import build_op_command, env_command
 from vitadapter_zoo.cli.predict import predict
+from vitadapter_zoo.cli.score import score
 from vitadapter_zoo.cli.train import train
-from vitadapter_zoo.cli.verify import score, verify
+from vitadapter_zoo.cli.verify import verify
 
 
 class _ZooGroup(click.Group):

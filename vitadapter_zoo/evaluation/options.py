@@ -43,10 +43,12 @@ class Options:
             raise ValueError(f"backend={self.backend!r}: there are 'native' and 'mmdet'")
         if self.backend == "mmdet" and self.has_workers:
             raise ValueError("the mmdet backend runs in this process: leave workers and ray out")
-        if _is_below(self.limit, 1) or (self.max_minutes is not None and self.max_minutes <= 0):
+        if _is_below(self.limit, 1) or not (self.max_minutes is None or self.max_minutes > 0):
             raise ValueError("limit and max_minutes must be above 0")
         if _is_below(self.workers, 1) or _is_below(self.threads, 1):
             raise ValueError("workers and threads must be at least 1")
+        if self.expected is not None and not all(0 <= points <= 100 for points in self.expected):
+            raise ValueError(f"expected={self.expected}: an AP lies in 0..100")
 
     @property
     def has_workers(self) -> bool:

@@ -18,6 +18,7 @@ from typing import Any
 
 from vitadapter_zoo.errors import ZooError
 from vitadapter_zoo.evaluation.ids import Id
+from vitadapter_zoo.text import parse_json
 from vitadapter_zoo.weights import atomic, cache
 
 RUN = "run.json"
@@ -128,7 +129,7 @@ def _claim(path: Path, identity: Mapping[str, Any]) -> None:
         atomic.write_json(path, wanted)
         return
     try:
-        known = json.loads(path.read_text(encoding="utf-8"))
+        known = parse_json(path.read_bytes())
         differing = [
             f"{key}: {known.get(key)!r} then, {wanted.get(key)!r} now"
             for key in sorted({*known, *wanted})

@@ -13,6 +13,7 @@ from vitadapter_zoo.errors import ZooError
 from vitadapter_zoo.evaluation.scoring import NOTHING
 from vitadapter_zoo.evaluation.verdict import Verdict, Verification
 from vitadapter_zoo.reports import page, report
+from vitadapter_zoo.text import shown
 from vitadapter_zoo.weights import atomic, cache
 
 PAGE, FIGURES_FILE = "index.html", "index.json"
@@ -72,8 +73,6 @@ def verify_all(
     Raises:
         ZooError: ``directory`` cannot be written to.
     """
-    import torch
-
     outcomes = {
         row.name: Outcome(row.name, "pending", "not yet evaluated", *_published(row))
         for row in rows
@@ -82,8 +81,8 @@ def verify_all(
     for row in rows:
         try:
             found = evaluate(row)
-        except (ZooError, torch.OutOfMemoryError) as error:
-            outcomes[row.name] = Outcome(row.name, "failed", str(error), *_published(row))
+        except Exception as error:  # also one that nobody expects: the other rows still run
+            outcomes[row.name] = Outcome(row.name, "failed", _reason(error), *_published(row))
         else:
             place = None if directory is None else f"{row.name}/{report.PAGE}"
             if directory is not None:
@@ -103,6 +102,10 @@ def verify_all(
         if directory is not None:
             _write(content, directory)
     return content
+
+
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, ZooError) else f"{type(error).__name__}: {shown(error)}"
 
 
 def _published(row: Row) -> tuple[Figures, Figures]:
