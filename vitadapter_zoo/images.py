@@ -71,9 +71,23 @@ def read_image(image: ImageInput) -> RGB:
 
 
 def _decode(encoded: bytes, source: str) -> RGB:
+    return _decode_with(encoded, source, cv2.IMREAD_COLOR)
+
+
+def stored_pixels(encoded: bytes) -> RGB:
+    """Decode an image file's bytes to uint8 RGB ``[H, W, 3]`` without its EXIF rotation.
+
+    Raises:
+        ImageError: not an image.
+    """
+    flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+    return _decode_with(encoded, "the given bytes", flags)
+
+
+def _decode_with(encoded: bytes, source: str, flags: int) -> RGB:
     reason = "the data are empty" if not encoded else "OpenCV knows no such format"
     try:
-        bgr = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR) if encoded else None
+        bgr = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags) if encoded else None
     except cv2.error as error:  # more pixels than OpenCV allows, for instance
         bgr, reason = None, str(error.err)
     if bgr is None:

@@ -145,7 +145,7 @@ def cache_verify() -> None:
         if state == "DAMAGED":
             wrong.append(str(item.entry.weights))
     if wrong:
-        raise ZooError(
+        raise click.ClickException(  # exit status 1: the check found damage
             f"{len(wrong)} damaged: {', '.join(wrong)}; the next load converts them again, and "
             "`vitadapter-zoo cache prune` removes them"
         )
