@@ -152,9 +152,8 @@ def network_input(
     # OpenCV's own arithmetic, to round as the original did.
     cv2.subtract(pixels, np.array([mean], np.float64), pixels)
     cv2.multiply(pixels, 1 / np.array([std], np.float64), pixels)
-    padded = torch.zeros(
-        1, 3, new_height + -new_height % PAD_MULTIPLE, new_width + -new_width % PAD_MULTIPLE
-    )
+    padded_size = (side + -side % PAD_MULTIPLE for side in (new_height, new_width))
+    padded = torch.zeros(1, 3, *padded_size, dtype=torch.float32, device="cpu")
     padded[0, :, :new_height, :new_width] = torch.from_numpy(pixels).permute(2, 0, 1)
     scale_x = float(np.float32(new_width / width))
     scale_y = float(np.float32(new_height / height))

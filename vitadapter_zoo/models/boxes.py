@@ -23,7 +23,7 @@ ROI_STRIDES = (4, 8, 16, 32)
 
 def anchors(height: int, width: int, stride: int, device: torch.device) -> Tensor:
     """Anchors of one level, ``[height * width * 3, 4]`` in network pixels: row, column, ratio."""
-    ratios = torch.tensor(ANCHOR_RATIOS, device=device).sqrt()
+    ratios = torch.tensor(ANCHOR_RATIOS, dtype=torch.float32, device=device).sqrt()
     half_width = 0.5 * ANCHOR_SCALE * stride / ratios
     half_height = 0.5 * ANCHOR_SCALE * stride * ratios
     base = torch.stack([-half_width, -half_height, half_width, half_height], dim=-1)
@@ -167,8 +167,9 @@ def _samples(
         limit: cells of the map along this axis; samples more than one cell outside count nothing.
     """
     bins = bins[:, None, None]
-    offsets = (torch.arange(samples) + 0.5) * bins / samples
-    places = starts[:, None, None] + torch.arange(size)[:, None] * bins + offsets
+    offsets = (torch.arange(samples, dtype=bins.dtype, device=bins.device) + 0.5) * bins / samples
+    numbers = torch.arange(size, dtype=bins.dtype, device=bins.device)[:, None]
+    places = starts[:, None, None] + numbers * bins + offsets
     inside = (places >= -1) & (places <= limit)
     places = places.clamp(0, limit - 1)
     lower = places.floor()
