@@ -90,8 +90,8 @@ def run_lengths(masks: Masks) -> list[str]:
     from hotcoco import mask as coco_mask
 
     encoded = []
-    for mask in masks.to(torch.uint8):
+    for mask in masks:
         # Runs go down the columns, hence Fortran order.
-        rle = coco_mask.encode(np.asfortranarray(mask.numpy()))
+        rle = coco_mask.encode(np.asfortranarray(mask.to(torch.uint8).numpy()))
         encoded.append(cast("bytes | str", rle["counts"]))
     return [counts.decode() if isinstance(counts, bytes) else counts for counts in encoded]

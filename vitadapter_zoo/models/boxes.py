@@ -175,5 +175,5 @@ def _samples(
     lower = places.floor()
     upper = (lower + 1).clamp(max=limit - 1)
     share = places - lower
-    shares = torch.stack([1 - share, share], dim=-1) * (inside / samples)[..., None]
+    shares = torch.stack([1 - share, share], dim=-1) * (inside.to(share.dtype) / samples)[..., None]
     return torch.stack([lower, upper], dim=-1).long().flatten(2), shares.flatten(2)
