@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 NOTEBOOK_SIDE = 800  # pixels of the longest side of a picture in a notebook
 NOTEBOOK_ROWS = 20
-NAMED = 5  # classes that a repr names
+NAMED = 4  # classes that a repr names
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,8 @@ class Detections:
         try:
             number = operator.index(index)
         except TypeError:
-            return numbers[torch.as_tensor(index, device="cpu")].reshape(-1)
+            chosen = torch.as_tensor(index, device="cpu")
+            return numbers[chosen if len(chosen) else chosen.long()].reshape(-1)
         if not -count <= number < count:
             raise IndexError(f"there are {count} detections, none has the index {number}")
         return numbers[number].reshape(1)
@@ -192,7 +193,7 @@ class Detections:
             if name not in self.categories:
                 near = difflib.get_close_matches(name, self.categories, n=3, cutoff=0.4)
                 hint = f": did you mean {', '.join(map(printable, near))}?" if near else ""
-                raise ZooError(f"the model has no class {printable(name)!r}{hint}")
+                raise ZooError(f"the model has no class '{printable(name)}'{hint}")
         labels = [label for label, name in enumerate(self.categories) if name in names]
         return self[torch.isin(self.labels, torch.tensor(labels, dtype=torch.int64, device="cpu"))]
 
@@ -245,7 +246,7 @@ class Detections:
         if isinstance(given, Mapping):
             absent = [name for name in self.categories if name not in given]
             if absent:
-                raise ZooError(f"category_ids has no id for the class {printable(absent[0])!r}")
+                raise ZooError(f"category_ids has no id for the class '{printable(absent[0])}'")
             return [given[name] for name in self.categories]
         if len(given) != len(self.categories):
             raise ZooError(
@@ -474,7 +475,8 @@ class Detections:
         height, width = self.size
         counts = Counter(self.class_names)
         named = [f"{number} {printable(name, 40)}" for name, number in counts.most_common(NAMED)]
-        named += [f"{len(counts) - NAMED} more classes"] * (len(counts) > NAMED)
+        if len(counts) > NAMED:
+            named.append(f"{len(counts) - NAMED} more classes")
         listed = ", ".join(named) or "nothing found"
         first = f"Detections({len(self)} in {width} x {height} pixels: {listed})"
         if not len(self):

@@ -31,13 +31,12 @@ class Video:
 
     Attributes:
         source: path, URL or camera index.
-        frames_per_second: 0 where the source does not say.
-        frames: how many it announces, an estimate for many formats; 0 where it does not say.
+        shown_per_second: how many of the frames that are given belong to a second, so that a copy
+            of them runs at the same speed; 0 where the source does not say.
     """
 
     source: str | int
-    frames_per_second: float
-    frames: int
+    shown_per_second: float
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ def _expand_one(source: Source) -> list[Source]:
         matches = sorted(map(Path, glob.glob(str(path), recursive=True)))  # noqa: PTH207
         files = [match for match in matches if match.is_file()]
         if not files:
-            raise ImageError(f"no file fits the pattern {printable(source)!r}")
+            raise ImageError(f"no file fits the pattern '{printable(source)}'")
         return [*files]
     return [source]
 
@@ -148,12 +147,8 @@ def _frames(source: str | int, stride: int, max_frames: int | None) -> Iterator[
     capture = _open(source, name)
     try:
         # NaN, negative and absurd values are what damaged headers announce.
-        rate, count = capture.get(cv2.CAP_PROP_FPS), capture.get(cv2.CAP_PROP_FRAME_COUNT)
-        video = Video(
-            source=source,
-            frames_per_second=rate if 0 < rate < 1000 else 0.0,
-            frames=int(count) if 0 < count < 1e9 else 0,
-        )
+        rate = capture.get(cv2.CAP_PROP_FPS)
+        video = Video(source, rate / stride if 0 < rate < 1000 else 0.0)
         given = frame = 0
         while (max_frames is None or given < max_frames) and capture.grab():
             if frame % stride == 0:
