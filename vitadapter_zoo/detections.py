@@ -24,7 +24,7 @@ from vitadapter_zoo.catalog import COCO_CATEGORY_IDS, COCO_CLASSES
 from vitadapter_zoo.errors import ImageError, ZooError
 from vitadapter_zoo.images import ImageInput, read_image
 from vitadapter_zoo.instance_masks import MaskMaps, Masks
-from vitadapter_zoo.text import printable
+from vitadapter_zoo.text import quoted, shown
 
 if TYPE_CHECKING:
     import pandas
@@ -192,8 +192,8 @@ class Detections:
         for name in names:
             if name not in self.categories:
                 near = difflib.get_close_matches(name, self.categories, n=3, cutoff=0.4)
-                hint = f": did you mean {', '.join(map(printable, near))}?" if near else ""
-                raise ZooError(f"the model has no class '{printable(name)}'{hint}")
+                hint = f": did you mean {', '.join(map(shown, near))}?" if near else ""
+                raise ZooError(f"the model has no class {quoted(name)}{hint}")
         labels = [label for label, name in enumerate(self.categories) if name in names]
         return self[torch.isin(self.labels, torch.tensor(labels, dtype=torch.int64, device="cpu"))]
 
@@ -246,7 +246,7 @@ class Detections:
         if isinstance(given, Mapping):
             absent = [name for name in self.categories if name not in given]
             if absent:
-                raise ZooError(f"category_ids has no id for the class '{printable(absent[0])}'")
+                raise ZooError(f"category_ids has no id for the class {quoted(absent[0])}")
             return [given[name] for name in self.categories]
         if len(given) != len(self.categories):
             raise ZooError(
@@ -474,7 +474,7 @@ class Detections:
         """Two lines: how many of which class, and the best of them."""
         height, width = self.size
         counts = Counter(self.class_names)
-        named = [f"{number} {printable(name, 40)}" for name, number in counts.most_common(NAMED)]
+        named = [f"{number} {shown(name, 40)}" for name, number in counts.most_common(NAMED)]
         if len(counts) > NAMED:
             named.append(f"{len(counts) - NAMED} more classes")
         listed = ", ".join(named) or "nothing found"
@@ -483,7 +483,7 @@ class Detections:
             return f"{first}\n  a lower score_threshold shows what scored less"
         best = int(self.scores.argmax())
         box = ", ".join(f"{value:.0f}" for value in self.boxes[best].tolist())
-        name = printable(self.class_names[best], 40)
+        name = shown(self.class_names[best], 40)
         return f"{first}\n  best: {name} {self.scores[best]:.2f} in the box ({box})"
 
     def _repr_png_(self) -> bytes | None:
@@ -507,7 +507,7 @@ class Detections:
         if picture is None:
             return None
         rows = "".join(
-            f"<tr><td>{html.escape(printable(name))}</td><td>{score:.2f}</td></tr>"
+            f"<tr><td>{html.escape(shown(name))}</td><td>{score:.2f}</td></tr>"
             for name, score in list(zip(self.class_names, self.scores.tolist(), strict=True))[
                 :NOTEBOOK_ROWS
             ]

@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from vitadapter_zoo.instance_masks import Masks, strips
-from vitadapter_zoo.text import printable
+from vitadapter_zoo.text import shown
 
 # Distinct hues, taken in turn by label.
 PALETTE = (
@@ -64,7 +64,7 @@ def draw(
     if texts:
         font = ImageFont.load_default(max(round(TEXT * mean_side), 12))
         for corner, color, text in zip(corners, colors, texts, strict=True):
-            _write(pen, corner, printable(text, LONGEST_LABEL), color, font)
+            _write(pen, corner, shown(text, LONGEST_LABEL), color, font)
     return picture
 
 

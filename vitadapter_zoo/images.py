@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vitadapter_zoo import settings
 from vitadapter_zoo.errors import ImageError
-from vitadapter_zoo.text import printable
+from vitadapter_zoo.text import PATH, shown
 
 RGB: TypeAlias = npt.NDArray[np.uint8]
 ImageInput: TypeAlias = str | PathLike[str] | bytes | Image.Image | npt.NDArray[np.uint8] | Tensor
@@ -65,16 +65,16 @@ def read_image(image: ImageInput) -> RGB:
     if isinstance(image, (bytes, bytearray, memoryview)):
         return _decode(bytes(image), "the given bytes")
     if is_url(image):
-        return _decode(_download(str(image)), printable(image))
+        return _decode(_download(str(image)), shown(image, PATH))
     if isinstance(image, (str, PathLike)):
         path = settings.expanded(image)
         try:
             encoded = path.read_bytes()
         except OSError as error:
             raise ImageError(
-                f"cannot read the image {printable(path)}: {error.strerror}"
+                f"cannot read the image {shown(path, PATH)}: {error.strerror}"
             ) from error
-        return _decode(encoded, printable(path))
+        return _decode(encoded, shown(path, PATH))
     raise ImageError(
         "an image is a path, a URL, bytes, a PIL image, a numpy array or a tensor, not "
         f"{type(image).__name__}"
@@ -89,25 +89,27 @@ def is_url(image: object) -> bool:
 def _download(url: str) -> bytes:
     import requests
 
-    shown = printable(url)
+    name = shown(url, PATH)
     if settings.is_offline():
-        raise ImageError(f"{shown} is not fetched: VITADAPTER_ZOO_OFFLINE is set")
+        raise ImageError(f"{name} is not fetched: VITADAPTER_ZOO_OFFLINE is set")
+    content = bytearray()
     try:
         with requests.get(url, stream=True, timeout=TIMEOUT) as answer:
             answer.raise_for_status()
-            content = bytearray()
             for chunk in answer.iter_content(1 << 16):
                 content += chunk
                 if len(content) > LARGEST_DOWNLOAD:
-                    raise ImageError(f"{shown} has more than {LARGEST_DOWNLOAD >> 20} MB")
-            return bytes(content)
+                    break
     except requests.HTTPError as error:
         raise ImageError(
-            f"cannot fetch the image {shown}: the server answers {error.response.status_code}"
+            f"cannot fetch the image {name}: the server answers {error.response.status_code}"
         ) from error
     except (requests.RequestException, ValueError) as error:
-        reason = printable(str(error).partition("\n")[0] or type(error).__name__)
-        raise ImageError(f"cannot fetch the image {shown}: {reason}") from error
+        reason = shown(str(error).partition("\n")[0] or type(error).__name__)
+        raise ImageError(f"cannot fetch the image {name}: {reason}") from error
+    if len(content) > LARGEST_DOWNLOAD:
+        raise ImageError(f"{name} has more than {LARGEST_DOWNLOAD >> 20} MB: it is no photo")
+    return bytes(content)
 
 
 def _decode(encoded: bytes, source: str) -> RGB:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from vitadapter_zoo import settings
 from vitadapter_zoo.errors import ZooError
-from vitadapter_zoo.text import printable
+from vitadapter_zoo.text import PATH, shown
 
 
 def checked(path: str | os.PathLike[str], inputs: Iterable[Any]) -> Path:
@@ -25,12 +25,12 @@ def checked(path: str | os.PathLike[str], inputs: Iterable[Any]) -> Path:
     """
     target = settings.expanded(path)
     if target.is_dir():
-        raise ZooError(f"cannot write {printable(target)}: it is a folder")
+        raise ZooError(f"cannot write {shown(target, PATH)}: it is a folder")
     for given in inputs:
         if isinstance(given, (str, os.PathLike)) and same_file(target, given):
             raise ZooError(
-                f"{printable(target)} is the input {printable(given)}, which is never replaced; "
-                "choose another name for the output"
+                f"{shown(target, PATH)} is the input {shown(given, PATH)}, which is never "
+                "replaced; choose another name for the output"
             )
     return target
 
@@ -90,7 +90,7 @@ def write(target: Path, content: bytes) -> None:
             partial.unlink(missing_ok=True)
     except OSError as error:
         raise ZooError(
-            f"cannot write {printable(target)}: {error.strerror or error}; choose another place"
+            f"cannot write {shown(target, PATH)}: {error.strerror or error}; choose another place"
         ) from error
 
 
@@ -105,7 +105,7 @@ def write_picture(target: Path, picture: Image.Image) -> None:
     form = Image.registered_extensions().get(target.suffix.lower())
     if form is None or form not in Image.SAVE:
         raise ZooError(
-            f"cannot write {printable(target)}: no picture format ends in {target.suffix!r}; "
+            f"cannot write {shown(target, PATH)}: no picture format ends in {target.suffix!r}; "
             "take .png or .jpg"
         )
     buffer = io.BytesIO()

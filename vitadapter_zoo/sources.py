@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import cv2
 import numpy as np
@@ -15,7 +15,7 @@ import numpy as np
 from vitadapter_zoo import settings
 from vitadapter_zoo.errors import ImageError
 from vitadapter_zoo.images import RGB, ImageInput, is_url
-from vitadapter_zoo.text import printable
+from vitadapter_zoo.text import PATH, quoted, shown
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv")
@@ -67,7 +67,7 @@ def expand(source: Source | Sequence[Source]) -> list[Source]:
     Raises:
         ImageError: a folder without pictures, or a pattern that nothing fits.
     """
-    several = list(source) if isinstance(source, (list, tuple)) else [source]
+    several = list(source) if isinstance(source, (list, tuple)) else [cast("Source", source)]
     return [single for given in several for single in _expand_one(given)]
 
 
@@ -85,7 +85,7 @@ def _expand_one(source: Source) -> list[Source]:
         )
         if not found:
             raise ImageError(
-                f"the folder {printable(path)} has no pictures ({', '.join(PICTURES)})"
+                f"the folder {shown(path, PATH)} has no pictures ({', '.join(PICTURES)})"
             )
         return [*found]
     if glob.has_magic(str(path)) and not path.exists():
@@ -93,7 +93,7 @@ def _expand_one(source: Source) -> list[Source]:
         matches = sorted(map(Path, glob.glob(str(path), recursive=True)))  # noqa: PTH207
         files = [match for match in matches if match.is_file()]
         if not files:
-            raise ImageError(f"no file fits the pattern '{printable(source)}'")
+            raise ImageError(f"no file fits the pattern {quoted(source, PATH)}")
         return [*files]
     return [source]
 
@@ -139,11 +139,11 @@ def _items(sources: Sequence[Source], stride: int, max_frames: int | None) -> It
         elif isinstance(source, (str, os.PathLike)):
             yield Item(source, os.fspath(source))
         else:
-            yield Item(source, f"image {number}")
+            yield Item(cast("ImageInput", source), f"image {number}")
 
 
 def _frames(source: str | int, stride: int, max_frames: int | None) -> Iterator[Item]:
-    name = f"camera {source}" if isinstance(source, int) else printable(source)
+    name = f"camera {source}" if isinstance(source, int) else shown(source, PATH)
     capture = _open(source, name)
     try:
         # NaN, negative and absurd values are what damaged headers announce.
@@ -171,11 +171,12 @@ def _open(source: str | int, name: str) -> cv2.VideoCapture:
         if not path.is_file():
             raise ImageError(f"cannot read the video {name}: no such file")
         source = str(path)
-    before = cv2.setLogLevel(0)  # its own lines on stderr say less than the error does
+    logging: Any = cv2.utils.logging
+    before = logging.setLogLevel(logging.LOG_LEVEL_SILENT)  # the error below says it
     try:
         capture = cv2.VideoCapture(source)
     finally:
-        cv2.setLogLevel(before)
+        logging.setLogLevel(before)
     if not capture.isOpened():
         reason = "there is none" if name.startswith("camera") else "OpenCV cannot decode it"
         raise ImageError(f"cannot open {name}: {reason}")

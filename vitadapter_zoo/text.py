@@ -8,6 +8,8 @@ from typing import Any
 
 from vitadapter_zoo.errors import ZooError
 
+PATH = 300  # characters of a path or URL that a message keeps
+
 
 def shown(text: object, limit: int = 80) -> str:
     """Foreign text as a message may print it: on one line, escaped and shortened.

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from vitadapter_zoo.errors import ZooError
-from vitadapter_zoo.text import printable
+from vitadapter_zoo.text import shown
 
 FRAMES_PER_SECOND = 25.0  # where the source does not say
 CODEC = "mp4v"  # MPEG-4 part 2, which every build of OpenCV encodes
@@ -68,7 +68,7 @@ class VideoFile:
         except OSError as error:
             self.discard()
             raise ZooError(
-                f"cannot write {printable(self.target)}: {error.strerror or error}; choose "
+                f"cannot write {shown(self.target)}: {error.strerror or error}; choose "
                 "another place"
             ) from error
 
@@ -85,7 +85,7 @@ class VideoFile:
             self._partial.touch()
         except OSError as error:
             raise ZooError(
-                f"cannot write {printable(self.target)}: {error.strerror or error}; choose "
+                f"cannot write {shown(self.target)}: {error.strerror or error}; choose "
                 "another place"
             ) from error
         code = cv2.VideoWriter.fourcc(*CODEC)
@@ -94,5 +94,5 @@ class VideoFile:
         if not self._writer.isOpened():
             self.discard()
             raise ZooError(
-                f"cannot write {printable(self.target)}: this OpenCV encodes no {CODEC} video"
+                f"cannot write {shown(self.target)}: this OpenCV encodes no {CODEC} video"
             )

@@ -16,7 +16,7 @@ import click
 
 from vitadapter_zoo.catalog import COCO_CLASSES
 from vitadapter_zoo.errors import ZooError
-from vitadapter_zoo.text import printable
+from vitadapter_zoo.text import PATH, quoted, shown
 
 if TYPE_CHECKING:
     from vitadapter_zoo.detections import Detections
@@ -230,8 +230,8 @@ def usable_device(name: str) -> Any:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = printable(str(error).splitlines()[0])
-        raise ZooError(f"the device '{printable(name)}' cannot be used here: {reason}") from error
+        reason = shown(str(error).splitlines()[0])
+        raise ZooError(f"the device {quoted(name)} cannot be used here: {reason}") from error
     return device
 
 
@@ -273,7 +273,7 @@ class Overlays:
         for video in self._finished:
             yield (
                 f"{video.name}: {video.frames} frames, {video.objects} detections in "
-                f"{video.frames_with_objects} of them, drawn in {printable(video.target)}"
+                f"{video.frames_with_objects} of them, drawn in {shown(video.target, PATH)}"
             )
 
     def _begin(self, video: Video) -> VideoFile:
@@ -281,7 +281,9 @@ class Overlays:
 
         camera = isinstance(video.source, int)
         name = f"camera-{video.source}" if camera else str(video.source)
-        return VideoFile(self._name(name, ".mp4"), printable(video.source), video.shown_per_second)
+        return VideoFile(
+            self._name(name, ".mp4"), shown(video.source, PATH), video.shown_per_second
+        )
 
     def _name(self, image: str, suffix: str) -> Path:
         from vitadapter_zoo import outputs
@@ -353,7 +355,7 @@ def _record(item: Item, found: Detections, drawn: Path) -> dict[str, Any]:
 
 
 def _print_image(item: Item, found: Detections, drawn: Path, score: float) -> None:
-    name, target = printable(item.name), printable(drawn)
+    name, target = shown(item.name, PATH), shown(drawn, PATH)
     if not len(found):
         click.echo(f"{name}: {_nothing(score)}")
         return
@@ -373,7 +375,7 @@ def _by_class(detections: Detections) -> list[str]:
     for name, score in zip(detections.class_names, detections.scores.tolist(), strict=True):
         scores.setdefault(name, []).append(score)
     return [
-        f"{len(found):4d} {printable(name)} (best score {found[0]:.2f})"
+        f"{len(found):4d} {shown(name)} (best score {found[0]:.2f})"
         for name, found in scores.items()
     ]
 
