@@ -190,7 +190,7 @@ def test_supervision_and_back() -> None:
     for found in (sample(), large(9, (60, 80)), sample().filter(1)):
         theirs = found.to_supervision()
         assert isinstance(theirs, sv.Detections)
-        assert theirs.data["class_name"].tolist() == found.class_names
+        assert list(theirs.data["class_name"]) == found.class_names
         back = Detections.from_supervision(theirs)
         for name in ("boxes", "scores", "labels", "masks"):
             assert torch.equal(getattr(back, name), getattr(found, name))
@@ -347,7 +347,8 @@ def test_text_and_lines_grow_with_the_image() -> None:
             torch.tensor([0]),
             torch.zeros(1, height, width, dtype=torch.bool),
         )
-        return (np.asarray(found.draw(np.zeros((height, width, 3), np.uint8))) > 0).any(axis=2)
+        picture = np.asarray(found.draw(np.zeros((height, width, 3), np.uint8)))
+        return np.asarray((picture > 0).any(axis=2))
 
     small, big = drawn(2), drawn(8)
     line = [int(picture[:, picture.shape[1] // 2].sum()) for picture in (small, big)]

@@ -1,16 +1,12 @@
 import csv
 import io
 import json
-import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import standins
 from forked import failure, run
-from PIL import Image
 
 import vitadapter_zoo
 
@@ -62,40 +58,3 @@ def test_neither_import_nor_list_imports_torch(code: str) -> None:
     names = {line.rpartition("|")[2].strip() for line in imported.splitlines()}
     assert "vitadapter_zoo.catalog" in names
     assert not names & {"torch", "torchvision", "numpy", "cv2", "requests", "huggingface_hub"}
-
-
-def test_predict_writes_overlays_and_json(
-    published_file: Callable[[str], Path], tmp_path: Path
-) -> None:
-    other = tmp_path / "other" / "rocket.jpg"
-    other.parent.mkdir()
-    shutil.copy(standins.PHOTO, other)
-    weights = str(published_file("adapter-t-deit-3x"))
-    arguments = [
-        *("--model", "adapter-t-deit-3x"),
-        *("--checkpoint", weights),
-        *("--out", str(tmp_path / "out")),
-    ]
-    result = run("predict", str(standins.PHOTO), str(other), *arguments, "--json")
-    assert result.returncode == 0, result.stderr
-    first, second = json.loads(result.stdout)
-    overlays = [Path(item["overlay"]).name for item in (first, second)]
-    assert overlays == ["rocket.png", "rocket-2.png"]
-    assert first["detections"]
-    assert {found["score"] >= 0.3 for found in first["detections"]} == {True}
-    drawn = Image.open(first["overlay"])
-    assert drawn.size == (640, 427)
-    assert drawn.tobytes() != Image.open(standins.PHOTO).tobytes()
-    listed = run("predict", str(standins.PHOTO), *arguments, "--score", "0.99").stdout
-    assert f"{standins.PHOTO}: " in listed
-
-
-def test_predict_errors_are_one_line_without_traceback(tmp_path: Path) -> None:
-    photo = str(standins.PHOTO)
-    assert "did you mean vit-s-deit-3x" in failure("predict", photo, "--model", "vit-s-deit")
-    text = tmp_path / "notes.txt"
-    text.write_text("hello")
-    assert "is not an image" in failure("predict", str(text), "--model", "vit-t-deit-3x")
-    missing = ["--model", "vit-t-deit-3x", "--checkpoint", str(tmp_path / "none.pth")]
-    assert "there is no checkpoint file" in failure("predict", photo, *missing)
-    assert "cannot be used here" in failure("predict", photo, *missing, "--device", "nonsense")

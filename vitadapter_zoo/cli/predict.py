@@ -121,6 +121,8 @@ def predict(
     A SOURCE is a picture, a folder of pictures, a quoted pattern ('shots/**/*.jpg'), an http(s)
     URL, a video file, or the number of a camera.
     """
+    # FFmpeg's own lines on stderr say less than our errors do.
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
     from vitadapter_zoo import outputs, settings
     from vitadapter_zoo.sources import expand, is_video, items
 
