@@ -4,7 +4,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-ray test-mmdet mmdet-env mmdet-ready lint benchmark wheel test-wheel sanitize clean
+.PHONY: demo test test-slow test-ray test-mmdet mmdet-env mmdet-ready lint benchmark gpu-check wheel test-wheel sanitize clean
 
 demo: .venv/.current
 	$(BIN)/python demo/run.py
@@ -42,6 +42,10 @@ benchmark: .venv/.current
 	$(BIN)/python benchmarks/load.py
 	$(BIN)/python benchmarks/verify.py
 	$(BIN)/python benchmarks/masks.py
+
+# Where there is no GPU, every section says so.
+gpu-check: .venv/.current
+	$(BIN)/python scripts/gpu_check.py
 
 # One for every CPython >= 3.10 and torch >= 2.10; torch's own libraries stay outside of it.
 wheel: .venv/.current

@@ -46,7 +46,7 @@ def run_section(name: str, limit: int) -> dict[str, Any]:
     Returns:
         What the section found, with ``seconds``; ``error`` where it failed.
     """
-    paths = [PROJECT, PROJECT / "tests" / "support", PROJECT / "tests", PROJECT / "benchmarks"]
+    paths = [PROJECT, PROJECT / "tests" / "support", PROJECT / "benchmarks"]
     environment = os.environ | {
         "PYTHONPATH": ":".join([*map(str, paths), os.environ.get("PYTHONPATH", "")]),
     }
@@ -64,9 +64,10 @@ def run_section(name: str, limit: int) -> dict[str, Any]:
     seconds = round(time.monotonic() - started, 1)
     lines = done.stdout.strip().splitlines()
     if done.returncode != 0 or not lines:
-        said = (done.stderr.strip() or done.stdout.strip()).splitlines()
-        return {"error": said[-1] if said else "said nothing", "log": said[-25:], "seconds": seconds}
-    return json.loads(lines[-1]) | {"seconds": seconds}
+        said = (done.stderr.strip() or done.stdout.strip()).splitlines() or ["no output"]
+        return {"error": said[-1], "log": said[-25:], "seconds": seconds}
+    found: dict[str, Any] = json.loads(lines[-1])
+    return found | {"seconds": seconds}
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
@@ -100,7 +101,7 @@ def main() -> int:
         options.out.write_text(json.dumps(results, indent=1))
         print(table({name: results[name]}), flush=True)
     failed = [name for name, found in results.items() if "error" in found]
-    print(f"{len(results)} sections, {len(failed)} failed {' '.join(failed)}; {options.out}")
+    print(f"{len(results)} sections, {len(failed)} failed; {options.out}", *failed)
     return 1 if failed else 0
 
 

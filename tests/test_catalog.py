@@ -1,7 +1,7 @@
 import pytest
 
 from vitadapter_zoo import UnknownModelError, get_row, list_models
-from vitadapter_zoo.catalog import ROWS
+from vitadapter_zoo.catalog import COCO_CLASSES, ROWS
 
 # (name, box AP, mask AP, printed gains), read off the two tables by hand.
 TABLE_1 = [
@@ -23,7 +23,16 @@ def test_the_tables_have_twelve_rows_of_eleven_checkpoints() -> None:
     assert list_models(table=1) == [name for name, *_ in TABLE_1]
     assert list_models(table=2) == TABLE_2
     assert sum(len(row.tables) for row in ROWS) == 12
-    assert len(list_models()) == len({row.checkpoint_url for row in ROWS}) == 11
+    assert len(ROWS) == len({row.checkpoint_url for row in ROWS}) == 11
+
+
+def test_what_was_made_here_comes_last_and_is_in_no_published_table() -> None:
+    assert list_models() == [row.name for row in ROWS] + ["adapter-n-emoji"]
+    assert list_models(table=3) == list_models(size="n") == ["adapter-n-emoji"]
+    assert [row.name for row in ROWS if row.made_here] == []
+    row = get_row("adapter-n-emoji")
+    assert row.made_here
+    assert set(row.classes) < set(COCO_CLASSES)
 
 
 @pytest.mark.parametrize(("name", "box", "mask", "gains"), TABLE_1)

@@ -1,12 +1,14 @@
 """vitadapter-zoo: ViT-Adapter + Mask R-CNN checkpoints on current PyTorch.
 
-Importing the package does not import torch: what needs it is imported when it is first used.
+Importing the package does not import torch. The functions, classes and subpackages that need torch
+are imported on first use.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from vitadapter_zoo._version import __version__ as __version__
+from vitadapter_zoo import _moved
+from vitadapter_zoo._version import __version__
 from vitadapter_zoo.catalog import Row, get_row, list_models
 from vitadapter_zoo.errors import (
     BackendError,
@@ -21,12 +23,14 @@ from vitadapter_zoo.errors import (
 )
 
 if TYPE_CHECKING:
+    from vitadapter_zoo import backends, evaluation, models, ops, reports, training
     from vitadapter_zoo.detections import Detections
     from vitadapter_zoo.evaluation.verdict import Verification
     from vitadapter_zoo.evaluation.verify import verify
     from vitadapter_zoo.loader import load
     from vitadapter_zoo.models import MaskRCNN
     from vitadapter_zoo.publishing.pretrained import push_to_hub, save_pretrained
+    from vitadapter_zoo.training.run import train
 
 __all__ = [
     "BackendError",
@@ -42,30 +46,45 @@ __all__ = [
     "UnsafeCheckpointError",
     "Verification",
     "ZooError",
+    "__version__",
+    "backends",
+    "evaluation",
     "get_row",
     "list_models",
     "load",
+    "models",
+    "ops",
     "push_to_hub",
+    "reports",
     "save_pretrained",
+    "train",
+    "training",
     "verify",
 ]
 
-
-# Where the names are that need torch.
+# Public names by the module that defines them, and public subpackages.
 _LAZY = {
-    "Detections": "vitadapter_zoo.detections",
-    "MaskRCNN": "vitadapter_zoo.models",
-    "Verification": "vitadapter_zoo.evaluation.verdict",
-    "load": "vitadapter_zoo.loader",
-    "push_to_hub": "vitadapter_zoo.publishing.pretrained",
-    "save_pretrained": "vitadapter_zoo.publishing.pretrained",
-    "verify": "vitadapter_zoo.evaluation.verify",
+    "Detections": "detections",
+    "MaskRCNN": "models",
+    "Verification": "evaluation.verdict",
+    "load": "loader",
+    "push_to_hub": "publishing.pretrained",
+    "save_pretrained": "publishing.pretrained",
+    "train": "training.run",
+    "verify": "evaluation.verify",
 }
+_SUBPACKAGES = ("backends", "evaluation", "models", "ops", "reports", "training")
+
+_moved.install()
 
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name]), name)
+        return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+    if name in _SUBPACKAGES:
+        return importlib.import_module(f"{__name__}.{name}")
+    if name in _moved.MOVED:
+        return _moved.moved(name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

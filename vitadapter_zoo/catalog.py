@@ -1,7 +1,8 @@
-"""The published results: one row per checkpoint, as plain data.
+"""The published results: one row per checkpoint, as plain data; and the detector made here.
 
-The figures are the original tables' (ViT-Adapter, arXiv:2205.08534, detection README); they are
-never computed here, except the gains over the plain ViT, which are never stored.
+The figures of ``ROWS`` are the original tables' (ViT-Adapter, arXiv:2205.08534, detection README);
+they are never computed here, except the gains over the plain ViT, which are never stored. Those of
+``MADE_HERE`` were measured by this package after a training with it.
 """
 
 import difflib
@@ -13,6 +14,8 @@ from vitadapter_zoo.errors import UnknownModelError
 PAPER = "https://arxiv.org/abs/2205.08534"
 LICENSE = "Apache-2.0"
 INPUT_SIZE = (1333, 800)
+
+PACKAGED = "package:"  # begins the address of a file within this package
 
 Triple = tuple[float, float, float]
 IMAGENET_MEAN: Triple = (123.675, 116.28, 103.53)
@@ -38,6 +41,31 @@ AUGREG_L = (
 )
 
 
+# COCO's 80 classes in the order of the networks' outputs.
+# fmt: off
+COCO_CLASSES: tuple[str, ...] = (
+    "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat",
+    "traffic light", "fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog",
+    "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe", "backpack", "umbrella",
+    "handbag", "tie", "suitcase", "frisbee", "skis", "snowboard", "sports ball", "kite",
+    "baseball bat", "baseball glove", "skateboard", "surfboard", "tennis racket", "bottle",
+    "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple", "sandwich",
+    "orange", "broccoli", "carrot", "hot dog", "pizza", "donut", "cake", "chair", "couch",
+    "potted plant", "bed", "dining table", "toilet", "tv", "laptop", "mouse", "remote",
+    "keyboard", "cell phone", "microwave", "oven", "toaster", "sink", "refrigerator", "book",
+    "clock", "vase", "scissors", "teddy bear", "hair drier", "toothbrush",
+)
+
+# The ten ids between 1 and 90 that COCO's detection task never used are left out.
+COCO_CATEGORY_IDS: tuple[int, ...] = (
+    1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 27,
+    28, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43, 44, 46, 47, 48, 49, 50, 51, 52, 53,
+    54, 55, 56, 57, 58, 59, 60, 61, 62, 63, 64, 65, 67, 70, 72, 73, 74, 75, 76, 77, 78, 79, 80,
+    81, 82, 84, 85, 86, 87, 88, 89, 90,
+)
+# fmt: on
+
+
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """One published checkpoint with everything the tables say of it.
@@ -45,7 +73,7 @@ class Row:
     Attributes:
         name: the load name, as in ``vitadapter_zoo.load(name)``.
         backbone: as printed, ``ViT-Adapter-T`` for instance.
-        size: T, S, B or L.
+        size: T, S, B or L; N for the detector made here.
         pretraining: name and URL of the weights that training started from.
         schedule: ``1x`` or ``3x+MS`` (36 epochs, multi-scale).
         fpn: whether the neck is an FPN (else a channel mapper).
@@ -60,7 +88,11 @@ class Row:
         std: RGB standard deviation of the input normalisation, 0..255.
         license: SPDX identifier of the repository that publishes the weights.
         paper: URL.
-        tables: the tables that print the row: 1 (results), 2 (without FPN), or both.
+        tables: the tables that print the row: 1 (results), 2 (without FPN), or both; 3 holds what
+            was made here.
+        classes: names of the classes that the weights know, in the order of the outputs.
+        data: data set that the figures were measured on, as a folder within this package in COCO's
+            layout; None for COCO's val2017, which is not in it.
         sha256: of the published file, where it is known.
         notes: what a user of the row should know.
     """
@@ -85,6 +117,8 @@ class Row:
     tables: tuple[int, ...] = (1,)
     sha256: str | None = None
     notes: str = ""
+    classes: tuple[str, ...] = COCO_CLASSES
+    data: str | None = None
 
     @property
     def pretraining_name(self) -> str:
@@ -95,6 +129,11 @@ class Row:
     def pretraining_url(self) -> str:
         """URL of the pretrained weights."""
         return self.pretraining[1]
+
+    @property
+    def made_here(self) -> bool:
+        """Whether this package trained the weights and carries them, rather than others."""
+        return self.checkpoint_url.startswith(PACKAGED)
 
     @property
     def has_adapter(self) -> bool:
@@ -202,6 +241,24 @@ ROWS: tuple[Row, ...] = (
     ),
 )  # fmt: skip
 
+EMOJI_CLASSES = (
+    "bicycle", "car", "airplane", "bus", "boat", "cat", "dog", "elephant", "giraffe", "umbrella",
+    "sports ball", "banana", "apple", "carrot", "pizza", "donut", "clock", "teddy bear",
+)  # fmt: skip
+
+MADE_HERE: tuple[Row, ...] = (
+    Row(
+        name="adapter-n-emoji", backbone="ViT-Adapter-N", size="N",
+        pretraining=("from scratch", ""), schedule="emoji", box_ap=0.0, mask_ap=0.0, parameters=3,
+        config="scripts/train_demo.py",
+        checkpoint_url=f"{PACKAGED}data/emoji/adapter-n-emoji.safetensors",
+        input_size=(320, 256), tables=(3,), classes=EMOJI_CLASSES, data="data/emoji",
+        notes="A small detector for demonstrations and tests: 18 of COCO's classes as drawings "
+        "(Noto Color Emoji) on photos and textures. Its figures are of 200 such images, not of "
+        "COCO.",
+    ),
+)  # fmt: skip
+
 
 def list_models(
     filter: str | None = None,  # noqa: A002  timm's name for the same argument
@@ -215,14 +272,16 @@ def list_models(
 ) -> list[str]:
     """Load names in the order of the tables, all or those that fit every criterion.
 
+    What was made here comes last.
+
     Args:
         filter: shell pattern on the name, ``"adapter-*"`` or ``"*-l-*"``.
         backbone: ``"ViT-Adapter-S"``, as printed in the tables; case does not matter.
-        size: ``"T"``, ``"S"``, ``"B"`` or ``"L"``; case does not matter.
+        size: ``"T"``, ``"S"``, ``"B"``, ``"L"`` or ``"N"``; case does not matter.
         pretraining: ``"DeiT-T"``, or its family ``"DeiT"``; case does not matter.
         schedule: ``"1x"`` or ``"3x+MS"``; case does not matter.
         fpn: with or without an FPN.
-        table: 1 (results) or 2 (without FPN).
+        table: 1 (results), 2 (without FPN) or 3 (made here).
     """
 
     def same(wanted: str | None, value: str) -> bool:
@@ -230,7 +289,7 @@ def list_models(
 
     return [
         row.name
-        for row in ROWS
+        for row in (*ROWS, *MADE_HERE)
         if (filter is None or fnmatch.fnmatchcase(row.name, filter))
         and same(backbone, row.backbone)
         and same(size, row.size)
@@ -250,36 +309,11 @@ def get_row(name: str) -> Row:
     Raises:
         UnknownModelError: no such row; the message offers the nearest names.
     """
-    for row in ROWS:
-        if row.name == name:
-            return row
-    near = difflib.get_close_matches(name.casefold(), [row.name for row in ROWS], n=3, cutoff=0.4)
+    rows = {row.name: row for row in (*ROWS, *MADE_HERE)}
+    if name in rows:
+        return rows[name]
+    near = difflib.get_close_matches(name.casefold(), rows, n=3, cutoff=0.4)
     hint = f"did you mean {', '.join(near)}? " if near else ""
     raise UnknownModelError(
-        f"unknown model {name!r}: {hint}`vitadapter-zoo list` shows all {len(ROWS)}"
+        f"unknown model {name!r}: {hint}`vitadapter-zoo list` shows all {len(rows)}"
     )
-
-
-# COCO's 80 classes in the order of the networks' outputs.
-# fmt: off
-COCO_CLASSES: tuple[str, ...] = (
-    "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat",
-    "traffic light", "fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog",
-    "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe", "backpack", "umbrella",
-    "handbag", "tie", "suitcase", "frisbee", "skis", "snowboard", "sports ball", "kite",
-    "baseball bat", "baseball glove", "skateboard", "surfboard", "tennis racket", "bottle",
-    "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple", "sandwich",
-    "orange", "broccoli", "carrot", "hot dog", "pizza", "donut", "cake", "chair", "couch",
-    "potted plant", "bed", "dining table", "toilet", "tv", "laptop", "mouse", "remote",
-    "keyboard", "cell phone", "microwave", "oven", "toaster", "sink", "refrigerator", "book",
-    "clock", "vase", "scissors", "teddy bear", "hair drier", "toothbrush",
-)
-
-# The ten ids between 1 and 90 that COCO's detection task never used are left out.
-COCO_CATEGORY_IDS: tuple[int, ...] = (
-    1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 27,
-    28, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43, 44, 46, 47, 48, 49, 50, 51, 52, 53,
-    54, 55, 56, 57, 58, 59, 60, 61, 62, 63, 64, 65, 67, 70, 72, 73, 74, 75, 76, 77, 78, 79, 80,
-    81, 82, 84, 85, 86, 87, 88, 89, 90,
-)
-# fmt: on

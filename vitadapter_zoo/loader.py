@@ -1,8 +1,10 @@
 """From a name to a ready detector: download, convert, cache, build, assign."""
 
+from __future__ import annotations
+
 import os
 from pathlib import Path
-from typing import Literal, overload
+from typing import TYPE_CHECKING, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor, nn
@@ -16,34 +18,34 @@ from vitadapter_zoo.weights import convert, resolve
 from vitadapter_zoo.weights.progress import bars
 from vitadapter_zoo.weights.source import HubFile, parse
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class _Options(TypedDict, total=False):
+    """The arguments of ``load`` that both of its overloads take."""
+
+    checkpoint: str | os.PathLike[str] | None
+    pretrained: bool
+    device: str | torch.device
+    dtype: torch.dtype | None
+    cache_dir: settings.Home
+    offline: bool | None
+    progress: bool
+
 
 @overload
 def load(
     name: str | os.PathLike[str],
     *,
-    checkpoint: str | os.PathLike[str] | None = None,
-    pretrained: bool = True,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    offline: bool | None = None,
-    progress: bool = True,
     backend: Literal["native"] = "native",
+    **options: Unpack[_Options],
 ) -> MaskRCNN: ...
 
 
 @overload
 def load(
-    name: str | os.PathLike[str],
-    *,
-    checkpoint: str | os.PathLike[str] | None = None,
-    pretrained: bool = True,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    offline: bool | None = None,
-    progress: bool = True,
-    backend: Literal["mmdet"],
+    name: str | os.PathLike[str], *, backend: Literal["mmdet"], **options: Unpack[_Options]
 ) -> nn.Module: ...
 
 

@@ -15,6 +15,7 @@ from vitadapter_zoo.cli.mmdet import compare, config
 from vitadapter_zoo.cli.models import info, list_command
 from vitadapter_zoo.cli.op import build_op_command, env_command
 from vitadapter_zoo.cli.predict import predict
+from vitadapter_zoo.cli.train import train
 from vitadapter_zoo.cli.verify import score, verify
 from vitadapter_zoo.errors import ZooError
 
@@ -74,6 +75,7 @@ for command in (
     list_command,
     info,
     predict,
+    train,
     verify,
     score,
     download,

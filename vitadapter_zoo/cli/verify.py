@@ -170,33 +170,31 @@ def verify(
     import torch
 
     from vitadapter_zoo.cli.predict import usable_device
-    from vitadapter_zoo.evaluation.verify import verify as run_verify
+    from vitadapter_zoo.evaluation.options import Options
+    from vitadapter_zoo.evaluation.verify import run_verification
     from vitadapter_zoo.reports import live
 
-    chosen_device = usable_device(device) if ray is None else device
+    options = Options(
+        checkpoint=checkpoint,
+        limit=counts[0] if counts else None,
+        max_minutes=max_minutes,
+        seed=seed,
+        expected=expect,
+        skip_bad_images=skip_bad_images,
+        device=usable_device(device) if ray is None else device,
+        dtype=getattr(torch, dtype),
+        backend=backend,
+        workers=workers,
+        ray=ray,
+        threads=threads,
+        run=run,
+        offline=offline or None,
+        progress=not quiet,
+    )
 
     def evaluate(model: str) -> Verification:
         with live.evaluation(data.annotations, not quiet, max_minutes) as watch:
-            return run_verify(
-                model,
-                data,
-                checkpoint=checkpoint,
-                limit=counts[0] if counts else None,
-                max_minutes=max_minutes,
-                seed=seed,
-                expected=expect,
-                skip_bad_images=skip_bad_images,
-                device=chosen_device,
-                dtype=getattr(torch, dtype),
-                backend=backend,
-                workers=workers,
-                ray=ray,
-                threads=threads,
-                run=run,
-                offline=offline or None,
-                progress=not quiet,
-                watch=watch,
-            )
+            return run_verification(model, data, options, watch)
 
     if name is not None:
         _tell(evaluate(name), as_json, folder)

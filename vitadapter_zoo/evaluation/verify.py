@@ -5,25 +5,25 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
 
 from vitadapter_zoo import settings
-from vitadapter_zoo.catalog import list_models
 from vitadapter_zoo.environment import environment
 from vitadapter_zoo.errors import ImageError
 from vitadapter_zoo.evaluation import dataset as datasets
 from vitadapter_zoo.evaluation.dataset import Dataset, Image
 from vitadapter_zoo.evaluation.evaluator import Evaluator, MmdetEvaluator, stream, until
 from vitadapter_zoo.evaluation.identity import facts_of, run_directory
+from vitadapter_zoo.evaluation.loading import load_detector
+from vitadapter_zoo.evaluation.options import Options
 from vitadapter_zoo.evaluation.run import ImageResult, Run, open_run
 from vitadapter_zoo.evaluation.verdict import Verification, judge
+from vitadapter_zoo.evaluation.workers.start import worker_pool
 
 if TYPE_CHECKING:
     from vitadapter_zoo.evaluation.workers.pool import Pool
@@ -33,19 +33,8 @@ if TYPE_CHECKING:
 Compute: TypeAlias = Callable[
     [Iterator[Image], Callable[[ImageResult], None], "float | None"], None
 ]
-
-
-@dataclass(frozen=True)
-class _Wanted:
-    """The detector that is asked for, and how it is loaded: arguments of ``verify``."""
-
-    model: str | os.PathLike[str] | MaskRCNN
-    checkpoint: str | os.PathLike[str] | None
-    device: str | torch.device | None
-    dtype: torch.dtype | None
-    cache_dir: settings.Home
-    offline: bool | None
-    progress: bool
+# Called after each image with the run and the images that are asked for.
+Watch: TypeAlias = Callable[[Run, Sequence[Image]], None]
 
 
 def verify(
@@ -68,7 +57,7 @@ def verify(
     cache_dir: settings.Home = None,
     offline: bool | None = None,
     progress: bool = True,
-    watch: Callable[[Run, Sequence[Image]], None] | None = None,
+    watch: Watch | None = None,
 ) -> Verification:
     """Evaluate a detector on COCO and compare with the published box and mask AP.
 
@@ -118,40 +107,63 @@ def verify(
             mode, or one with ``ray``; ``backend="mmdet"`` with workers; or no such ``backend``.
         BackendError: mmdet is asked for and is missing or broken.
     """
-    if backend not in ("native", "mmdet"):
-        raise ValueError(f"backend={backend!r}: there are 'native' and 'mmdet'")
-    if backend == "mmdet" and (ray is not None or (workers or 1) > 1):
-        raise ValueError("the mmdet backend runs in this process: leave workers and ray out")
-    if (limit is not None and limit < 1) or (max_minutes is not None and max_minutes <= 0):
-        raise ValueError("limit and max_minutes must be above 0")
-    if (workers is not None and workers < 1) or (threads is not None and threads < 1):
-        raise ValueError("workers and threads must be at least 1")
+    options = Options(
+        checkpoint=checkpoint,
+        limit=limit,
+        max_minutes=max_minutes,
+        seed=seed,
+        expected=expected,
+        skip_bad_images=skip_bad_images,
+        device=device,
+        dtype=dtype,
+        backend=backend,
+        workers=workers,
+        ray=ray,
+        threads=threads,
+        run=run,
+        cache_dir=cache_dir,
+        offline=offline,
+        progress=progress,
+    )
+    return run_verification(model, dataset, options, watch)
+
+
+def run_verification(
+    model: str | os.PathLike[str] | MaskRCNN,
+    dataset: str | os.PathLike[str] | Dataset,
+    options: Options,
+    watch: Watch | None = None,
+) -> Verification:
+    """What ``verify`` does, with its options in one object."""
     started = time.monotonic()
-    deadline = None if max_minutes is None else started + 60 * max_minutes
     data = _opened(dataset)
-    is_part = limit is not None or max_minutes is not None
-    images = datasets.sampling_order(data, seed)[:limit] if is_part else list(data.images)
-    if not skip_bad_images:
+    images = list(data.images)
+    if options.is_part:
+        images = datasets.sampling_order(data, options.seed)[: options.limit]
+    if not options.skip_bad_images:
         _check_images(images)
-    wanted = _Wanted(model, checkpoint, device, dtype, cache_dir, offline, progress)
+    deadline = None if options.max_minutes is None else started + 60 * options.max_minutes
+    pool: Pool | None = None
+    compute: Compute
     with contextlib.ExitStack() as stack:
-        if backend == "mmdet" or (ray is None and (workers or 1) == 1):
-            stack.enter_context(_torch_threads(threads))
-            detector, name = _loaded(wanted)
-            compute = _in_process(_evaluator(detector, data, backend))
-            facts, pool = facts_of(detector, data, backend), None
-        else:
-            pool, name = _worker_pool(wanted, data, workers, len(images), ray, threads, stack)
+        if options.has_workers:
+            pool, name = worker_pool(model, data, options, len(images), stack)
             facts, compute = pool.facts(), pool.evaluate
+        else:
+            stack.enter_context(_torch_threads(options.threads))
+            detector, name = load_detector(model, options)
+            facts = facts_of(detector, data, options.backend)
+            compute = _in_process(_evaluator(detector, data, options.backend))
         identity = facts.identity
-        place = Path(run) if run is not None else run_directory(name, identity, cache_dir)
-        opened = stack.enter_context(open_run(place, identity))
-        before = sum(image.image_id in opened.results for image in images)
-        _evaluate(compute, images, opened, deadline, skip_bad_images, watch)
-        results = [
-            opened.results[image.image_id] for image in images if image.image_id in opened.results
-        ]
-    published = expected or (facts.published if data.is_val2017 else None)
+        place = (
+            run_directory(name, identity, options.cache_dir)
+            if options.run is None
+            else Path(options.run)
+        )
+        run = stack.enter_context(open_run(place, identity))
+        before = sum(image.image_id in run.results for image in images)
+        _evaluate(compute, images, run, deadline, options.skip_bad_images, watch)
+        results = [run.results[image.image_id] for image in images if image.image_id in run.results]
     details = {
         "run": str(place),
         "identity": identity,
@@ -160,12 +172,18 @@ def verify(
         "images_before": before,
         "seconds": time.monotonic() - started,
         "workers": pool.size if pool else 1,
-        "sample_seed": seed if is_part else None,
+        "sample_seed": options.seed if options.is_part else None,
     }
     return judge(
-        name, data, results, published,
-        random_part=is_part, seed=seed, images=data.folder, details=details,
-    )  # fmt: skip
+        name,
+        data,
+        results,
+        options.expected or (facts.published if data.is_val2017 else None),
+        random_part=options.is_part,
+        seed=options.seed,
+        images=data.folder,
+        details=details,
+    )
 
 
 def _opened(dataset: str | os.PathLike[str] | Dataset) -> Dataset:
@@ -183,37 +201,6 @@ def _check_images(images: Sequence[Image]) -> None:
             "instance: unpack the image archive there, or leave them out with --skip-bad-images "
             "(the verdict is then inconclusive)"
         )
-
-
-def _loaded(wanted: _Wanted) -> tuple[MaskRCNN, str]:
-    """The detector and what it is called."""
-    from vitadapter_zoo.loader import load
-    from vitadapter_zoo.models import MaskRCNN
-
-    if isinstance(wanted.model, MaskRCNN):
-        _check_loaded(wanted.model, wanted)
-        return wanted.model, wanted.model.row.name
-    detector = load(
-        wanted.model,
-        checkpoint=wanted.checkpoint,
-        device=wanted.device or "cpu",
-        dtype=wanted.dtype,
-        cache_dir=wanted.cache_dir,
-        offline=wanted.offline,
-        progress=wanted.progress,
-    )
-    return detector, os.fspath(wanted.model)
-
-
-def _check_loaded(model: MaskRCNN, wanted: _Wanted) -> None:
-    """Refuse to change a detector that belongs to the caller."""
-    if (wanted.checkpoint, wanted.device, wanted.dtype) != (None, None, None):
-        raise ValueError(
-            "a loaded detector has its weights, device and dtype: leave checkpoint, device and "
-            "dtype out"
-        )
-    if model.training:
-        raise ValueError("the detector is in training mode: call model.eval() first")
 
 
 def _evaluator(model: MaskRCNN, data: Dataset, backend: str) -> Evaluator:
@@ -244,64 +231,13 @@ def _torch_threads(threads: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _worker_pool(
-    wanted: _Wanted,
-    data: Dataset,
-    workers: int | None,
-    most: int,
-    ray: str | None,
-    threads: int | None,
-    stack: contextlib.ExitStack,
-) -> tuple[Pool, str]:
-    """Workers, no more than ``most``, that end with the stack; and what the detector is called."""
-    from vitadapter_zoo.evaluation.workers.pool import Spec
-    from vitadapter_zoo.models import MaskRCNN
-    from vitadapter_zoo.publishing.pretrained import save_pretrained
-
-    model, checkpoint = wanted.model, wanted.checkpoint
-    source = None if checkpoint is None else _absolute(os.fspath(checkpoint))
-    if isinstance(model, MaskRCNN):
-        _check_loaded(model, wanted)
-        if ray is not None:
-            raise ValueError(
-                "a loaded detector stays on this machine: write it with save_pretrained to a "
-                "folder that every node sees, or push_to_hub, and give verify that place"
-            )
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="vitadapter-zoo-"))
-        path, name = os.fspath(save_pretrained(model, folder)), model.row.name
-        where = next(model.parameters()).device
-    else:
-        name = os.fspath(model)
-        path = name if name in list_models() else _absolute(name)
-        where = torch.device(wanted.device or "cpu")
-    home = None if wanted.cache_dir is None else Path(wanted.cache_dir).absolute()
-    slim = replace(data, images=())
-    spec = Spec(path, source, str(where), wanted.dtype, home, wanted.offline, threads, slim)
-    if ray is not None:
-        from vitadapter_zoo.evaluation.workers.ray_cluster import actors
-
-        return stack.enter_context(actors(spec, ray, workers, most)), name
-    from vitadapter_zoo.evaluation.workers.processes import processes
-
-    if not isinstance(model, MaskRCNN):
-        # Once for all of them: it is downloaded where somebody sees how far it is.
-        _loaded(replace(wanted, model=path, checkpoint=source, device="cpu", dtype=None))
-    return stack.enter_context(processes(spec, min(workers or 1, max(1, most)))), name
-
-
-def _absolute(name: str) -> str:
-    """What a worker in another directory finds too: a file or folder by its whole path."""
-    path = Path(name).expanduser()
-    return os.fspath(path.absolute()) if path.exists() else name
-
-
 def _evaluate(
     compute: Compute,
     images: Sequence[Image],
     run: Run,
     deadline: float | None,
     skip_bad_images: bool,
-    watch: Callable[[Run, Sequence[Image]], None] | None,
+    watch: Watch | None,
 ) -> None:
     """Evaluate what the run does not have yet."""
 

@@ -255,9 +255,8 @@ def convolve_and_normalise(
 class SpatialPrior(nn.Module):
     """A small convolutional pyramid at strides 4, 8, 16 and 32 (section 3.3)."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, width: int) -> None:
         super().__init__()
-        width = STEM_WIDTH
         self.stem = Convolutions(
             3, width, width, width, strides=(2, 1, 1), more=(nn.MaxPool2d(3, stride=2, padding=1),)
         )
@@ -272,7 +271,7 @@ class SpatialPrior(nn.Module):
     def forward(self, image: Tensor) -> list[Tensor]:
         """``[N, 3, H, W]`` to four maps at strides 4, 8, 16 and 32.
 
-        The first is ``[N, 64, H / 4, W / 4]`` and still to go through ``fc1``; the others are
+        The first is ``[N, width, H / 4, W / 4]`` and still to go through ``fc1``; the others are
         ``[N, dim, H / s, W / s]``.
         """
         c1 = self.stem(channels_last(image))
@@ -285,10 +284,18 @@ class SpatialPrior(nn.Module):
 class WithAdapter(nn.Module):
     """The adapter's parts, for a trunk of any kind to inherit beside its own."""
 
-    def add_adapter(self, dim: int, heads: int, ratio: float, eps: float, drop_path: float) -> None:
+    def add_adapter(
+        self,
+        dim: int,
+        heads: int,
+        ratio: float,
+        eps: float,
+        drop_path: float,
+        stem_width: int = STEM_WIDTH,
+    ) -> None:
         """Create the parts; ``heads`` and ``ratio`` are the deformable attention's."""
         self.level_embed = nn.Parameter(torch.zeros(3, dim))
-        self.spm = SpatialPrior(dim)
+        self.spm = SpatialPrior(dim, stem_width)
         self.interactions = nn.ModuleList(
             InteractionBlock(dim, heads, ratio, eps, drop_path, last=index == 3)
             for index in range(4)
@@ -374,6 +381,7 @@ class ViTAdapter(VisionTransformer, WithAdapter):
         dim, heads, windows, pretrain_grid, drop_path: the trunk's, see ``VisionTransformer``.
         deform_heads: heads of the deformable attention.
         deform_ratio: width of its values relative to ``dim``.
+        stem_width: width of the spatial prior's stem.
     """
 
     def __init__(
@@ -386,9 +394,10 @@ class ViTAdapter(VisionTransformer, WithAdapter):
         *,
         deform_heads: int,
         deform_ratio: float,
+        stem_width: int = STEM_WIDTH,
     ) -> None:
         super().__init__(dim, heads, windows, pretrain_grid, drop_path)
-        self.add_adapter(dim, deform_heads, deform_ratio, LAYER_NORM_EPS, drop_path)
+        self.add_adapter(dim, deform_heads, deform_ratio, LAYER_NORM_EPS, drop_path, stem_width)
 
     def forward(self, image: Tensor) -> list[Tensor]:
         """``[N, 3, H, W]``, multiples of 32, to ``[N, dim, H / s, W / s]`` for s = 4, 8, 16, 32."""

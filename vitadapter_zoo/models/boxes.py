@@ -21,11 +21,16 @@ FINEST_SCALE = 56  # FPN paper, equation 1 with k0 = 4 at 224 pixels: level 0 be
 ROI_STRIDES = (4, 8, 16, 32)
 
 
-def anchors(height: int, width: int, stride: int, device: torch.device) -> Tensor:
-    """Anchors of one level, ``[height * width * 3, 4]`` in network pixels: row, column, ratio."""
+def anchors(
+    height: int, width: int, stride: int, device: torch.device, scale: int = ANCHOR_SCALE
+) -> Tensor:
+    """Anchors of one level, ``[height * width * 3, 4]`` in network pixels: row, column, ratio.
+
+    ``scale`` is the side of the square anchor in strides.
+    """
     ratios = torch.tensor(ANCHOR_RATIOS, dtype=torch.float32, device=device).sqrt()
-    half_width = 0.5 * ANCHOR_SCALE * stride / ratios
-    half_height = 0.5 * ANCHOR_SCALE * stride * ratios
+    half_width = 0.5 * scale * stride / ratios
+    half_height = 0.5 * scale * stride * ratios
     base = torch.stack([-half_width, -half_height, half_width, half_height], dim=-1)
     y, x = torch.meshgrid(
         torch.arange(height, device=device) * stride,
@@ -106,9 +111,14 @@ def pool_rois(maps: list[Tensor], rois: Tensor, size: int) -> Tensor:
         chosen = (levels == level).nonzero().squeeze(1)
         if len(chosen):
             # In float32 whatever the maps' type: rounded boxes would pool from elsewhere.
-            aligned = roi_align(x.float(), rois[chosen], size, 1 / stride)
+            aligned = roi_align(wide(x), rois[chosen], size, 1 / stride)
             pooled[chosen] = aligned.to(pooled.dtype)
     return pooled
+
+
+def wide(x: Tensor) -> Tensor:
+    """``x`` in float32 if it has half precision."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def roi_align(x: Tensor, rois: Tensor, size: int, scale: float) -> Tensor:

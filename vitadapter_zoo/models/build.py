@@ -4,10 +4,12 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from vitadapter_zoo.catalog import COCO_CLASSES, Row
-from vitadapter_zoo.models.adapter import ViTAdapter
+from vitadapter_zoo.catalog import Row
+from vitadapter_zoo.models.adapter import STEM_WIDTH, ViTAdapter
+from vitadapter_zoo.models.boxes import ANCHOR_SCALE
+from vitadapter_zoo.models.heads import BOX_WIDTH, MASK_CONVS, REGIONS, RoIHead, RPNHead
 from vitadapter_zoo.models.mask_rcnn import MaskRCNN
-from vitadapter_zoo.models.necks import FPN, ChannelMapper
+from vitadapter_zoo.models.necks import FPN, WIDTH, ChannelMapper
 from vitadapter_zoo.models.uniperceiver import UniPerceiverAdapter
 from vitadapter_zoo.models.vit import ViTBaseline
 
@@ -16,7 +18,24 @@ _W, _G = True, False  # windowed and global attention
 
 @dataclass(frozen=True)
 class Size:
-    """The numbers of one trunk size; ``drop_path`` counts in training only."""
+    """The numbers of one network size; the defaults are those of all published networks.
+
+    Attributes:
+        dim: width of the trunk's tokens.
+        heads: of the trunk's attention.
+        windows: one flag per block, True for windowed, False for global attention.
+        pretrain_grid: side of the grid of position embeddings.
+        deform_heads: heads of the deformable attention.
+        deform_ratio: width of its values relative to ``dim``.
+        drop_path: largest stochastic-depth rate of the adapter backbone, in training only.
+        plain_drop_path: that of the plain ViT backbone.
+        stem_width: of the spatial prior; its deeper maps are two and four times as wide.
+        neck_width: channels of the neck's maps, the proposal head and the mask head.
+        box_width: of the box head's hidden layers.
+        mask_convs: 3x3 convolutions of the mask head.
+        anchor_scale: side of the square anchor in strides.
+        regions: proposals of an image that the box and mask losses take.
+    """
 
     dim: int
     heads: int
@@ -26,14 +45,25 @@ class Size:
     deform_ratio: float
     drop_path: float
     plain_drop_path: float
+    stem_width: int = STEM_WIDTH
+    neck_width: int = WIDTH
+    box_width: int = BOX_WIDTH
+    mask_convs: int = MASK_CONVS
+    anchor_scale: int = ANCHOR_SCALE
+    regions: int = REGIONS
 
 
 SIZES = {
+    # Made here. Anchors start at 16 pixels, since its images and objects are small.
+    "N": Size(
+        96, 3, (_W, _G) * 4, 16, 6, 1.0, 0.0, 0.0,
+        stem_width=32, neck_width=80, box_width=168, mask_convs=4, anchor_scale=4, regions=128,
+    ),
     "T": Size(192, 3, (_W, _W, _G) * 4, 14, 6, 1.0, 0.1, 0.1),
     "S": Size(384, 6, (_W, _W, _G) * 4, 14, 6, 1.0, 0.2, 0.1),
     "B": Size(768, 12, (_W, _W, _G) * 4, 14, 12, 0.5, 0.3, 0.1),
     "L": Size(1024, 16, (_W, _W, _W, _W, _W, _G) * 4, 24, 16, 0.5, 0.4, 0.4),
-}
+}  # fmt: skip
 UNIPERCEIVER_DROP_PATH = 0.2
 
 
@@ -47,12 +77,29 @@ def build_backbone(row: Row) -> nn.Module:
     adapter = UniPerceiverAdapter if uniperceiver else ViTAdapter
     drop_path = UNIPERCEIVER_DROP_PATH if uniperceiver else size.drop_path
     return adapter(
-        *trunk, drop_path, deform_heads=size.deform_heads, deform_ratio=size.deform_ratio
+        *trunk,
+        drop_path,
+        deform_heads=size.deform_heads,
+        deform_ratio=size.deform_ratio,
+        stem_width=size.stem_width,
     )
 
 
-def build(row: Row, categories: tuple[str, ...] = COCO_CLASSES) -> MaskRCNN:
-    """The row's whole detector, with fresh weights on the current default device."""
-    dim = SIZES[row.size].dim
-    neck = FPN(dim) if row.fpn else ChannelMapper(dim)
-    return MaskRCNN(row, build_backbone(row), neck, categories)
+def build(row: Row, categories: tuple[str, ...] | None = None) -> MaskRCNN:
+    """The row's whole detector, with fresh weights on the current default device.
+
+    ``categories`` are the names of the classes; those that the row's weights know by default.
+    """
+    size = SIZES[row.size]
+    categories = row.classes if categories is None else categories
+    neck = (FPN if row.fpn else ChannelMapper)(size.dim, size.neck_width)
+    return MaskRCNN(
+        row,
+        build_backbone(row),
+        neck,
+        categories,
+        rpn_head=RPNHead(size.neck_width, size.anchor_scale),
+        roi_head=RoIHead(
+            len(categories), size.neck_width, size.box_width, size.mask_convs, size.regions
+        ),
+    )

@@ -6,7 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitadapter_zoo.models.boxes import ANCHOR_RATIOS, anchors, decode, nms_by_group, pool_rois
+from vitadapter_zoo.models.boxes import (
+    ANCHOR_RATIOS,
+    ANCHOR_SCALE,
+    anchors,
+    decode,
+    nms_by_group,
+    pool_rois,
+)
 from vitadapter_zoo.models.necks import WIDTH, Conv
 
 RPN_STRIDES = (4, 8, 16, 32, 64)
@@ -16,6 +23,9 @@ PROPOSALS = 1000  # kept per level before suppression, and over all levels after
 RPN_NMS = 0.7
 BOX_NMS = 0.5
 MAX_DETECTIONS = 100
+BOX_WIDTH = 1024  # of the box head's hidden layers
+MASK_CONVS = 4
+REGIONS = 512  # proposals of an image that training takes
 
 
 class Proposals(NamedTuple):
@@ -34,13 +44,19 @@ class BoxDetections(NamedTuple):
 
 
 class RPNHead(nn.Module):
-    """Region proposal network over five levels."""
+    """Region proposal network over five levels.
 
-    def __init__(self) -> None:
+    Args:
+        width: channels of the neck's maps.
+        anchor_scale: side of the square anchor in strides.
+    """
+
+    def __init__(self, width: int = WIDTH, anchor_scale: int = ANCHOR_SCALE) -> None:
         super().__init__()
-        self.rpn_conv = nn.Conv2d(WIDTH, WIDTH, 3, padding=1)
-        self.rpn_cls = nn.Conv2d(WIDTH, len(ANCHOR_RATIOS), 1)
-        self.rpn_reg = nn.Conv2d(WIDTH, 4 * len(ANCHOR_RATIOS), 1)
+        self.anchor_scale = anchor_scale
+        self.rpn_conv = nn.Conv2d(width, width, 3, padding=1)
+        self.rpn_cls = nn.Conv2d(width, len(ANCHOR_RATIOS), 1)
+        self.rpn_reg = nn.Conv2d(width, 4 * len(ANCHOR_RATIOS), 1)
 
     def forward(self, maps: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
         """Per level: logits ``[N, 3, H, W]`` and deltas ``[N, 12, H, W]``."""
@@ -62,7 +78,7 @@ class RPNHead(nn.Module):
         ``outputs`` are ``forward``'s, ``sizes`` the resized images' (height, width).
         """
         grids = [
-            anchors(logits.shape[2], logits.shape[3], stride, logits.device)
+            anchors(*logits.shape[2:], stride, logits.device, self.anchor_scale)
             for (logits, _), stride in zip(outputs, RPN_STRIDES, strict=True)
         ]
         return [
@@ -98,14 +114,16 @@ class RPNHead(nn.Module):
 class BoxHead(nn.Module):
     """Two fully connected layers, then class scores and per-class boxes."""
 
-    def __init__(self, classes: int) -> None:
+    def __init__(self, classes: int, in_channels: int = WIDTH, width: int = BOX_WIDTH) -> None:
         super().__init__()
-        self.fc_cls = nn.Linear(1024, classes + 1)  # background is the last
-        self.fc_reg = nn.Linear(1024, 4 * classes)
-        self.shared_fcs = nn.ModuleList([nn.Linear(WIDTH * 7 * 7, 1024), nn.Linear(1024, 1024)])
+        self.fc_cls = nn.Linear(width, classes + 1)  # background is the last
+        self.fc_reg = nn.Linear(width, 4 * classes)
+        self.shared_fcs = nn.ModuleList(
+            [nn.Linear(in_channels * 7 * 7, width), nn.Linear(width, width)]
+        )
 
     def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
-        """``[R, 256, 7, 7]`` to logits ``[R, classes + 1]`` and deltas ``[R, 4 * classes]``."""
+        """``[R, C, 7, 7]`` to logits ``[R, classes + 1]`` and deltas ``[R, 4 * classes]``."""
         x = pooled.flatten(1)
         for layer in self.shared_fcs:
             x = F.relu(layer(x))
@@ -113,16 +131,16 @@ class BoxHead(nn.Module):
 
 
 class MaskHead(nn.Module):
-    """Four convolutions, one upsampling, one 28x28 mask per class."""
+    """Some convolutions (four as published), one upsampling, one 28x28 mask per class."""
 
-    def __init__(self, classes: int) -> None:
+    def __init__(self, classes: int, width: int = WIDTH, convs: int = MASK_CONVS) -> None:
         super().__init__()
-        self.convs = nn.ModuleList(Conv(WIDTH, 3) for _ in range(4))
-        self.upsample = nn.ConvTranspose2d(WIDTH, WIDTH, 2, 2)
-        self.conv_logits = nn.Conv2d(WIDTH, classes, 1)
+        self.convs = nn.ModuleList(Conv(width, width, 3) for _ in range(convs))
+        self.upsample = nn.ConvTranspose2d(width, width, 2, 2)
+        self.conv_logits = nn.Conv2d(width, classes, 1)
 
     def forward(self, pooled: Tensor, labels: Tensor | None = None) -> Tensor:
-        """``[R, 256, 14, 14]`` to logits ``[R, classes, 28, 28]``.
+        """``[R, width, 14, 14]`` to logits ``[R, classes, 28, 28]``.
 
         With ``labels`` ``[R]`` only those of each region's own class are made, ``[R, 28, 28]``.
         """
@@ -139,12 +157,28 @@ class MaskHead(nn.Module):
 
 
 class RoIHead(nn.Module):
-    """From proposals to boxes with classes, and from boxes to masks."""
+    """From proposals to boxes with classes, and from boxes to masks.
 
-    def __init__(self, classes: int) -> None:
+    Args:
+        classes: without the background.
+        width: channels of the neck's maps and of the mask head.
+        box_width: of the box head's hidden layers.
+        mask_convs: 3x3 convolutions of the mask head.
+        regions: proposals of an image that training takes, a quarter of them objects at most.
+    """
+
+    def __init__(
+        self,
+        classes: int,
+        width: int = WIDTH,
+        box_width: int = BOX_WIDTH,
+        mask_convs: int = MASK_CONVS,
+        regions: int = REGIONS,
+    ) -> None:
         super().__init__()
-        self.bbox_head = BoxHead(classes)
-        self.mask_head = MaskHead(classes)
+        self.regions = regions
+        self.bbox_head = BoxHead(classes, width, box_width)
+        self.mask_head = MaskHead(classes, width, mask_convs)
 
     def detect_boxes(
         self,

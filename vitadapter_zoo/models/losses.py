@@ -14,7 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitadapter_zoo.images import NetworkInput
-from vitadapter_zoo.models.boxes import ANCHOR_RATIOS, ROI_STRIDES, anchors, encode, pool_rois
+from vitadapter_zoo.models.boxes import (
+    ANCHOR_RATIOS,
+    ANCHOR_SCALE,
+    ROI_STRIDES,
+    anchors,
+    encode,
+    pool_rois,
+    wide,
+)
 from vitadapter_zoo.models.heads import BOX_STDS, RPN_STDS, RPN_STRIDES, RoIHead
 from vitadapter_zoo.models.objects import Objects, Target, read_targets
 from vitadapter_zoo.models.targets import (
@@ -88,13 +96,15 @@ def losses(
     def choose(assigned: Tensor, sampling: Sampling) -> Sample:
         return draw(assigned, sampling, generator) if sample else take_all(assigned)
 
-    rpn = rpn_losses(outputs, objects, [_size(item) for item in inputs], choose)
+    padded = [_size(item) for item in inputs]
+    rpn = rpn_losses(outputs, objects, padded, choose, model.rpn_head.anchor_scale)
     proposals = model.rpn_head.select(
         [(logits.detach(), deltas.detach()) for logits, deltas in outputs],
         sizes,
         TRAINING_CANDIDATES,
     )
-    regions = sample_regions([found.boxes for found in proposals], objects, choose)
+    taken = Sampling(model.roi_head.regions, model.roi_head.regions // 4)
+    regions = sample_regions([found.boxes for found in proposals], objects, choose, taken)
     return rpn | roi_losses(model.roi_head, maps[: len(ROI_STRIDES)], regions, objects)
 
 
@@ -126,6 +136,7 @@ def rpn_losses(
     objects: list[Objects],
     sizes: list[tuple[int, int]],
     choose: Choose,
+    anchor_scale: int = ANCHOR_SCALE,
 ) -> dict[str, Tensor]:
     """Binary cross-entropy of the anchors' scores and L1 of the positive anchors' deltas.
 
@@ -137,15 +148,18 @@ def rpn_losses(
         objects: per image.
         sizes: (height, width) of each image's own padded input; anchors beyond it are ignored.
         choose: selects the anchors.
+        anchor_scale: side of the square anchor in strides.
     """
-    logits = torch.cat([part.permute(0, 2, 3, 1).flatten(1) for part, _ in outputs], dim=1).float()
-    deltas = torch.cat(
-        [part.permute(0, 2, 3, 1).reshape(len(part), -1, 4) for _, part in outputs], dim=1
-    ).float()
+    logits = wide(torch.cat([part.permute(0, 2, 3, 1).flatten(1) for part, _ in outputs], dim=1))
+    deltas = wide(
+        torch.cat(
+            [part.permute(0, 2, 3, 1).reshape(len(part), -1, 4) for _, part in outputs], dim=1
+        )
+    )
     grids = [tuple(part.shape[2:]) for part, _ in outputs]
     boxes = torch.cat(
         [
-            anchors(height, width, stride, logits.device)
+            anchors(height, width, stride, logits.device, anchor_scale)
             for (height, width), stride in zip(grids, RPN_STRIDES, strict=True)
         ]
     )
@@ -154,16 +168,13 @@ def rpn_losses(
         assigned = assign(boxes, own.boxes, RPN_MATCHING, _valid(grids, size, logits.device))
         chosen = choose(assigned, RPN_SAMPLING)
         scores = logits[image].index_select(0, chosen.indices)
-        wanted = chosen.positive.float()
+        wanted = chosen.positive.to(scores.dtype)
         errors = F.binary_cross_entropy_with_logits(scores, wanted, reduction="none")
         cls_sum = cls_sum + torch.where(chosen.taken, errors, 0.0).sum()
         offsets = deltas[image].index_select(0, chosen.indices)
         if len(own.boxes):
             owners = assigned[chosen.indices].clamp(min=0)
-            wanted = encode(boxes[chosen.indices], own.boxes[owners], RPN_STDS)
-            # Background may have infinite deltas, whose difference has the gradient NaN.
-            wanted = torch.where(chosen.positive[:, None], wanted, 0.0)
-            offsets = offsets - wanted
+            offsets = offsets - encode(boxes[chosen.indices], own.boxes[owners], RPN_STDS)
         bbox_sum = bbox_sum + torch.where(chosen.positive[:, None], offsets.abs(), 0.0).sum()
         positives = chosen.positive.sum()
         total = total + positives.clamp(min=1) + (chosen.taken.sum() - positives).clamp(min=1)
@@ -198,13 +209,19 @@ class Regions(NamedTuple):
     owners: Tensor
 
 
-def sample_regions(proposals: list[Tensor], objects: list[Objects], choose: Choose) -> Regions:
+def sample_regions(
+    proposals: list[Tensor],
+    objects: list[Objects],
+    choose: Choose,
+    sampling: Sampling = ROI_SAMPLING,
+) -> Regions:
     """Choose proposals, among which the objects' own boxes are.
 
     Args:
         proposals: boxes ``[P, 4]`` per image, network pixels.
         objects: per image.
         choose: selects them.
+        sampling: how many of an image.
     """
     rois, owners, taken = [], [], []
     before = 0
@@ -213,7 +230,7 @@ def sample_regions(proposals: list[Tensor], objects: list[Objects], choose: Choo
         themselves = torch.arange(len(own.boxes), device=matched.device)
         matched = torch.cat([themselves, matched])
         boxes = torch.cat([own.boxes, boxes])
-        chosen = choose(matched, ROI_SAMPLING)
+        chosen = choose(matched, sampling)
         matched = matched[chosen.indices]
         rois.append(F.pad(boxes[chosen.indices], (1, 0), value=image))
         owners.append(torch.where(matched >= 0, matched + before, BACKGROUND))
@@ -247,11 +264,11 @@ def roi_losses(
     positives = (owners >= 0).nonzero().squeeze(1)
     boxes, owners, classes = rois[positives], owners[positives], labels[positives]
     wanted = encode(boxes[:, 1:], torch.cat([own.boxes for own in objects])[owners], BOX_STDS)
-    found = deltas.float().view(len(rois), background, 4)[positives, classes]
-    masks = head.mask_head(pool_rois(maps, boxes, 14), classes).float()
+    found = wide(deltas).view(len(rois), background, 4)[positives, classes]
+    masks = wide(head.mask_head(pool_rois(maps, boxes, 14), classes))
     shapes = _shapes(objects, boxes, owners)
     return {
-        "loss_cls": F.cross_entropy(logits.float(), labels, reduction="sum") / number,
+        "loss_cls": F.cross_entropy(wide(logits), labels, reduction="sum") / number,
         "loss_bbox": (found - wanted).abs().sum() / number,
         "loss_mask": F.binary_cross_entropy_with_logits(masks, shapes, reduction="sum")
         / max(masks.numel(), 1),

@@ -30,6 +30,8 @@ class MaskRCNN(nn.Module):
         backbone: ``[N, 3, H, W]`` to four maps.
         neck: four maps to five.
         categories: names of the classes, in the order of the outputs.
+        rpn_head: the published networks' by default.
+        roi_head: likewise.
     """
 
     def __init__(
@@ -38,14 +40,17 @@ class MaskRCNN(nn.Module):
         backbone: nn.Module,
         neck: nn.Module,
         categories: tuple[str, ...] = COCO_CLASSES,
+        *,
+        rpn_head: RPNHead | None = None,
+        roi_head: RoIHead | None = None,
     ) -> None:
         super().__init__()
         self.row = row
         self.categories = categories
         self.backbone = backbone
         self.neck = neck
-        self.rpn_head = RPNHead()
-        self.roi_head = RoIHead(len(categories))
+        self.rpn_head = rpn_head or RPNHead()
+        self.roi_head = roi_head or RoIHead(len(categories))
 
     def preprocess(self, image: ImageInput) -> NetworkInput:
         """Decode, resize, normalise and pad one image as the row's evaluation did.

@@ -9,25 +9,25 @@ WIDTH = 256
 class Conv(nn.Module):
     """One convolution with bias under the name ``conv``, as mmcv's checkpoints have it."""
 
-    def __init__(self, in_channels: int, kernel: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, kernel: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(in_channels, WIDTH, kernel, padding=kernel // 2)
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[N, in_channels, H, W]`` to ``[N, 256, H, W]``."""
+        """``[N, in_channels, H, W]`` to ``[N, out_channels, H, W]``."""
         return self.conv(x)
 
 
 class FPN(nn.Module):
     """Feature Pyramid Network (arXiv:1612.03144) over four maps of equal width."""
 
-    def __init__(self, in_channels: int) -> None:
+    def __init__(self, in_channels: int, width: int = WIDTH) -> None:
         super().__init__()
-        self.lateral_convs = nn.ModuleList(Conv(in_channels, 1) for _ in range(4))
-        self.fpn_convs = nn.ModuleList(Conv(WIDTH, 3) for _ in range(4))
+        self.lateral_convs = nn.ModuleList(Conv(in_channels, width, 1) for _ in range(4))
+        self.fpn_convs = nn.ModuleList(Conv(width, width, 3) for _ in range(4))
 
     def forward(self, maps: list[Tensor]) -> list[Tensor]:
-        """Strides 4, 8, 16, 32 to ``[N, 256, H / s, W / s]`` for s = 4, 8, 16, 32, 64."""
+        """Strides 4, 8, 16, 32 to ``[N, width, H / s, W / s]`` for s = 4, 8, 16, 32, 64."""
         merged = [lateral(x) for lateral, x in zip(self.lateral_convs, maps, strict=True)]
         for finer in (2, 1, 0):
             size = merged[finer].shape[2:]
@@ -39,11 +39,11 @@ class FPN(nn.Module):
 class ChannelMapper(nn.Module):
     """The neck without an FPN: a 1x1 convolution + ReLU per level, and one pooled level."""
 
-    def __init__(self, in_channels: int) -> None:
+    def __init__(self, in_channels: int, width: int = WIDTH) -> None:
         super().__init__()
-        self.convs = nn.ModuleList(Conv(in_channels, 1) for _ in range(4))
+        self.convs = nn.ModuleList(Conv(in_channels, width, 1) for _ in range(4))
 
     def forward(self, maps: list[Tensor]) -> list[Tensor]:
-        """Strides 4, 8, 16, 32 to ``[N, 256, H / s, W / s]`` for s = 4, 8, 16, 32, 64."""
+        """Strides 4, 8, 16, 32 to ``[N, width, H / s, W / s]`` for s = 4, 8, 16, 32, 64."""
         levels = [F.relu(conv(x)) for conv, x in zip(self.convs, maps, strict=True)]
         return [*levels, F.max_pool2d(levels[-1], 2, stride=2)]

@@ -156,7 +156,7 @@ def mask_targets(masks: Tensor, owners: Tensor, boxes: Tensor) -> Tensor:
         boxes: ``[P, 4]`` in network pixels.
 
     Returns:
-        float32 ``[P, 28, 28]`` of zeros and ones.
+        ``[P, 28, 28]`` of zeros and ones in the dtype of ``boxes``.
     """
     if len(boxes) == 0:
         return boxes.new_zeros(0, MASK_SIZE, MASK_SIZE)
@@ -164,6 +164,6 @@ def mask_targets(masks: Tensor, owners: Tensor, boxes: Tensor) -> Tensor:
     inside = boxes.clamp(min=0).minimum(boxes.new_tensor([width, height, width, height]))
     rois = torch.cat([owners[:, None].to(inside), inside], dim=1)
     pooled = torchvision_roi_align(
-        masks[:, None].float(), rois, MASK_SIZE, 1.0, sampling_ratio=-1, aligned=True
+        masks[:, None].to(boxes), rois, MASK_SIZE, 1.0, sampling_ratio=-1, aligned=True
     )
-    return (pooled.squeeze(1) >= 0.5).float()
+    return (pooled.squeeze(1) >= 0.5).to(boxes)

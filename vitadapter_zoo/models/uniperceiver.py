@@ -6,7 +6,7 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from vitadapter_zoo.models.adapter import WithAdapter
+from vitadapter_zoo.models.adapter import STEM_WIDTH, WithAdapter
 from vitadapter_zoo.models.tokens import Linear, by_pieces
 from vitadapter_zoo.models.vit import (
     PATCH,
@@ -122,6 +122,7 @@ class UniPerceiverAdapter(WithAdapter):
         *,
         deform_heads: int,
         deform_ratio: float,
+        stem_width: int = STEM_WIDTH,
     ) -> None:
         super().__init__()
         rates = drop_path_rates(drop_path, len(windows))
@@ -129,7 +130,7 @@ class UniPerceiverAdapter(WithAdapter):
             Layer(dim, heads, windowed, rate) for windowed, rate in zip(windows, rates, strict=True)
         )
         self.visual_embed = VisualEmbed(dim, pretrain_grid)
-        self.add_adapter(dim, deform_heads, deform_ratio, LAYER_NORM_EPS, drop_path)
+        self.add_adapter(dim, deform_heads, deform_ratio, LAYER_NORM_EPS, drop_path, stem_width)
 
     def forward(self, image: Tensor) -> list[Tensor]:
         """``[N, 3, H, W]``, multiples of 32, to ``[N, dim, H / s, W / s]`` for s = 4, 8, 16, 32."""

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import TypeAlias
 from urllib.parse import quote, unquote, urlparse
 
+from vitadapter_zoo.catalog import PACKAGED
 from vitadapter_zoo.errors import CheckpointError
 
+PACKAGE = Path(__file__).parents[1]
 HUB = "https://huggingface.co"
 REPO = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 WEIGHTS = (".pth", ".pth.tar", ".pt", ".bin", ".ckpt", ".safetensors")
@@ -69,10 +71,14 @@ def parse(text: str | os.PathLike[str]) -> Source:
     Hub (they are fetched through huggingface_hub, with its token and ``HF_ENDPOINT``), and
     ``user/repo`` where no local file has that path and the name has no ending of a weights file.
 
+    ``package:`` begins the path of a file that this package carries.
+
     Raises:
         CheckpointError: an ``hf://`` name that names no repository, or no such local file.
     """
     name = os.fspath(text)
+    if name.startswith(PACKAGED):
+        return LocalFile(PACKAGE / name.removeprefix(PACKAGED))
     if name.startswith("hf://"):
         found = re.fullmatch(r"hf://([^/@]+/[^/@]+)(?:@([^/]+))?(?:/(.+))?", name)
         if not found or not REPO.fullmatch(found[1]):

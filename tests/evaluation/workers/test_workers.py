@@ -17,6 +17,7 @@ from forked import heed_interrupts
 import vitadapter_zoo
 from vitadapter_zoo import DatasetError, ImageError, MaskRCNN, Verification, ZooError
 from vitadapter_zoo.evaluation.dataset import Image, coco_paths, read_dataset
+from vitadapter_zoo.evaluation.options import Options
 from vitadapter_zoo.evaluation.run import PREDICTIONS, ImageResult, Run
 from vitadapter_zoo.evaluation.workers.pool import Events, Pool, Spec
 from vitadapter_zoo.evaluation.workers.processes import ProcessWorker
@@ -90,7 +91,7 @@ def test_a_worker_that_dies_or_hangs_loses_no_image_and_none_is_counted_twice(
 
 def spec_for(folder: Path, coco: Path) -> Spec:
     data = read_dataset(*coco_paths(coco))
-    return Spec(str(folder), None, "cpu", None, None, None, 1, data)
+    return Spec(str(folder), data, Options(threads=1))
 
 
 def test_an_image_that_ends_three_workers_is_named(folder: Path, coco: Path) -> None:

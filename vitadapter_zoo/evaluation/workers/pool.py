@@ -11,8 +11,7 @@ import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from queue import SimpleQueue
 from typing import Protocol, TypeAlias
 
@@ -22,8 +21,9 @@ from vitadapter_zoo.errors import ZooError
 from vitadapter_zoo.evaluation.dataset import Dataset, Image
 from vitadapter_zoo.evaluation.evaluator import AHEAD, Evaluator, Task
 from vitadapter_zoo.evaluation.identity import Facts, facts_of
+from vitadapter_zoo.evaluation.loading import load_detector
+from vitadapter_zoo.evaluation.options import Options
 from vitadapter_zoo.evaluation.run import ImageResult
-from vitadapter_zoo.loader import load
 
 IMAGES_PER_WORKER = AHEAD + 2  # one in the network, one being encoded, the others decoded
 MAX_EXITS = 3  # of workers, with one image in flight or before they began, until that is the cause
@@ -35,23 +35,27 @@ class Spec:
 
     Attributes:
         name: load name, folder or repository.
-        checkpoint: as for ``load``.
-        device: where the worker computes.
-        dtype: of the weights.
-        cache_dir: as for ``load``; None is the cache of the worker's own machine.
-        offline: as for ``load``.
-        threads: of torch on the CPU; None keeps torch's own choice.
         data: the data set; its images are not looked at.
+        options: of the evaluation. ``device`` is where the worker computes; ``cache_dir`` None is
+            the cache of the worker's own machine.
     """
 
     name: str
-    checkpoint: str | None
-    device: str
-    dtype: torch.dtype | None
-    cache_dir: Path | None
-    offline: bool | None
-    threads: int | None
     data: Dataset
+    options: Options
+
+    def with_threads(self, threads: int) -> Spec:
+        """The same with so many threads of torch on the CPU."""
+        return replace(self, options=replace(self.options, threads=threads))
+
+    def on_device(self, device: str) -> Spec:
+        """The same on a device."""
+        return replace(self, options=replace(self.options, device=device))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the worker computes."""
+        return torch.device(self.options.device or "cpu")
 
 
 class WorkerEvaluator:
@@ -65,16 +69,14 @@ class WorkerEvaluator:
     """
 
     def __init__(self, spec: Spec) -> None:
-        _use_threads(spec.threads)
-        detector = load(
-            spec.name, checkpoint=spec.checkpoint, device=spec.device, dtype=spec.dtype,
-            cache_dir=spec.cache_dir, offline=spec.offline, progress=False,
-        )  # fmt: skip
+        threads = spec.options.threads
+        _use_threads(threads)
+        detector, _ = load_detector(spec.name, replace(spec.options, progress=False))
         self.facts = facts_of(detector, spec.data)
         self._evaluator = Evaluator(detector, spec.data.category_ids(detector.categories))
         # One thread of its own: the number of OpenMP threads belongs to the thread that asks.
         self._network = ThreadPoolExecutor(
-            1, "network", initializer=_use_threads, initargs=(spec.threads,)
+            1, "network", initializer=_use_threads, initargs=(threads,)
         )
 
     def evaluate(self, task: Task) -> ImageResult:

@@ -10,7 +10,6 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import NoReturn
@@ -35,20 +34,20 @@ def processes(spec: Spec, count: int) -> Pool:
     """A pool of ``count`` processes.
 
     On ``cuda`` they take the devices in turn. On the CPU each has its part of the cores, at least
-    one, unless ``spec.threads`` says how many.
+    one, unless the options say how many.
     """
     places = itertools.cycle(_places(spec, count))
     return Pool(lambda events: ProcessWorker(next(places), events), count)
 
 
 def _places(spec: Spec, count: int) -> list[Spec]:
-    device = torch.device(spec.device)
+    device, threads = spec.device, spec.options.threads
     if device.type == "cpu":
-        return [replace(spec, threads=spec.threads or max(1, cores() // count))]
+        return [spec.with_threads(threads or max(1, cores() // count))]
     if device.index is not None:
         return [spec]
     devices = torch.cuda.device_count()
-    return [replace(spec, device=f"{device.type}:{index}") for index in range(max(1, devices))]
+    return [spec.on_device(f"{device.type}:{index}") for index in range(max(1, devices))]
 
 
 def cores() -> int:

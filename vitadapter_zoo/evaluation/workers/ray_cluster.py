@@ -8,10 +8,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
-from dataclasses import replace
 from typing import Any
-
-import torch
 
 from vitadapter_zoo.errors import ZooError
 from vitadapter_zoo.evaluation.dataset import Image
@@ -95,7 +92,7 @@ def _plan(
     spec: Spec, nodes: list[dict[str, float]], count: int | None
 ) -> tuple[Spec, dict[str, float], int]:
     """The spec with its threads, what a worker asks of a node, and how many are the default."""
-    if torch.device(spec.device).type == "cuda":
+    if spec.device.type == "cuda":
         gpus = int(sum(node.get("GPU", 0) for node in nodes))
         if not gpus:
             raise ZooError("no node of the Ray cluster has a GPU: leave --device out, or add one")
@@ -103,15 +100,16 @@ def _plan(
     cores = [int(node.get("CPU", 0)) for node in nodes if node.get("CPU", 0) >= 1]
     if not cores:
         raise ZooError("no node of the Ray cluster has CPUs to lend: start one with --num-cpus")
-    if spec.threads is None:
+    threads = spec.options.threads
+    if threads is None:
         each = -(-(count or len(cores)) // len(cores))  # workers of a node, rounded up
-        spec = replace(spec, threads=max(1, min(cores) // each))
-    if spec.threads is not None and spec.threads > max(cores):
+        threads = max(1, min(cores) // each)
+    if threads > max(cores):
         raise ZooError(
-            f"no node of the Ray cluster has {spec.threads} CPUs, which so many threads ask for: "
+            f"no node of the Ray cluster has {threads} CPUs, which so many threads ask for: "
             f"the largest has {max(cores)}"
         )
-    return spec, {"num_cpus": spec.threads or 1}, len(cores)
+    return spec.with_threads(threads), {"num_cpus": threads}, len(cores)
 
 
 class _Actor:

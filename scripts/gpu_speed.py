@@ -1,0 +1,211 @@
+"""The sections of ``gpu_check.py`` that measure."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from gpu_common import PHOTO, Found, in_turn, milliseconds, random_model, set_tf32
+from torch import Tensor
+
+from vitadapter_zoo import MaskRCNN
+from vitadapter_zoo.images import NetworkInput
+from vitadapter_zoo.ops import ms_deform_attn, ms_deform_attn_fused, reference
+from vitadapter_zoo.ops.reference import locate
+
+SIZES = {
+    "T": "adapter-t-deit-3x",
+    "S": "adapter-s-deit-3x",
+    "B": "adapter-b-deit-3x",
+    "L": "adapter-l-augreg-3x",
+}
+PRECISIONS = {
+    "float32": (torch.float32, False),
+    "tf32": (torch.float32, True),
+    "bfloat16": (torch.bfloat16, False),
+    "float16": (torch.float16, False),
+}
+Call = Callable[[], object]
+
+
+def operator_speed() -> Found:
+    """The operator beside its composition of grid_sample, eager and by torch.compile.
+
+    Forward and backward are times between two events around one call, Python's part included.
+    ``kernel`` is one call's share of a CUDA graph of 20, which leaves the kernels alone.
+    """
+    found: Found = {"forward": [], "kernel": [], "backward": []}
+    for dtype in (torch.float32, torch.bfloat16):
+        for size in ("T", "L"):
+            for kind in ("injector", "extractor"):
+                plain, fused = _operator_arguments(size, kind, dtype)
+                label = f"{size} {kind} {str(dtype)[6:]}"
+                calls = _forward_calls(plain, fused, compiled=size == "T")
+                with torch.no_grad():
+                    found["forward"].append(_line(label, in_turn(calls)))
+                    kernels = {name: calls[name] for name in ("fused", "plain", "grid_sample")}
+                    found["kernel"].append(
+                        _line(label, {name: _in_graph(call) for name, call in kernels.items()})
+                    )
+                found["backward"].append(_line(label, in_turn(_backward_calls(plain, fused), 9)))
+    return found
+
+
+def _operator_arguments(
+    size: str, kind: str, dtype: torch.dtype
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Arguments of the plain and of the fused operator."""
+    import ms_deform_attn as benchmark
+
+    value, shapes, locations, weights = (
+        tensor.cuda() for tensor in benchmark.arguments(size, kind, dtype)
+    )
+    points = locations[0, :, 0, 0, 0].contiguous()
+    offsets = (torch.randn_like(locations) * benchmark.SPREAD).to(dtype)
+    logits = weights.float().log().to(dtype)
+    return (value, shapes, locations, weights), (value, shapes, points, offsets, logits)
+
+
+def _forward_calls(
+    plain: tuple[Tensor, ...], fused: tuple[Tensor, ...], *, compiled: bool
+) -> dict[str, Call]:
+    def unfused() -> Tensor:
+        value, shapes, *rest = fused
+        locations, weights = locate(shapes, *rest)
+        return ms_deform_attn(value, shapes, locations, weights.to(value.dtype))
+
+    # spatial_shapes.tolist() waits for the device, which a graph cannot hold.
+    on_cpu = (plain[0], plain[1].cpu(), *plain[2:])
+    calls: dict[str, Call] = {
+        "fused": partial(ms_deform_attn_fused, *fused),
+        "plain": partial(ms_deform_attn, *plain),
+        "softmax, then plain": unfused,
+        "grid_sample": partial(reference.ms_deform_attn, *on_cpu),
+    }
+    if compiled:
+        calls["compiled grid_sample"] = partial(torch.compile(reference.ms_deform_attn), *on_cpu)
+    return calls
+
+
+def _backward_calls(plain: tuple[Tensor, ...], fused: tuple[Tensor, ...]) -> dict[str, Call]:
+    calls: dict[str, Call] = {}
+    for name, operator, given in (
+        ("fused", ms_deform_attn_fused, fused),
+        ("plain", ms_deform_attn, plain),
+        ("grid_sample", reference.ms_deform_attn, plain),
+    ):
+        last = len(given) - 1
+        leaves = [
+            tensor.detach().requires_grad_() if index in (0, last - 1, last) else tensor
+            for index, tensor in enumerate(given)
+        ]
+        output = operator(*leaves)
+        wanted = [leaves[0], leaves[-2], leaves[-1]]
+        grad = torch.randn_like(output)
+        calls[name] = partial(torch.autograd.grad, output, wanted, grad, retain_graph=True)
+    return calls
+
+
+def _in_graph(call: Call, times: int = 20) -> float:
+    """Milliseconds of one call among ``times`` in a CUDA graph."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(times):
+            call()
+    return milliseconds(graph.replay, runs=10) / times
+
+
+def _line(label: str, taken: dict[str, float]) -> str:
+    return f"{label}: " + ", ".join(f"{name} {ms * 1e3:.0f} us" for name, ms in taken.items())
+
+
+def image_speed() -> Found:
+    """Images per second of whole detectors, alone and in batches; the original arrangement."""
+    found: Found = {"images_per_second": []}
+    for size, name in SIZES.items():
+        for label, (dtype, tf32) in PRECISIONS.items():
+            set_tf32(tf32)
+            model = random_model(name, dtype)
+            item = model.preprocess(str(PHOTO))
+            with torch.inference_mode():
+                rates = [_rate(model, item, batch, 8 if size in "TS" else 4) for batch in (1, 8)]
+                rates += _feature_times(model, item.tensor.to("cuda", dtype))
+            found["images_per_second"].append(f"{size} {label}: {', '.join(rates)}")
+            del model
+            torch.cuda.empty_cache()
+    return found
+
+
+def _rate(model: MaskRCNN, item: NetworkInput, batch: int, runs: int) -> str:
+    ms = milliseconds(partial(model.detect, [item] * batch), runs=runs, warm_up=2)
+    return f"batch {batch}: {batch / ms * 1e3:.1f}"
+
+
+def _feature_times(model: MaskRCNN, pixels: Tensor) -> list[str]:
+    """Milliseconds of backbone and neck, ours and in the original arrangement."""
+    import original
+
+    def ours() -> object:
+        return model.neck(model.backbone(pixels))
+
+    def theirs() -> object:
+        return original.neck(model.neck, original.backbone(model.backbone, pixels))
+
+    lines = [f"backbone and neck {milliseconds(ours, runs=8, warm_up=1):.1f} ms"]
+    if pixels.dtype == torch.float32:
+        lines.append(f"original arrangement {milliseconds(theirs, runs=8, warm_up=1):.1f} ms")
+    return lines
+
+
+def training_speed() -> Found:
+    """Forward and backward of T's backbone and neck on two 512 x 512 images, bfloat16 autocast."""
+    set_tf32(True)
+    model = random_model("adapter-t-deit-3x").train()
+    image = torch.randn(2, 3, 512, 512, device="cuda")
+
+    def step() -> None:
+        with torch.autocast("cuda", torch.bfloat16):
+            maps = model.neck(model.backbone(image))
+            loss = torch.stack([level.float().square().mean() for level in maps]).sum()
+        loss.backward()
+        model.zero_grad()
+
+    return {
+        "backbone_and_neck_ms": round(milliseconds(step, runs=10), 1),
+        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+    }
+
+
+def profile() -> Found:
+    """Kernels, synchronizations and the busy share of one image of T in bfloat16."""
+    model = random_model("adapter-t-deit-3x", torch.bfloat16)
+    item = model.preprocess(str(PHOTO))
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.inference_mode():
+        for _ in range(3):
+            model.detect([item])
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=activities) as profiler:
+            model.detect([item])
+            torch.cuda.synchronize()
+    events = profiler.events()
+    kernels = [event for event in events if event.device_type.name == "CUDA"]
+    span = max(event.time_range.end for event in events)
+    span -= min(event.time_range.start for event in events)
+    times: dict[str, float] = {}
+    for event in kernels:
+        times[event.name] = times.get(event.name, 0) + event.time_range.elapsed_us()
+    busy = sum(times.values())
+    slowest = sorted(times.items(), key=lambda pair: -pair[1])[:12]
+    return {
+        "kernels": len(kernels),
+        "synchronizations": sum("Synchronize" in event.name for event in events),
+        "copies": sum("emcpy" in event.name for event in kernels),
+        "busy_share": round(busy / span, 2),
+        "busy_ms": round(busy / 1e3, 2),
+        "span_ms": round(span / 1e3, 2),
+        "slowest": [f"{us:.0f} us {name[:80]}" for name, us in slowest],
+    }

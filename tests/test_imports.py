@@ -1,0 +1,115 @@
+"""The order of the package's imports, its public names, and the names that have moved."""
+
+import ast
+import graphlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import vitadapter_zoo
+from vitadapter_zoo._moved import MOVED
+
+PACKAGE = Path(vitadapter_zoo.__file__).parent
+ROOT = PACKAGE.name
+# Folders and modules of the package from the top; one imports only from the layers below its own.
+LAYERS = (
+    ("__main__",),
+    ("cli",),
+    ("reports",),
+    ("evaluation", "training", "export"),
+    ("loader",),
+    ("backends", "publishing"),
+    ("weights",),
+    ("models", "environment"),
+    ("ops", "detections"),
+    ("images", "catalog"),
+    ("settings",),
+    ("errors", "_version", "_moved"),
+)
+LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
+
+
+def modules() -> dict[str, Path]:
+    """The package's modules by their names; a folder is its ``__init__``."""
+    found = {}
+    for path in PACKAGE.rglob("*.py"):
+        parts = [ROOT, *path.relative_to(PACKAGE).with_suffix("").parts]
+        found[".".join(part for part in parts if part != "__init__")] = path
+    return found
+
+
+def imported(path: Path, known: dict[str, Path]) -> set[str]:
+    """The package's modules that a file imports, at its top or inside of a function."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= {name if name in known else str(node.module) for name in inner}
+    return {name for name in names if name.split(".")[0] == ROOT}
+
+
+def test_imports_run_one_way() -> None:
+    known = modules()
+    graph = {name: imported(path, known) for name, path in known.items()}
+    # The root gathers the public names of all layers.
+    del graph[ROOT]
+    wrong = []
+    for name, others in graph.items():
+        unit = name.split(".")[1]
+        for other in others:
+            lower = other.split(".")[1] if other != ROOT else ROOT
+            if lower != unit and (lower == ROOT or LEVEL[lower] <= LEVEL[unit]):
+                wrong.append(f"{name} imports {other}")
+    assert wrong == []
+    list(graphlib.TopologicalSorter(graph).static_order())  # raises where there is a cycle
+
+
+def python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
+def readme_names() -> list[str]:
+    """Names below the package in the README that a program can write."""
+    text = (PACKAGE.parent / "README.md").read_text(encoding="utf-8")
+    found = re.findall(r"(?<![\w/])vitadapter_zoo((?:\.[A-Za-z_]\w*)+)", text)
+    return sorted({f"zoo{name}" for name in found})
+
+
+def test_every_public_name_is_there_after_a_bare_import() -> None:
+    """Those of ``__all__``, and those that the README shows."""
+    names = readme_names()
+    assert {"zoo.load", "zoo.evaluation.read_dataset", "zoo.reports.write"} <= set(names)
+    # Two need more: mmdet, and what the README imports in the line above.
+    rest = [name for name in names if not name.startswith(("zoo.backends.mmdet", "zoo.ops.compat"))]
+    lines = [
+        "import vitadapter_zoo as zoo",
+        *rest,
+        "for name in zoo.__all__: getattr(zoo, name)",
+        "assert set(zoo.__all__) <= set(dir(zoo))",
+    ]
+    done = python("\n".join(lines))
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", MOVED)
+@pytest.mark.parametrize(
+    "use", ["import zoo.{}", "from zoo.{} import __doc__", "from zoo import {}", "zoo.{}.__doc__"]
+)
+def test_a_moved_module_is_found_with_a_warning(name: str, use: str) -> None:
+    old, new = f"vitadapter_zoo.{name}", f"vitadapter_zoo.{MOVED[name]}"
+    line = use.format(name).replace("zoo", "vitadapter_zoo")
+    done = python(f"import vitadapter_zoo\n{line}\nimport {new} as new\nassert {old} is new")
+    assert done.returncode == 0, done.stderr
+    # Shown by Python's own filters: it is the user's line that is warned of.
+    assert f"<string>:2: DeprecationWarning: {old} has moved: import {new}" in done.stderr
+
+
+def test_an_unknown_module_is_no_moved_one() -> None:
+    done = python("import vitadapter_zoo.datasets")
+    assert "ModuleNotFoundError: No module named 'vitadapter_zoo.datasets'" in done.stderr

@@ -1,0 +1,576 @@
+"""The losses: beside the original's, beside rules written out, beside finite differences."""
+
+import copy
+import io
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from vitadapter_zoo import Detections, MaskRCNN, get_row
+from vitadapter_zoo.catalog import COCO_CLASSES
+from vitadapter_zoo.images import NetworkInput
+from vitadapter_zoo.models import build
+from vitadapter_zoo.models.boxes import anchors, decode, encode
+from vitadapter_zoo.models.heads import BOX_STDS, RPN_STRIDES, RoIHead
+from vitadapter_zoo.models.losses import (
+    Regions,
+    padded_batch,
+    roi_losses,
+    rpn_losses,
+    sample_regions,
+)
+from vitadapter_zoo.models.objects import Objects, as_bitmaps
+from vitadapter_zoo.models.targets import (
+    BACKGROUND,
+    IGNORED,
+    ROI_MATCHING,
+    ROI_SAMPLING,
+    RPN_MATCHING,
+    RPN_SAMPLING,
+    Matching,
+    Sample,
+    Sampling,
+    assign,
+    mask_targets,
+    sample,
+    take_all,
+)
+from vitadapter_zoo.ops.library import implementation
+from vitadapter_zoo.training import losses
+
+DATA = Path(__file__).parents[1] / "data"
+NAMES = ["loss_rpn_cls", "loss_rpn_bbox", "loss_cls", "loss_bbox", "loss_mask"]
+
+
+def ellipses(boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Masks ``[n, *size]`` of the ellipses inscribed in ``boxes``."""
+    y = torch.arange(size[0])[:, None] + 0.5
+    x = torch.arange(size[1])[None] + 0.5
+    x1, y1, x2, y2 = (side[:, None, None] for side in boxes.unbind(1))
+    across = (x - (x1 + x2) / 2) / ((x2 - x1) / 2)
+    down = (y - (y1 + y2) / 2) / ((y2 - y1) / 2)
+    return across**2 + down**2 <= 1
+
+
+def target(boxes: list[list[float]], labels: list[int], size: tuple[int, int]) -> dict[str, Tensor]:
+    corners = torch.tensor(boxes, dtype=torch.float32).view(-1, 4)
+    return {
+        "boxes": corners,
+        "labels": torch.tensor(labels, dtype=torch.int64),
+        "masks": ellipses(corners, size),
+    }
+
+
+def prepared(height: int, width: int, seed: int = 0) -> NetworkInput:
+    """An input of a padded size with 10 columns of padding."""
+    generator = torch.Generator().manual_seed(seed)
+    tensor = torch.zeros(1, 3, height, width)
+    tensor[..., : width - 10] = torch.randn(1, 3, height, width - 10, generator=generator)
+    resized = (height, width - 10)
+    return NetworkInput(tensor, resized, resized, (1.0, 1.0, 1.0, 1.0))
+
+
+@pytest.fixture(scope="module")
+def nano() -> MaskRCNN:
+    """A narrow detector with fresh weights for small images; tests must not change it."""
+    torch.manual_seed(0)
+    row = replace(get_row("adapter-n-emoji"), input_size=(64, 40))
+    model = build(row, COCO_CLASSES)
+    with torch.no_grad():
+        model.get_parameter("roi_head.bbox_head.fc_cls.bias")[0] += 3  # some detections
+    return model.eval()
+
+
+@pytest.fixture
+def trainable(nano: MaskRCNN) -> MaskRCNN:
+    """The same, to be changed."""
+    return copy.deepcopy(nano)
+
+
+def everything(assigned: Tensor, sampling: Sampling) -> Sample:
+    return take_all(assigned)
+
+
+# The original's numbers
+
+
+@pytest.mark.parametrize("operator", ["compiled", "reference"])
+def test_losses_and_gradients_are_the_original_s(
+    operator: str, standin_model: Callable[[str], MaskRCNN], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = np.load(DATA / "training" / "adapter-t-deit-3x.npz")
+    model = standin_model("adapter-t-deit-3x").requires_grad_()
+    item = model.preprocess(DATA / "rocket.jpg")
+    size = (item.tensor.shape[2], item.tensor.shape[3])
+    objects = target(stored["gt_boxes"].tolist(), stored["gt_labels"].tolist(), size)
+    monkeypatch.setenv("VITADAPTER_ZOO_OP", operator)
+    implementation.cache_clear()
+    try:
+        found = losses(model, [item], [objects], sample=False)
+        torch.stack(list(found.values())).sum().backward()
+    finally:
+        implementation.cache_clear()
+
+    assert list(found) == NAMES
+    for name, loss in found.items():
+        assert loss.item() == pytest.approx(float(stored[f"loss/{name}"]), rel=1e-4), name
+    norms = {
+        name: float(cast("Tensor", parameter.grad).double().norm())
+        for name, parameter in model.named_parameters()
+    }
+    expected = {
+        name.removeprefix("gradnorm/"): float(stored[name])
+        for name in stored
+        if name.startswith("gradnorm/")
+    }
+    assert norms == pytest.approx(expected, rel=1e-3, abs=1e-6)
+    assert not model.training
+
+
+# Matching and sampling
+
+
+def assigned_by_loops(
+    boxes: list[list[float]], objects: list[list[float]], matching: Matching
+) -> list[int]:
+    """The rules of mmdet's ``MaxIoUAssigner``, word by word."""
+
+    def overlap(a: list[float], b: list[float]) -> np.float32:
+        width = max(0.0, min(a[2], b[2]) - max(a[0], b[0]))
+        height = max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+        shared = np.float32(width * height)
+        areas = np.float32((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]))
+        return np.float32(shared / (areas - shared))
+
+    table = [[overlap(box, other) for other in objects] for box in boxes]
+    result = []
+    for row in table:
+        if not row or max(row) < np.float32(matching.negative):
+            result.append(BACKGROUND)
+        elif max(row) >= np.float32(matching.positive):
+            result.append(row.index(max(row)))
+        else:
+            result.append(IGNORED)
+    for index in range(len(objects)):
+        column = [row[index] for row in table]
+        if column and max(column) >= np.float32(matching.low_quality):
+            for place, value in enumerate(column):
+                if value == max(column):
+                    result[place] = index
+    return result
+
+
+@pytest.mark.parametrize("matching", [RPN_MATCHING, ROI_MATCHING])
+@pytest.mark.parametrize("count", [0, 1, 2, 7])
+def test_boxes_are_assigned_by_the_rules(matching: Matching, count: int) -> None:
+    rng = np.random.default_rng(count)
+    seen = set()
+    for _ in range(20):
+        # Whole numbers on a small grid: equal overlaps are frequent, and exact in float32.
+        corners = rng.integers(0, 8, (60 + count, 2))
+        sides = rng.integers(1, 9, (60 + count, 2))
+        places = np.concatenate([corners, corners + sides], axis=1).astype(float).tolist()
+        boxes, objects = places[:60], places[60:]
+        expected = assigned_by_loops(boxes, objects, matching)
+        found = assign(torch.tensor(boxes), torch.tensor(objects).view(-1, 4), matching)
+        assert found.tolist() == expected
+        seen |= {min(value, 0) for value in expected}
+    if count:
+        assert {0, BACKGROUND} <= seen
+        assert (IGNORED in seen) == (matching is RPN_MATCHING)
+
+
+def test_the_last_of_several_objects_takes_a_low_quality_match() -> None:
+    objects = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 12]])
+    # It overlaps the first object more, and is the best box of both.
+    assert assign(torch.tensor([[0.0, 0, 10, 10]]), objects, ROI_MATCHING).tolist() == [1]
+
+
+def test_invalid_anchors_are_ignored_and_nobody_s_best() -> None:
+    boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 6], [50, 50, 60, 60]])
+    objects = torch.tensor([[0.0, 0, 10, 10]])
+    assert assign(boxes, objects, RPN_MATCHING).tolist() == [0, IGNORED, BACKGROUND]
+    valid = torch.tensor([False, True, False])
+    assert assign(boxes, objects, RPN_MATCHING, valid).tolist() == [IGNORED, 0, IGNORED]
+    nothing = assign(boxes, objects[:0], RPN_MATCHING, valid)
+    assert nothing.tolist() == [IGNORED, BACKGROUND, IGNORED]
+    assert assign(boxes[:0], objects, RPN_MATCHING).tolist() == []
+
+
+@pytest.mark.parametrize("sampling", [RPN_SAMPLING, ROI_SAMPLING])
+@pytest.mark.parametrize(
+    ("positives", "background"), [(500, 5000), (20, 5000), (0, 5000), (500, 60), (3, 4), (0, 0)]
+)
+def test_samples_have_the_original_s_numbers(
+    sampling: Sampling, positives: int, background: int
+) -> None:
+    torch.manual_seed(positives)
+    assigned = torch.tensor([7] * positives + [BACKGROUND] * background + [IGNORED] * 50)
+    assigned = assigned[torch.randperm(len(assigned))]
+    chosen = sample(assigned, sampling, None)
+    taken, positive = chosen.indices[chosen.taken], chosen.indices[chosen.positive]
+    expected = min(positives, sampling.positives)
+    assert len(positive) == expected
+    assert len(taken) == expected + min(background, sampling.number - expected)
+    assert len(taken.unique()) == len(taken)
+    assert (assigned[positive] == 7).all()
+    others = chosen.indices[chosen.taken & ~chosen.positive]
+    assert (assigned[others] == BACKGROUND).all()
+
+
+def test_the_numbers_are_those_of_the_configuration() -> None:
+    assert RPN_MATCHING == (0.7, 0.3, 0.3)
+    assert ROI_MATCHING == (0.5, 0.5, 0.5)
+    assert RPN_SAMPLING == (256, 128)
+    assert ROI_SAMPLING == (512, 128)
+
+
+def test_every_box_is_as_likely_as_the_others() -> None:
+    torch.manual_seed(0)
+    assigned = torch.tensor([0] * 20 + [BACKGROUND] * 30)
+    counts = torch.zeros(50)
+    for _ in range(2000):
+        chosen = sample(assigned, Sampling(number=15, positives=5), None)
+        counts[chosen.indices[chosen.taken]] += 1
+    assert counts.sum() == 2000 * 15
+    torch.testing.assert_close(counts[:20], torch.full((20,), 500.0), rtol=0.15, atol=0)
+    torch.testing.assert_close(counts[20:], torch.full((30,), 2000 / 3), rtol=0.15, atol=0)
+
+
+def test_all_that_is_not_ignored_is_taken() -> None:
+    chosen = take_all(torch.tensor([IGNORED, BACKGROUND, 0, 3]))
+    assert chosen.taken.tolist() == [False, True, True, True]
+    assert chosen.positive.tolist() == [False, False, True, True]
+
+
+def test_the_objects_own_boxes_are_proposals() -> None:
+    size = (64, 64)
+    first = Objects(*target([[0, 0, 30, 30]], [1], size).values())
+    second = Objects(*target([[9, 9, 40, 40], [20, 20, 60, 60]], [1, 2], size).values())
+    nothing = torch.zeros(0, 4)
+    far = torch.tensor([[50.0, 0, 60, 10]])
+    rois, owners = sample_regions([far, nothing], [first, second], everything)
+    assert owners.tolist() == [0, BACKGROUND, 1, 2]
+    assert rois[:, 0].tolist() == [0, 0, 1, 1]
+    assert torch.equal(rois[2:, 1:], second.boxes)
+
+
+# Geometry of the targets
+
+
+def test_encoding_is_the_inverse_of_decoding() -> None:
+    torch.manual_seed(0)
+    boxes, wanted = (
+        torch.cat([corner, corner + sides], dim=1)
+        for corner, sides in ((torch.rand(50, 2) * 60, torch.rand(50, 2) * 30 + 5) for _ in "ab")
+    )
+    deltas = encode(boxes, wanted, BOX_STDS)
+    torch.testing.assert_close(decode(boxes, deltas, BOX_STDS, (100, 100)), wanted)
+
+
+def test_mask_targets_are_the_mask_inside_the_box() -> None:
+    boxes = torch.tensor([[8.0, 8, 36, 36], [4, 20, 60, 48]])
+    masks = ellipses(boxes, (64, 64))
+    inner = torch.tensor([[8.0, 8, 36, 36], [4, 20, 60, 48], [50, 50, 63, 63], [8, -9, 36, 36]])
+    found = mask_targets(masks, torch.tensor([0, 1, 0, 0]), inner)
+    assert found.shape == (4, 28, 28)
+    assert torch.equal(found[0].bool(), masks[0, 8:36, 8:36])  # one pixel per bin
+    # Two pixels per bin along x: the mean of two, where 0.5 belongs to the object.
+    pairs = masks[1, 20:48, 4:60].float().view(28, 28, 2).mean(2)
+    assert torch.equal(found[1], (pairs >= 0.5).float())
+    assert not found[2].any()
+    clipped = mask_targets(masks, torch.tensor([0]), torch.tensor([[8.0, 0, 36, 36]]))
+    assert torch.equal(found[3], clipped[0])
+    assert mask_targets(masks, torch.zeros(0).long(), torch.zeros(0, 4)).shape == (0, 28, 28)
+
+
+# Gradients beside finite differences
+
+
+def double_objects(boxes: list[list[float]], labels: list[int]) -> Objects:
+    found = Objects(*target(boxes, labels, (64, 64)).values())
+    return found._replace(boxes=found.boxes.double())
+
+
+@pytest.mark.parametrize("loss", ["loss_rpn_cls", "loss_rpn_bbox"])
+def test_gradients_of_the_proposal_losses(loss: str) -> None:
+    torch.manual_seed(0)
+    shapes = [(64 // stride, 64 // stride) for stride in RPN_STRIDES]
+    outputs = [
+        torch.randn(2, channels, *shape, dtype=torch.float64, requires_grad=True)
+        for shape in shapes
+        for channels in (3, 12)
+    ]
+    objects = [double_objects([[3, 5, 40, 38], [30, 30, 62, 60]], [0, 1]), double_objects([], [])]
+
+    def compute(*parts: Tensor) -> Tensor:
+        pairs = list(zip(parts[::2], parts[1::2], strict=True))
+        return rpn_losses(pairs, objects, [(64, 64), (64, 32)], everything)[loss]
+
+    assert compute(*outputs) > 0
+    assert torch.autograd.gradcheck(compute, outputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("loss", ["loss_cls", "loss_bbox", "loss_mask"])
+def test_gradients_of_the_region_losses(loss: str) -> None:
+    torch.manual_seed(0)
+    head = RoIHead(3, 16, 32).double()
+    width = head.mask_head.upsample.in_channels
+    maps = [
+        torch.randn(2, width, 64 // stride, 64 // stride, dtype=torch.float64).requires_grad_()
+        for stride in (4, 8, 16, 32)
+    ]
+    objects = [double_objects([[3, 5, 40, 38], [30, 30, 62, 60]], [0, 1]), double_objects([], [])]
+    regions = Regions(
+        torch.tensor(
+            [[0, 4, 4, 41, 40], [0, 28, 31, 60, 64], [0, 9, 9, 20, 20], [1, 5, 5, 50, 40]],
+            dtype=torch.float64,
+        ),
+        torch.tensor([0, 1, BACKGROUND, BACKGROUND]),
+    )
+    biases = [
+        head.get_parameter(f"{name}.bias").requires_grad_()
+        for name in ("bbox_head.fc_cls", "bbox_head.fc_reg", "mask_head.conv_logits")
+    ]
+
+    def compute(*_: Tensor) -> Tensor:
+        return roi_losses(head, maps, regions, objects)[loss]
+
+    assert compute() > 0
+    assert torch.autograd.gradcheck(compute, [*maps, *biases], fast_mode=True, atol=1e-6)
+
+
+# Batches
+
+
+def assert_gradients(model: nn.Module, found: dict[str, Tensor]) -> None:
+    """Every parameter has a finite gradient."""
+    torch.stack(list(found.values())).sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+
+
+def test_images_without_objects(trainable: MaskRCNN) -> None:
+    items = [prepared(64, 64), prepared(64, 64, seed=1)]
+    found = losses(trainable, items, [target([], [], (64, 64))] * 2)
+    assert list(found) == NAMES
+    assert found["loss_rpn_cls"] > 0
+    assert found["loss_cls"] > 0
+    for name in ("loss_rpn_bbox", "loss_bbox", "loss_mask"):
+        assert found[name] == 0
+    assert_gradients(trainable, found)
+
+
+def test_one_image_with_objects_and_one_without(trainable: MaskRCNN) -> None:
+    items = [prepared(64, 64), prepared(64, 64, seed=1)]
+    own = target([[5, 5, 40, 40]], [3], (64, 64))
+    found = losses(trainable, items, [target([], [], (64, 64)), own])
+    assert all(loss > 0 for loss in found.values())
+    assert_gradients(trainable, found)
+
+
+def test_images_of_several_sizes_are_padded_at_the_bottom_and_right(trainable: MaskRCNN) -> None:
+    items = [prepared(64, 96), prepared(96, 64, seed=1)]
+    batch = padded_batch(items)
+    assert batch.shape == (2, 3, 96, 96)
+    assert torch.equal(batch[0, :, :64], items[0].tensor[0])
+    assert torch.equal(batch[1, :, :, :64], items[1].tensor[0])
+    assert not batch[0, :, 64:].any()
+    assert not batch[1, :, :, 64:].any()
+    objects = [
+        target([[5, 5, 40, 40]], [3], (64, 96)),
+        target([[5, 5, 40, 90], [1, 1, 30, 30]], [79, 0], (96, 64)),
+    ]
+    assert_gradients(trainable, losses(trainable, items, objects))
+
+
+def test_anchors_beyond_an_image_s_own_padded_size_do_not_count() -> None:
+    torch.manual_seed(0)
+    size = (64, 96)  # of the image; the batch is 128 x 128
+    grids = [(-(-128 // stride), -(-128 // stride)) for stride in RPN_STRIDES]
+    outputs = [(torch.randn(1, 3, *grid), torch.randn(1, 12, *grid)) for grid in grids]
+    objects = Objects(*target([[10, 10, 60, 60], [50, 20, 94, 50]], [0, 1], size).values())
+    found = rpn_losses(outputs, [objects], [size], everything)
+
+    # The original's rule: a level's cells up to the padded size divided by the stride, rounded up.
+    logits, deltas, boxes = [], [], []
+    for (height, width), stride, (scores, offsets) in zip(grids, RPN_STRIDES, outputs, strict=True):
+        rows, columns = -(-size[0] // stride), -(-size[1] // stride)
+        grid = anchors(height, width, stride, torch.device("cpu")).view(height, width, 3, 4)
+        boxes.append(grid[:rows, :columns].reshape(-1, 4))
+        logits.append(scores[0, :, :rows, :columns].permute(1, 2, 0).flatten())
+        offsets = offsets[0, :, :rows, :columns].permute(1, 2, 0)
+        deltas.append(offsets.reshape(-1, 4))
+    inside = torch.cat(boxes)
+    assigned = assign(inside, objects.boxes, RPN_MATCHING)
+    counted, positive = assigned != IGNORED, assigned >= 0
+    errors = torch.nn.functional.binary_cross_entropy_with_logits(
+        torch.cat(logits), positive.float(), reduction="none"
+    )
+    wanted = encode(inside[positive], objects.boxes[assigned[positive]], (1, 1, 1, 1))
+    distance = (torch.cat(deltas)[positive] - wanted).abs().sum()
+    number = counted.sum()
+    torch.testing.assert_close(found["loss_rpn_cls"], errors[counted].sum() / number)
+    torch.testing.assert_close(found["loss_rpn_bbox"], distance / number)
+
+
+def test_an_image_without_positive_anchors_counts_one() -> None:
+    grids = [(64 // stride, 64 // stride) for stride in RPN_STRIDES]
+    outputs = [(torch.zeros(2, 3, *grid), torch.zeros(2, 12, *grid)) for grid in grids]
+    objects = [Objects(*target([], [], (64, 64)).values())] * 2
+    found = rpn_losses(outputs, objects, [(64, 64)] * 2, everything)
+    number = sum(3 * height * width for height, width in grids)
+    expected = np.log(2) * number / (number + 1)
+    assert found["loss_rpn_cls"].item() == pytest.approx(expected, rel=1e-6)
+
+
+# Randomness, precision, distributed parts
+
+
+def test_samples_follow_the_seed_or_the_generator(nano: MaskRCNN) -> None:
+    items = [prepared(64, 96)]
+    objects = [target([[5, 5, 40, 40]], [3], (64, 96))]
+
+    def once(**options: Any) -> list[float]:
+        return [loss.item() for loss in losses(nano, items, objects, **options).values()]
+
+    torch.manual_seed(0)
+    first, second = once(), once()
+    assert first != second
+    torch.manual_seed(0)
+    assert once() == first
+    assert once(generator=torch.Generator().manual_seed(5)) == once(
+        generator=torch.Generator().manual_seed(5)
+    )
+    assert once(sample=False) == once(sample=False)
+
+
+def test_losses_are_float32_under_autocast(nano: MaskRCNN) -> None:
+    items = [prepared(64, 96)]
+    objects = [target([[5, 5, 40, 40]], [3], (64, 96))]
+    exact = losses(nano, items, objects, sample=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = losses(nano, items, objects, sample=False)
+    for name, loss in rounded.items():
+        assert loss.dtype == torch.float32
+        torch.testing.assert_close(loss, exact[name], rtol=0.05, atol=0.01)
+
+
+def test_batch_norms_can_be_synchronised(trainable: MaskRCNN) -> None:
+    items = [prepared(64, 96)]
+    objects = [target([[5, 5, 40, 40]], [3], (64, 96))]
+    both = []
+    for model in (trainable, nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(trainable))):
+        model.train()
+        for module in model.modules():  # stochastic depth is random
+            if type(module).__name__ == "DropPath":
+                module.eval()
+        # In a single process they compute what ordinary ones do, if they find their convolutions.
+        torch.manual_seed(0)
+        both.append(losses(model, items, objects))
+        assert_gradients(model, both[-1])
+    assert both[0] == both[1]
+
+
+# The detector's own call
+
+
+def picture() -> bytes:
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 64, 3), dtype=np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def test_the_detector_returns_losses_in_training_mode(trainable: MaskRCNN) -> None:
+    trainable.train()
+    item = trainable.preprocess(picture())
+    own = target([[5, 5, 30, 30]], [3], (item.tensor.shape[2], item.tensor.shape[3]))
+    torch.manual_seed(0)
+    from_image = trainable([picture()], [own])
+    assert list(from_image) == NAMES
+    assert_gradients(trainable, from_image)
+    torch.manual_seed(0)
+    assert trainable([item], [own]) == from_image
+    assert trainable.training
+    with pytest.raises(ValueError, match=r"called with targets.*model\.eval\(\)"):
+        trainable([item])
+    with pytest.raises(ValueError, match="called with targets"):
+        trainable([item], 0.5)
+
+
+def test_the_detector_detects_in_evaluation_mode(nano: MaskRCNN) -> None:
+    item = nano.preprocess(picture())
+    with torch.inference_mode():
+        many, few = nano([item], 0.05)[0], nano([item], 0.6)[0]
+        default, also = nano([item])[0], nano([item], [target([], [], (64, 64))])[0]
+    assert isinstance(many, Detections)
+    assert len(also) == len(default)
+    assert len(few) < len(many)
+
+
+# Targets
+
+
+def test_masks_may_be_polygons_or_run_lengths() -> None:
+    square = torch.zeros(40, 60, dtype=torch.bool)
+    square[10:20, 5:25] = True
+    corners = [5, 10, 25, 10, 25, 20, 5, 20]
+    runs = [5 * 40 + 10, *([10, 30] * 19), 10]
+    forms: list[Any] = [
+        square,
+        [corners],
+        corners,
+        {"size": [40, 60], "counts": [*runs, 60 * 40 - sum(runs)]},
+    ]
+    for form in forms:
+        assert torch.equal(as_bitmaps([form], (40, 60)), square[None])
+    assert torch.equal(as_bitmaps(forms, (40, 60)), square.expand(4, -1, -1))
+    two_parts = [corners, [40, 0, 50, 0, 50, 10, 40, 10]]
+    assert as_bitmaps([two_parts], (40, 60)).sum() == 300
+    assert as_bitmaps([], (40, 60)).shape == (0, 40, 60)
+    from hotcoco import mask as coco_mask
+
+    compressed = coco_mask.encode(np.asfortranarray(square.numpy().astype(np.uint8)))
+    assert torch.equal(as_bitmaps([compressed], (40, 60)), square[None])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"boxes": None}, "boxes missing"),
+        ({"boxes": [[5, 5, 5, 30]]}, "x1 < x2.*leave objects without area out"),
+        ({"boxes": [[5, 5, float("nan"), 30]]}, "x1 < x2"),
+        ({"boxes": [[5, 5, float("inf"), 30]]}, "x1 < x2"),
+        ({"labels": [80]}, r"0\.\.79, got \[80\]"),
+        ({"labels": [-1]}, r"0\.\.79"),
+        ({"labels": [0.5]}, "integers"),
+        ({"labels": [1, 2]}, "1 boxes need as many labels"),
+        ({"masks": torch.zeros(1, 20, 20)}, r"padded network size, \[n, 64, 96\]"),
+        ({"masks": []}, "as many labels and masks"),
+        ({"masks": [{"size": [9, 9], "counts": [81]}]}, "RLE must have the padded"),
+        ({"masks": ["a"]}, "a mask is a bool tensor"),
+    ],
+)
+def test_targets_that_do_not_fit_are_refused(
+    nano: MaskRCNN, change: dict[str, Any], message: str
+) -> None:
+    good: dict[str, Any] = target([[5, 5, 40, 40]], [3], (64, 96))
+    bad = {key: value for key, value in (good | change).items() if value is not None}
+    with pytest.raises(ValueError, match=rf"targets\[1\]: .*{message}"):
+        losses(nano, [prepared(64, 96)] * 2, [good, bad])
+
+
+def test_a_batch_needs_images_and_as_many_targets(nano: MaskRCNN) -> None:
+    with pytest.raises(ValueError, match="1 images need as many targets, got 0"):
+        losses(nano, [prepared(64, 96)], [])
+    with pytest.raises(ValueError, match="at least one image"):
+        losses(nano, [], [])

@@ -1,0 +1,48 @@
+"""The detector that an evaluation is of: loaded by its name, or as the caller gives it."""
+
+from __future__ import annotations
+
+import os
+
+from vitadapter_zoo.evaluation.options import Options
+from vitadapter_zoo.loader import load
+from vitadapter_zoo.models import MaskRCNN
+
+
+def load_detector(
+    model: str | os.PathLike[str] | MaskRCNN, options: Options
+) -> tuple[MaskRCNN, str]:
+    """The detector and what it is called.
+
+    Raises:
+        ZooError: what ``load`` raises.
+        ValueError: as ``check_loaded``.
+    """
+    if isinstance(model, MaskRCNN):
+        check_loaded(model, options)
+        return model, model.row.name
+    detector = load(
+        model,
+        checkpoint=options.checkpoint,
+        device=options.device or "cpu",
+        dtype=options.dtype,
+        cache_dir=options.cache_dir,
+        offline=options.offline,
+        progress=options.progress,
+    )
+    return detector, os.fspath(model)
+
+
+def check_loaded(model: MaskRCNN, options: Options) -> None:
+    """Refuse to change a detector that belongs to the caller.
+
+    Raises:
+        ValueError: options that would change it, or it is in training mode.
+    """
+    if (options.checkpoint, options.device, options.dtype) != (None, None, None):
+        raise ValueError(
+            "a loaded detector has its weights, device and dtype: leave checkpoint, device and "
+            "dtype out"
+        )
+    if model.training:
+        raise ValueError("the detector is in training mode: call model.eval() first")

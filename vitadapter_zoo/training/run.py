@@ -1,0 +1,391 @@
+"""``train``: from a name and a data set's folder to a fine-tuned detector."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from vitadapter_zoo.errors import ZooError
+from vitadapter_zoo.evaluation.dataset import Dataset, read_dataset
+from vitadapter_zoo.models import MaskRCNN
+from vitadapter_zoo.training import state as disk
+from vitadapter_zoo.training.batches import Batches, Views
+from vitadapter_zoo.training.data import Source, TrainingData, described, read_data, write_coco
+from vitadapter_zoo.training.loop import Progress, Step, Training, out_of_memory, restore
+from vitadapter_zoo.training.memory import checkpoint_blocks
+from vitadapter_zoo.training.progress import Reporter
+from vitadapter_zoo.training.recipe import (
+    Augment,
+    Recipe,
+    Schedule,
+    parameter_groups,
+    published,
+)
+from vitadapter_zoo.training.start import PUBLISHED, starting_model
+from vitadapter_zoo.training.transforms import sizes
+from vitadapter_zoo.weights import atomic, cache
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+SAVE_SECONDS = 600.0
+MOST_WORKERS = 16
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a run ended with.
+
+    Attributes:
+        directory: of the run.
+        last: folder of the last detector, for ``load``.
+        best: folder of the detector with the highest mask AP.
+        step: optimizer steps done.
+        classes: names, in the order of the labels.
+        figures: of the last evaluation: ``box_ap``, ``box_ap50``, ``mask_ap``, ``mask_ap50`` in
+            points, 0..100; empty without validation images.
+        best_mask_ap: in points; -1 without validation images.
+    """
+
+    directory: Path
+    last: Path
+    best: Path
+    step: int
+    classes: tuple[str, ...]
+    figures: dict[str, float]
+    best_mask_ap: float
+
+
+def train(
+    name: str | os.PathLike[str],
+    data: str | os.PathLike[str] | None = None,
+    out: str | os.PathLike[str] = "run",
+    *,
+    train_files: Source | None = None,
+    valid_files: Source | None = None,
+    start: str | os.PathLike[str] = PUBLISHED,
+    resume: bool = False,
+    epochs: int | None = None,
+    batch_size: int = 2,
+    accumulate: int = 1,
+    lr: float | None = None,
+    schedule: Schedule | None = None,
+    weight_decay: float | None = None,
+    layer_decay: float | None = None,
+    clip: float | None = None,
+    augment: Augment | None = None,
+    ema: float | None = None,
+    input_size: tuple[int, int] | None = None,
+    keep_empty: bool = False,
+    freeze: Sequence[str] = (),
+    checkpoint: bool = False,
+    early_stop: int | None = None,
+    eval_every: int = 1,
+    max_minutes: float | None = None,
+    save_minutes: float = SAVE_SECONDS / 60,
+    precision: Literal["no", "bf16"] = "no",
+    device: str | None = None,
+    workers: int | None = None,
+    tensorboard: bool = False,
+    seed: int = 0,
+    cache_dir: str | os.PathLike[str] | None = None,
+    offline: bool | None = None,
+    progress: bool = True,
+) -> TrainingResult:
+    """Train a detector on one's own data; the defaults are the row's published recipe.
+
+    Args:
+        name: load name, or a folder or repository as for ``load``: the network to train.
+        data: the data set's folder, see ``vitadapter_zoo.training.data.read_data``.
+        out: the run's folder: ``last`` and ``best`` (for ``load``), ``log.jsonl``, ``state.pt``.
+        train_files: instead of ``data``, (annotation file, folder of images).
+        valid_files: the same for evaluation.
+        start: ``"published"``, ``"pretraining"``, ``"scratch"``, or another load name, folder or
+            checkpoint file.
+        resume: continue the run in ``out``, to the same weights as in one piece; begin it where
+            there is none.
+        epochs: passes over the training images; published: 12 or 36.
+        batch_size: images for each process and forward pass; published: 2 on each of 8 GPUs.
+        accumulate: forward passes for each step of the optimizer.
+        lr: learning rate; by default the published one, scaled linearly from 16 images a step.
+        schedule: ``"step"`` as published, or ``"cosine"``.
+        weight_decay: published: 0.05 (3x) or 0.01 (1x).
+        layer_decay: published: 0.8 (AugReg-L), 0.65 (Uni-Perceiver-B), none for the others.
+        clip: largest norm of the gradient; published: none.
+        augment: ``"multi-scale"`` with crops (published for 3x), ``"flip"`` (1x) or ``"none"``.
+        ema: decay of a moving average of the weights, 0.999 for instance; it is what is
+            evaluated and written. Published: none.
+        input_size: (longest, shortest) side of the resized images; the row's own by default.
+        keep_empty: train on images without objects too; published: left out.
+        freeze: prefixes of parameter names that keep their values, ``"backbone"`` for instance.
+        checkpoint: compute the activations of the blocks twice instead of keeping them.
+        early_stop: end after so many evaluations without a better mask AP.
+        eval_every: epochs between evaluations.
+        max_minutes: end after that time; the schedule is then compressed to end with it.
+        save_minutes: between two saved states, beside those at every evaluation.
+        precision: ``"bf16"`` computes in bfloat16 where that is safe.
+        device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``; by default the best that is there.
+        workers: processes that prepare images; by default one for each core but the last.
+        tensorboard: write TensorBoard files.
+        seed: of all that is random.
+        cache_dir: as for ``load``.
+        offline: as for ``load``.
+        progress: False shows nothing on the terminal.
+
+    Raises:
+        DatasetError: the data cannot be trained on.
+        ZooError: the run's folder holds another run, the run diverged, the device is too small,
+            accelerate is missing; and what ``load`` raises.
+        ValueError: an argument outside its range.
+    """
+    _check_positive(
+        epochs=epochs, batch_size=batch_size, accumulate=accumulate, eval_every=eval_every,
+        early_stop=early_stop, max_minutes=max_minutes, lr=lr, clip=clip, save_minutes=save_minutes,
+    )  # fmt: skip
+    if ema is not None and not 0 < ema < 1:
+        raise ValueError(f"ema is a decay between 0 and 1, 0.999 for instance, not {ema}")
+    began = time.monotonic()
+    accelerator = _accelerator(precision, device, accumulate)
+    with _own_directory(Path(out), accelerator) as directory, out_of_memory(batch_size):
+        saved = _saved(directory, resume)
+        found = read_data(data, train=train_files, valid=valid_files, keep_empty=keep_empty)
+        model, origin = starting_model(
+            name, start, found.classes, input_size=input_size, seed=seed,
+            cache_dir=cache_dir, offline=offline, progress=progress,
+        )  # fmt: skip
+        given = {
+            "epochs": epochs, "schedule": schedule, "weight_decay": weight_decay, "lr": lr,
+            "layer_decay": layer_decay, "clip": clip, "augment": augment, "ema": ema,
+        }  # fmt: skip
+        images = batch_size * accumulate * accelerator.num_processes
+        recipe = replace(
+            published(model.row).scaled(images),
+            **{key: value for key, value in given.items() if value is not None},
+        )
+        settings = {
+            "model": model.row.name, "start": os.fspath(start), "classes": list(found.classes),
+            "images": len(found.train.samples), "input_size": list(model.row.input_size),
+            "recipe": _plain(asdict(recipe)), "batch_size": batch_size, "accumulate": accumulate,
+            "processes": accelerator.num_processes, "freeze": list(freeze), "seed": seed,
+            "precision": precision,
+        }  # fmt: skip
+        _check_same(saved, settings, directory)
+        done = Progress() if saved is None else Progress(**{key: saved[key] for key in _PROGRESS})
+        done.seconds += time.monotonic() - began
+        wide = [_is_wide(sample.size) for sample in found.train.samples]
+        batches = Batches(
+            wide, batch_size, recipe.epochs, seed, done.step * accumulate,
+            accelerator.process_index, accelerator.num_processes,
+        )  # fmt: skip
+        _freeze(model, freeze)
+        net, optimizer, average = _prepared(accelerator, model, recipe, checkpoint)
+        validation = _validation(found, directory, accelerator)
+        training = Training(
+            accelerator=accelerator, model=model, net=net, optimizer=optimizer, average=average,
+            recipe=recipe, batches=batches, validation=validation, directory=directory,
+            views=Views(found.train.samples, sizes(recipe.augment, model.row.input_size), seed),
+            settings=settings, accumulate=accumulate, seed=seed, eval_every=eval_every,
+            workers=_workers(workers, accelerator), early_stop=early_stop,
+            max_seconds=None if max_minutes is None else 60 * max_minutes,
+            save_seconds=60 * save_minutes, progress=done, reporter=None,
+        )  # fmt: skip
+        if accelerator.is_main_process:
+            disk.recover(directory)
+            disk.truncate_log(directory, done.step)
+            training.reporter = Reporter(
+                directory, training.steps, done.step, tensorboard=tensorboard, shown=progress
+            )
+            _introduce(training, found, origin)
+        if saved is not None:
+            restore(training, saved)
+        try:
+            training.run()
+        finally:
+            if training.reporter:
+                training.reporter.close()
+            accelerator.end_training()
+    return TrainingResult(
+        directory, directory / disk.LAST, directory / disk.BEST, training.progress.step,
+        found.classes, training.progress.figures, training.progress.best,
+    )  # fmt: skip
+
+
+_PROGRESS = tuple(field.name for field in fields(Progress))
+
+
+def _check_positive(**values: float | None) -> None:
+    for name, value in values.items():
+        if value is not None and not value > 0:
+            raise ValueError(f"{name} must be above 0, got {value}")
+
+
+def _accelerator(
+    precision: Literal["no", "bf16"], device: str | None, accumulate: int
+) -> Accelerator:
+    try:
+        from accelerate import Accelerator
+        from accelerate.utils import DistributedDataParallelKwargs
+    except ImportError as error:
+        raise ZooError("training needs accelerate: pip install 'vitadapter-zoo[train]'") from error
+    if device is not None and device != "cpu":
+        torch.empty(0, device=device)
+        # What accelerate reads instead of an argument.
+        os.environ["ACCELERATE_TORCH_DEVICE"] = device
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    # An image without objects uses neither the boxes' nor the masks' last layers.
+    shared = DistributedDataParallelKwargs(find_unused_parameters=True)
+    return Accelerator(
+        cpu=device == "cpu",
+        mixed_precision=precision,
+        gradient_accumulation_steps=accumulate,
+        kwargs_handlers=[shared],
+    )
+
+
+@contextlib.contextmanager
+def _own_directory(out: Path, accelerator: Accelerator) -> Iterator[Path]:
+    """The run's folder, which no other run may write to meanwhile."""
+    directory = out.expanduser().absolute()
+    if not accelerator.is_main_process:
+        yield directory
+        return
+    with atomic.writing_to(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+    with cache.locked(directory, directory.name, wait=False):
+        yield directory
+
+
+def _saved(directory: Path, resume: bool) -> dict[str, Any] | None:
+    """The state to continue from; None for a new run.
+
+    Raises:
+        ZooError: the folder holds a run and ``resume`` is not asked for.
+    """
+    if resume:
+        return disk.read_state(directory)
+    there = [name for name in (disk.STATE, disk.LOG, disk.LAST) if (directory / name).exists()]
+    if there:
+        raise ZooError(
+            f"{directory} holds a run already ({', '.join(there)}): continue it with --resume, or "
+            "choose another --out"
+        )
+    return None
+
+
+def _check_same(saved: dict[str, Any] | None, settings: dict[str, Any], directory: Path) -> None:
+    """Refuse to continue a run as another one.
+
+    Raises:
+        ZooError: a setting that the weights depend on differs.
+    """
+    if saved is None:
+        return
+    before = saved["settings"]
+    flat = {**settings, **settings["recipe"]}
+    flat_before = {**before, **before["recipe"]}
+    for name in flat:
+        if name != "recipe" and flat[name] != flat_before.get(name):
+            raise ZooError(
+                f"the run in {directory} was begun with {name} = {flat_before.get(name)}, not "
+                f"{flat[name]}: continue it with the same settings, or begin another with --out"
+            )
+
+
+def _freeze(model: MaskRCNN, prefixes: Sequence[str]) -> None:
+    """Keep parameters from changing.
+
+    Raises:
+        ZooError: no parameter has a prefix, or none is left to train.
+    """
+    for prefix in prefixes:
+        named = [x for name, x in model.named_parameters() if name.startswith(prefix)]
+        if not named:
+            first = sorted({name.partition(".")[0] for name, _ in model.named_parameters()})
+            raise ZooError(
+                f"no parameter's name begins with {prefix!r}: freeze {', '.join(first)}, or "
+                "backbone.blocks, for instance"
+            )
+        for parameter in named:
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ZooError("everything is frozen: leave something to train")
+
+
+def _prepared(
+    accelerator: Accelerator, model: MaskRCNN, recipe: Recipe, checkpoint: bool
+) -> tuple[nn.Module, Any, disk.Average | None]:
+    """The losses' module and the optimizer as the accelerator wraps them, and the average."""
+    model.to(accelerator.device)
+    average = None
+    if recipe.ema is not None:
+        average = disk.Average(model, copy.deepcopy(model), recipe.ema)
+    if checkpoint:
+        checkpoint_blocks(model.backbone)
+    on_gpu = accelerator.device.type == "cuda"
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, recipe), lr=recipe.lr, betas=recipe.betas, fused=on_gpu
+    )
+    net: nn.Module = Step(model)
+    if on_gpu and accelerator.num_processes > 1:
+        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    net, optimizer = accelerator.prepare(net, optimizer)
+    return net, optimizer, average
+
+
+def _validation(found: TrainingData, directory: Path, accelerator: Accelerator) -> Dataset | None:
+    """The validation images, written beside the run as the scorer reads them."""
+    if found.valid is None:
+        return None
+    annotations = directory / disk.VALIDATION
+    if accelerator.is_main_process:
+        write_coco(found.valid, annotations)
+    accelerator.wait_for_everyone()
+    return read_dataset(annotations, found.valid.folder.absolute())
+
+
+def _workers(workers: int | None, accelerator: Accelerator) -> int:
+    if workers is not None:
+        return workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(MOST_WORKERS, max(1, (cores or 1) // accelerator.num_processes - 1))
+
+
+def _introduce(training: Training, found: TrainingData, origin: str) -> None:
+    """Say what is trained on what, once."""
+    assert training.reporter is not None  # noqa: S101  the main process has it
+    say, recipe = training.reporter.say, training.recipe
+    say(f"{training.model.row.name}: {origin}")
+    say(described(found.train, "train"))
+    say(
+        "valid: none, nothing is evaluated and best is the last"
+        if found.valid is None
+        else described(found.valid, "valid")
+    )
+    images = training.settings["batch_size"] * training.accumulate
+    images *= training.accelerator.num_processes
+    say(
+        f"{recipe.epochs} epochs, {training.steps:,} steps of {images} images, learning rate "
+        f"{recipe.lr:.3g} ({recipe.schedule}), on {training.accelerator.device}"
+        + (f", from step {training.progress.step:,}" if training.progress.step else "")
+    )
+
+
+def _is_wide(size: tuple[int, int] | None) -> bool:
+    return size is not None and size[1] > size[0]
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, as they come back from a saved state's settings."""
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items()}
+    return [_plain(one) for one in value] if isinstance(value, (list, tuple)) else value
