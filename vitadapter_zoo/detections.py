@@ -108,7 +108,7 @@ class Detections:
         """The network's detections, on the CPU and as ordinary tensors.
 
         Raises:
-            ZooError: a box is NaN or infinite.
+            ZooError: a box or a mask is NaN or infinite.
         """
         # Copies made in inference mode could not be changed in place nor take part in autograd.
         with torch.inference_mode(False), torch.no_grad():
@@ -116,9 +116,9 @@ class Detections:
                 tensor.detach().cpu().clone()
                 for tensor in (found.boxes, found.scores, found.labels, found.mask_probabilities)
             )
-            if not boxes.isfinite().all():
+            if not (boxes.isfinite().all() and probabilities.isfinite().all()):
                 raise ZooError(
-                    "the network gives boxes that are NaN or infinite; check its weights"
+                    "the network gives boxes or masks that are NaN or infinite; check its weights"
                 )
             maps = MaskMaps(probabilities, boxes.clone(), found.size)
         return cls(boxes, scores, labels, maps, categories, image)

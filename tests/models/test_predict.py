@@ -11,7 +11,7 @@ import scenes
 import torch
 from torch import nn
 
-from vitadapter_zoo import Detections, MaskRCNN
+from vitadapter_zoo import Detections, MaskRCNN, ZooError
 
 Ambient = Callable[[], AbstractContextManager[None]]
 
@@ -149,3 +149,20 @@ def test_detections_are_ordinary_tensors(
     factor = torch.ones(1, requires_grad=True)
     (found.boxes * factor).sum().backward()
     assert factor.grad is not None
+
+
+@pytest.mark.parametrize(
+    "part",
+    ["backbone.spm.fc1", "neck", "rpn_head.rpn_cls", "roi_head.bbox_head", "roi_head.mask_head"],
+)
+def test_a_network_that_computes_nan_says_so(part: str, tiny: MaskRCNN, picture: Path) -> None:
+    model = scenes.small(tiny)
+    with torch.no_grad():
+        module = model.get_submodule(part)
+        for name in [name for name, _ in module.named_parameters()]:
+            owner, _, leaf = name.rpartition(".")
+            # New parameters: the old ones' memory is the fixture's.
+            broken = torch.full_like(module.get_parameter(name), float("nan"))
+            setattr(module.get_submodule(owner), leaf, nn.Parameter(broken))
+    with pytest.raises(ZooError, match="NaN or infinite"):
+        model.predict(picture, 0.01)

@@ -11,7 +11,7 @@ from vitadapter_zoo.catalog import COCO_CLASSES, Row
 from vitadapter_zoo.detections import Detections, Instances
 from vitadapter_zoo.images import ImageInput, NetworkInput, network_input
 from vitadapter_zoo.models.boxes import ROI_STRIDES
-from vitadapter_zoo.models.heads import RoIHead, RPNHead
+from vitadapter_zoo.models.heads import RoIHead, RPNHead, check_finite
 from vitadapter_zoo.models.losses import losses
 from vitadapter_zoo.models.objects import Target
 from vitadapter_zoo.sources import Item, Source, expand, items
@@ -135,6 +135,7 @@ class MaskRCNN(nn.Module):
 
         Raises:
             ValueError: the tensors' shapes differ; ``predict`` sorts that out.
+            ZooError: the network computes NaN or infinite values.
         """
         shapes = {tuple(item.tensor.shape) for item in inputs}
         if len(shapes) != 1:
@@ -145,6 +146,9 @@ class MaskRCNN(nn.Module):
         scales = [item.scale for item in inputs]
         maps: list[Tensor] = self.neck(self.backbone(x))
         proposals = self.rpn_head.propose(maps, sizes)
+        check_finite(torch.cat([proposal.scores for proposal in proposals]))
+        if not all(len(proposal.boxes) for proposal in proposals):  # where maps are NaN
+            check_finite(torch.stack([x.float().sum() for x in maps]))
         roi_maps = maps[: len(ROI_STRIDES)]
         found = self.roi_head.detect_boxes(roi_maps, proposals, sizes, scales, score_threshold)
         masks = self.roi_head.predict_masks(roi_maps, found, scales)
