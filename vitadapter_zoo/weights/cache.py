@@ -62,6 +62,7 @@ class Provenance:
         commit: the Hub's commit that the source came from.
         cast: dtypes that were turned into float32, with how many tensors each.
         filled: parameters absent from the source that were filled in.
+        removed: prefixes that were removed from names, such as ``module.``.
         metadata: the training framework's plain metadata (versions, epoch).
     """
 
@@ -80,6 +81,7 @@ class Provenance:
     commit: str | None = None
     cast: dict[str, int] = field(default_factory=dict)
     filled: list[str] = field(default_factory=list)
+    removed: list[str] = field(default_factory=list)
     metadata: dict[str, str | int | float] = field(default_factory=dict)
 
 

@@ -22,8 +22,8 @@ from huggingface_hub.utils.tqdm import tqdm
 
 from vitadapter_zoo.errors import CheckpointError, DownloadError, ZooError
 from vitadapter_zoo.weights import atomic, cache
-from vitadapter_zoo.weights.checkpoint import INDEX, SINGLE, shard_names
 from vitadapter_zoo.weights.progress import Report
+from vitadapter_zoo.weights.shards import INDEX, SINGLE, shard_names
 from vitadapter_zoo.weights.source import WEIGHTS, HubFile
 
 logger = logging.getLogger(__name__)
