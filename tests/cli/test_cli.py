@@ -1,6 +1,8 @@
 import csv
 import io
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -44,8 +46,67 @@ def test_info() -> None:
     text = run("info", "adapter-b-uniperceiver-3x").stdout
     assert "51.2" in text
     assert "Uni-Perceiver-B" in text
+    assert "COCO's 80" in text
+    assert "7.9 s on 2 CPU cores" in text
     assert json.loads(run("info", "vit-t-deit-3x", "--json").stdout)["mask_ap"] == 37.0
     assert "did you mean vit-t-deit-3x" in failure("info", "vit-t-deit")
+    words = run("info", "vit-s-deit-3x").stdout.split()
+    assert "adapter-s-deit-3x is more accurate" in " ".join(words)
+
+
+def test_every_row_has_advice() -> None:
+    for name in vitadapter_zoo.list_models():
+        assert "  advice " in run("info", name).stdout
+
+
+def test_info_of_a_saved_model(folder: Path, tmp_path: Path) -> None:
+    text = run("info", str(folder)).stdout
+    assert text.startswith(f"{folder}, a saved adapter-t-deit-3x\n")
+    assert "longest side 64, shortest 40" in text
+    assert "46.0" not in text  # the published figures are not this model's
+    record = json.loads(run("info", str(folder), "--json").stdout)
+    assert (record["base"], record["dtype"]) == ("adapter-t-deit-3x", "float32")
+    assert record["box_ap"] is None
+    assert len(record["classes"]) == 80
+    own = tmp_path / "own"
+    shutil.copytree(folder, own)
+    config = json.loads((own / "config.json").read_text())
+    config["id2label"]["0"] = "a\x1b[2Jb"
+    (own / "config.json").write_text(json.dumps(config))
+    done = run("info", "own", cwd=tmp_path)
+    assert "\x1b" not in done.stdout + done.stderr
+    assert r"a\x1b[2Jb" in done.stdout + done.stderr
+    assert "config.json" in failure("info", str(tmp_path))
+
+
+def test_list_fits_80_columns_and_takes_patterns() -> None:
+    lines = run("list").stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    names = run("list", "--filter", "vit-t-*", "--filter", "adapter-l-*", "--exclude", "x*").stdout
+    assert "vit-t-deit-3x" in names
+    assert "adapter-l-augreg-3x" in names
+    assert "adapter-t-deit-3x" not in names
+    assert "no model fits 'a*' or 'b'" in failure(
+        "list", "--filter", "a*", "--filter", "b", "--exclude", "*"
+    )
+
+
+@pytest.mark.parametrize("module", ["vitadapter_zoo", "vitadapter_zoo.cli"])
+def test_python_m(module: str) -> None:
+    command = [sys.executable, "-m", module, "list", "--csv"]
+    assert "adapter-t-deit-1x" in subprocess.check_output(command, text=True)
+
+
+def test_shells_complete_model_names() -> None:
+    for words in ("info adapter-l", "predict x.jpg --model adapter-l"):
+        environment = {
+            **os.environ,
+            "_VITADAPTER_ZOO_COMPLETE": "bash_complete",
+            "COMP_WORDS": f"vitadapter-zoo {words}",
+            "COMP_CWORD": str(len(words.split())),
+        }
+        completed = subprocess.check_output([INSTALLED], env=environment, text=True)
+        assert completed == "plain,adapter-l-augreg-3x\n"
 
 
 LIST = "from vitadapter_zoo.cli import main; main(['list'], standalone_mode=False)"

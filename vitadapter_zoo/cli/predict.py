@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vitadapter_zoo.catalog import COCO_CLASSES
+from vitadapter_zoo.cli.models import model_names
 from vitadapter_zoo.errors import ZooError
 from vitadapter_zoo.text import PATH, quoted, shown
 
@@ -41,6 +42,7 @@ Examples:
     "--model",
     "name",
     required=True,
+    shell_complete=model_names,
     metavar="NAME|FOLDER",
     help="Load name (see `list`), a saved model's folder, or user/repo on the Hub.",
 )
