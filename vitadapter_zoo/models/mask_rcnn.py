@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from vitadapter_zoo.catalog import COCO_CLASSES, Row
 from vitadapter_zoo.detections import Detections, Instances
+from vitadapter_zoo.errors import ImageError
 from vitadapter_zoo.images import ImageInput, NetworkInput, network_input
 from vitadapter_zoo.models.boxes import ROI_STRIDES
 from vitadapter_zoo.models.heads import RoIHead, RPNHead, check_finite
@@ -187,9 +188,15 @@ class MaskRCNN(nn.Module):
             ImageError: one of the inputs is not an image.
             ValueError: ``batch_size`` below 1 or ``score_threshold`` outside 0..1.
         """
+        sources = expand(images)
+        if any(isinstance(source, int) for source in sources):
+            raise ImageError(
+                "an image is a path, a URL, bytes, a PIL image, an array or a tensor, not int; a "
+                "camera has no last image: read it with model.stream(index)"
+            )
         results = []
         for item, found in self.stream_items(
-            items(expand(images)), score_threshold, batch_size=batch_size
+            items(sources), score_threshold, batch_size=batch_size
         ):
             if item.video is not None:
                 found.image = None  # or all frames of the video would stay in memory
