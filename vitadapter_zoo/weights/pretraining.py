@@ -87,7 +87,8 @@ def _few(names: Iterable[str]) -> str:
 
 
 def _read(path: Path, origin: str) -> dict[str, Tensor]:
-    return dict(containers.read(path, origin).tensors)
+    tensors = containers.read(path, origin).tensors
+    return {name.removeprefix("module."): value for name, value in tensors.items()}
 
 
 def _resized_positions(found: Tensor, wanted: Tensor) -> Tensor:
