@@ -80,7 +80,7 @@ setup(
     packages=[*find_packages(include=["vitadapter_zoo*"]), "vitadapter_zoo.csrc"],
     package_dir={"vitadapter_zoo.csrc": "csrc"},
     package_data={
-        "vitadapter_zoo": ["py.typed"],
+        "vitadapter_zoo": ["py.typed", "data/*/*", "data/*/*/*"],
         "vitadapter_zoo.reports": ["templates/*"],
         "vitadapter_zoo.csrc": ["*"],
     },

@@ -6,9 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitadapter_zoo.errors import ZooError
 from vitadapter_zoo.models.boxes import (
     ANCHOR_RATIOS,
     ANCHOR_SCALE,
+    FINEST_SCALE,
     anchors,
     decode,
     nms_by_group,
@@ -78,7 +80,7 @@ class RPNHead(nn.Module):
         ``outputs`` are ``forward``'s, ``sizes`` the resized images' (height, width).
         """
         grids = [
-            anchors(*logits.shape[2:], stride, logits.device, self.anchor_scale)
+            anchors(logits.shape[2], logits.shape[3], stride, logits.device, self.anchor_scale)
             for (logits, _), stride in zip(outputs, RPN_STRIDES, strict=True)
         ]
         return [
@@ -104,9 +106,10 @@ class RPNHead(nn.Module):
             scores, best = scores.topk(min(candidates, len(scores)))
             deltas = deltas.permute(1, 2, 0).reshape(-1, 4)[best].float()
             boxes = decode(grid[best], deltas, RPN_STDS, size)
-            solid = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(dim=1)
-            kept.append((boxes[solid], scores[solid], torch.full_like(best[solid], level)))
+            kept.append((boxes, scores, torch.full_like(best, level)))
         boxes, scores, levels = (torch.cat(parts) for parts in zip(*kept, strict=True))
+        solid = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(dim=1).nonzero().squeeze(1)
+        boxes, scores, levels = boxes[solid], scores[solid], levels[solid]
         best = nms_by_group(boxes, scores, levels, RPN_NMS)[:PROPOSALS]
         return Proposals(boxes[best], scores[best])
 
@@ -165,6 +168,7 @@ class RoIHead(nn.Module):
         box_width: of the box head's hidden layers.
         mask_convs: 3x3 convolutions of the mask head.
         regions: proposals of an image that training takes, a quarter of them objects at most.
+        finest_scale: boxes below twice this size in pixels are pooled at stride 4.
     """
 
     def __init__(
@@ -174,9 +178,11 @@ class RoIHead(nn.Module):
         box_width: int = BOX_WIDTH,
         mask_convs: int = MASK_CONVS,
         regions: int = REGIONS,
+        finest_scale: int = FINEST_SCALE,
     ) -> None:
         super().__init__()
         self.regions = regions
+        self.finest_scale = finest_scale
         self.bbox_head = BoxHead(classes, width, box_width)
         self.mask_head = MaskHead(classes, width, mask_convs)
 
@@ -198,9 +204,11 @@ class RoIHead(nn.Module):
             score_threshold: lowest score kept, 0..1.
         """
         counts = [len(proposal.boxes) for proposal in proposals]
-        pooled = pool_rois(maps, _rois([proposal.boxes for proposal in proposals]), 7)
+        rois = _rois([proposal.boxes for proposal in proposals])
+        pooled = pool_rois(maps, rois, 7, self.finest_scale)
         logits, deltas = self.bbox_head(pooled)
         scores = logits.float().softmax(-1)[:, :-1]
+        check_finite(scores)
         detections = []
         for proposal, image_scores, image_deltas, size, scale in zip(
             proposals,
@@ -212,7 +220,7 @@ class RoIHead(nn.Module):
         ):
             # Only what passes the threshold is decoded: a few hundred of 80,000 pairs.
             rows, labels = (image_scores > score_threshold).nonzero(as_tuple=True)
-            chosen_deltas = image_deltas.view(len(image_deltas), -1, 4)[rows, labels]
+            chosen_deltas = image_deltas.unflatten(1, (-1, 4))[rows, labels]
             boxes = decode(proposal.boxes[rows], chosen_deltas, BOX_STDS, size)
             boxes = boxes / boxes.new_tensor(scale)
             chosen_scores = image_scores[rows, labels]
@@ -232,8 +240,21 @@ class RoIHead(nn.Module):
             for found, scale in zip(detections, scales, strict=True)
         ]
         labels = torch.cat([found.labels for found in detections])
-        logits = self.mask_head(pool_rois(maps, _rois(boxes), 14), labels)
+        logits = self.mask_head(pool_rois(maps, _rois(boxes), 14, self.finest_scale), labels)
         return list(logits.float().sigmoid().split([len(found.labels) for found in detections]))
+
+
+def check_finite(values: Tensor) -> None:
+    """Refuse what would end as an empty result without a word.
+
+    Raises:
+        ZooError: a value is NaN or infinite.
+    """
+    if not values.isfinite().all():
+        raise ZooError(
+            "the network computes NaN or infinite values: its weights are damaged, or too large "
+            "for its dtype; load it again, or with dtype=torch.float32"
+        )
 
 
 def _rois(boxes: list[Tensor]) -> Tensor:
