@@ -5,6 +5,8 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -14,7 +16,7 @@ from typing import Any
 import pytest
 import shapes
 import torch
-from forked import COMMAND, failure, run, workers
+from forked import COMMAND, failure, heed_interrupts, run, workers
 from safetensors.torch import load_file
 
 import vitadapter_zoo
@@ -111,7 +113,7 @@ def test_what_a_run_leaves(trained: TrainingResult) -> None:
 
 
 @pytest.mark.parametrize("layout", [shapes.roboflow, shapes.yolo])
-def test_the_command_trains_from_a_folder_of_ones_own(
+def test_the_command_trains_from_a_folder(
     layout: Any, trained: TrainingResult, tmp_path: Path
 ) -> None:
     """From the weights of the run above, so that a few steps are enough."""
@@ -166,6 +168,48 @@ def test_three_parts_give_the_weights_of_one(data: Path, tmp_path: Path) -> None
     logged = [entry["step"] for entry in read_log(out)]
     assert logged == sorted(logged)
     assert logged[-1] == 8
+
+
+def test_ctrl_c_reaches_all_processes(data: Path, tmp_path: Path) -> None:
+    """As a terminal sends it: to those that prepare images too."""
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "vitadapter_zoo", "train", NANO, "--data", data, "--out", out]
+    process = subprocess.Popen(
+        [*command, *OPTIONS, "--epochs", "500", "--workers", "2"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+        preexec_fn=heed_interrupts,
+    )
+    while not (out / "log.jsonl").exists() and process.poll() is None:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 130, told
+    assert told.endswith("interrupted\n")
+    assert "Traceback" not in told
+    state = read_state(out)
+    assert state
+    assert state["step"] >= 20
+
+
+def test_a_file_that_vanishes_ends_the_run_with_its_name(tmp_path: Path) -> None:
+    root, out = shapes.roboflow(tmp_path / "data"), tmp_path / "run"
+    options = ["--epochs", "500", "--workers", "1", "--lr", "1e-4"]
+    worker = workers().start(
+        COMMAND, "train", NANO, "--data", str(root), "--out", str(out), *OPTIONS, *options,
+        environment={"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    while not (out / "log.jsonl").exists():
+        time.sleep(0.1)
+    (root / "train" / "001.png").unlink()
+    done = worker.wait()
+    assert done.returncode != 0
+    last = done.stderr.splitlines()[-1]
+    assert "cannot read the image" in last
+    assert "001.png" in last
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.slow

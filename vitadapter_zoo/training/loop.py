@@ -133,6 +133,8 @@ class Training:
         done = self.progress.step * self.accumulate
         with Interrupt() as interrupt:
             for number, batch in enumerate(loader if self._share < 1 else (), done):
+                if isinstance(batch, ZooError):
+                    raise batch
                 self._set_learning_rate()
                 _seed(self.seed, number, self.accelerator.process_index)
                 with self.accelerator.accumulate(self.net):

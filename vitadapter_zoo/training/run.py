@@ -100,7 +100,7 @@ def train(
     offline: bool | None = None,
     progress: bool = True,
 ) -> TrainingResult:
-    """Train a detector on one's own data; the defaults are the row's published recipe.
+    """Train a detector on your own data; the defaults are the row's published recipe.
 
     Args:
         name: load name, or a folder or repository as for ``load``: the network to train.
