@@ -14,7 +14,6 @@
 namespace vitadapter_zoo {
 namespace {
 
-// The best that this processor has, or the one that VITADAPTER_ZOO_CPU names.
 const InstructionSet& choose() {
 #if defined(__x86_64__)
   const char* variable = std::getenv("VITADAPTER_ZOO_CPU");
@@ -29,10 +28,14 @@ const InstructionSet& choose() {
   return portable;
 }
 
+}  // namespace
+
 const InstructionSet& instruction_set() {
   static const InstructionSet& chosen = choose();
   return chosen;
 }
+
+namespace {
 
 // Calls `run` with the kernels for the types of these arguments.
 template <typename F>

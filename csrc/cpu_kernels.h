@@ -44,12 +44,39 @@ struct Kernels {
       A* grad_value, A* grad_locations, W* grad_weights, std::int64_t begin, std::int64_t end);
 };
 
+// The bins of one region along one axis: bin b takes the `count[b]` cells from `first[b]` on, with
+// the weights from `weights + b * most` on.
+struct Bins {
+  const int *first, *count;
+  const float* weights;
+  int most;
+};
+
+// maps [images, height, width, channels], output [regions, size, size, channels].
+struct RoiShape {
+  std::int64_t height, width, channels, regions;
+  int size;
+  const std::int64_t* image;  // of each region
+  const Bins *x, *y;          // of each region
+};
+
+struct RoiKernels {
+  // Output of the regions begin <= region < end.
+  void (*forward)(
+      const RoiShape&, const float* maps, float* output, std::int64_t begin, std::int64_t end);
+  // Adds the gradients of the channels begin <= channel < end to grad_maps.
+  void (*backward)(
+      const RoiShape&, const float* grad_output, float* grad_maps, std::int64_t begin,
+      std::int64_t end);
+};
+
 struct InstructionSet {
   const char* name;
   Kernels<float, float, float> float32;
   Kernels<double, double, double> float64;
   Kernels<BFloat16, BFloat16, float> bfloat16;
   Kernels<BFloat16, float, float> bfloat16_float_weights;
+  RoiKernels roi_align;
 };
 
 extern const InstructionSet portable;
@@ -57,6 +84,9 @@ extern const InstructionSet portable;
 extern const InstructionSet avx2;
 extern const InstructionSet avx512;
 #endif
+
+// The best that this processor has, or the one that VITADAPTER_ZOO_CPU names.
+const InstructionSet& instruction_set();
 
 }  // namespace vitadapter_zoo
 

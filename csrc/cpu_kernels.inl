@@ -428,6 +428,8 @@ void backward(
       end);
 }
 
+#include "roi_align.inl"
+
 }  // namespace
 
 #define ZOO_TEXT(name) #name
@@ -442,6 +444,7 @@ extern const InstructionSet ZOO_INSTRUCTION_SET = {
      backward<BFloat16, BFloat16, float>},
     {forward<BFloat16, float, float>, forward_fused<BFloat16, float, float>,
      backward<BFloat16, float, float>},
+    {roi_align, roi_align_backward},
 };
 
 }  // namespace vitadapter_zoo

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import standins
 import torch
+import torchvision
 from hotcoco import mask as coco_mask
 from PIL import Image
 
@@ -123,6 +124,18 @@ def test_suppression_is_within_groups() -> None:
     groups = torch.tensor([0, 0, 1, 0])
     assert nms_by_group(boxes, scores, groups, 0.5).tolist() == [1, 2, 3]
     assert nms_by_group(boxes[:0], scores[:0], groups[:0], 0.5).tolist() == []
+
+
+def test_suppression_of_many_boxes_is_suppression_in_one_pass() -> None:
+    torch.manual_seed(0)
+    corners = torch.rand(3000, 2) * 80
+    boxes = torch.cat([corners, corners + torch.rand(3000, 2) * 40 + 2], dim=1)
+    scores = (torch.rand(3000) * 200).round() / 200  # with ties
+    groups = torch.randint(5, (3000,))
+    apart = boxes + (groups * (boxes.max() + 1))[:, None]
+    expected = torchvision.ops.nms(apart, scores, 0.7)
+    assert 100 < len(expected) < 2900
+    assert nms_by_group(boxes, scores, groups, 0.7).tolist() == expected.tolist()
 
 
 def test_rois_are_pooled_from_the_level_of_their_size() -> None:

@@ -1,7 +1,6 @@
 """Text and JSON from outside: shown safely, and parsed with one kind of error."""
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,11 @@ from vitadapter_zoo.errors import ZooError
 
 
 def shown(text: object, limit: int = 80) -> str:
-    """Foreign text as a message may print it: on one line, escaped and shortened.
+    r"""Foreign text as a message may print it: on one line, escaped and shortened.
 
     Names of tensors, classes and files come from other people's files. Control characters, line
     breaks, terminal escapes, characters that change the direction of writing and lone surrogates
-    are written as ``\\x1b``, ``\\n`` and so on; what is longer than ``limit`` characters is cut in
+    are written as ``\x1b``, ``\n`` and so on; what is longer than ``limit`` characters is cut in
     the middle.
 
     Args:
@@ -113,13 +112,13 @@ def number_in(
     Raises:
         ZooError: of the class ``kind``; the value is absent, no number, or out of range.
     """
-    value = settings.get(key)
+    value: Any = settings.get(key)
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    fits = is_number and math.isfinite(value) and low <= value <= high
+    fits = is_number and low <= value <= high
     if not fits or (whole and value != int(value)):
         raise range_error(where, key, value, f"{'an integer' if whole else 'a number'} from "
                           f"{low:g} to {high:g}", kind)  # fmt: skip
-    return value  # type: ignore[no-any-return]
+    return float(value)
 
 
 def range_error(

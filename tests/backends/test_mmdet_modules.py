@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vitadapter_zoo import ConfigError, get_row
 from vitadapter_zoo.backends.mmdet import modules as modules
 from vitadapter_zoo.backends.mmdet.config import mmdet_config
-from vitadapter_zoo.catalog import ROWS
+from vitadapter_zoo.catalog import MADE_HERE, ROWS
 from vitadapter_zoo.errors import CheckpointError
 from vitadapter_zoo.models.build import build_backbone
 
@@ -36,7 +36,7 @@ def standin_backbone(row: str, **changes: Any) -> nn.Module:
     return network.eval()
 
 
-@pytest.mark.parametrize("name", [row.name for row in ROWS if row.size != "L"])
+@pytest.mark.parametrize("name", [row.name for row in (*ROWS, *MADE_HERE) if row.size != "L"])
 def test_configuration_gives_the_catalog_s_backbone(name: str) -> None:
     with torch.device("meta"):
         ours, native = backbone(name), build_backbone(get_row(name))
@@ -59,7 +59,6 @@ WRONG = {
     "drop_rate": 0.1,
     "attn_drop_rate": 0.1,
     "img_size": 384,
-    "conv_inplane": 32,
     "n_points": 8,
     "with_cffn": False,
     "cffn_ratio": 0.5,

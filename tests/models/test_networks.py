@@ -270,8 +270,11 @@ def test_masks_of_single_classes_are_those_of_all() -> None:
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("operator", ["compiled", "reference"])
 @pytest.mark.parametrize("size", [7, 14])
-def test_regions_are_pooled_as_torchvision_does(size: int) -> None:
+def test_regions_are_pooled_as_torchvision_does(
+    size: int, operator: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     generator = torch.Generator().manual_seed(size)
     x = torch.randn(2, 16, 30, 40, generator=generator)
     # Far outside of the map, long and thin, tiny, without area, inside out.
@@ -281,8 +284,9 @@ def test_regions_are_pooled_as_torchvision_does(size: int) -> None:
     rois = torch.cat([images, corners, corners + sides], dim=1)
     rois[:3, 3:] = rois[:3, 1:3]
     expected = roi_align(x, rois, size, 1 / 8, -1, aligned=True)
-    for ordered in (x, x.contiguous(memory_format=torch.channels_last)):
-        torch.testing.assert_close(boxes.roi_align(ordered, rois, size, 1 / 8), expected)
+    with switched_to(operator, monkeypatch):
+        for ordered in (x, x.contiguous(memory_format=torch.channels_last)):
+            torch.testing.assert_close(boxes.roi_align(ordered, rois, size, 1 / 8), expected)
 
 
 def test_training_mode_has_gradients_everywhere() -> None:

@@ -79,8 +79,9 @@ def _cached_bytes(row: Row) -> int | None:
     """
     if row.made_here:
         source = parse(row.checkpoint_url)
-        there = isinstance(source, LocalFile) and source.path.is_file()
-        return source.path.stat().st_size if there else None
+        if isinstance(source, LocalFile) and source.path.is_file():
+            return source.path.stat().st_size
+        return None
     provenance = cache.entry(row.name, str(parse(row.checkpoint_url))).read()
     return provenance.size if provenance else None
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torchvision.ops import nms
 from torchvision.ops import roi_align as torchvision_roi_align
 
+from vitadapter_zoo.ops import roi_align as compiled_roi_align
 from vitadapter_zoo.ops.masks import paste_masks as paste_masks
 
 ANCHOR_SCALE = 8  # side of the square anchor in strides
@@ -19,6 +20,7 @@ ANCHOR_RATIOS = (0.5, 1.0, 2.0)  # height / width
 MAX_LOG_RATIO = abs(math.log(16 / 1000))  # dw, dh are clamped to this before exp
 FINEST_SCALE = 56  # FPN paper, equation 1 with k0 = 4 at 224 pixels: level 0 below 112
 ROI_STRIDES = (4, 8, 16, 32)
+MANY_BOXES = 1000  # from here on suppression is faster group by group on the CPU
 
 
 def anchors(
@@ -82,38 +84,57 @@ def encode(boxes: Tensor, targets: Tensor, stds: tuple[float, float, float, floa
 def nms_by_group(boxes: Tensor, scores: Tensor, groups: Tensor, threshold: float) -> Tensor:
     """Suppress overlaps within each group; indices of what is kept, best score first.
 
-    Groups are moved apart by offsets and suppressed in one pass, as the original does: the
-    offsets' rounding is part of the published numbers, so torchvision's ``batched_nms``, which
-    changes its way with the number of boxes, is not used.
+    Groups are moved apart by offsets, as the original does: the offsets' rounding is part of the
+    published numbers, so torchvision's ``batched_nms``, which changes its way with the number of
+    boxes, is not used. No coordinate may be negative.
     """
     if boxes.numel() == 0:
         return torch.zeros(0, dtype=torch.long, device=boxes.device)
-    offsets = groups.to(boxes) * (boxes.max() + 1)
-    return nms(boxes + offsets[:, None], scores, threshold)
+    boxes = boxes + (groups.to(boxes) * (boxes.max() + 1))[:, None]
+    if boxes.device.type != "cpu" or len(boxes) < MANY_BOXES:
+        return nms(boxes, scores, threshold)
+    # The CPU compares all pairs in turn. One group at a time it finds the same: groups are apart.
+    kept = []
+    for group in groups.unique().tolist():
+        members = (groups == group).nonzero().squeeze(1)
+        kept.append(members[nms(boxes[members], scores[members], threshold)])
+    best = torch.cat(kept).sort().values
+    return best[scores[best].argsort(descending=True, stable=True)]
 
 
-def pool_rois(maps: list[Tensor], rois: Tensor, size: int) -> Tensor:
+def pool_rois(
+    maps: list[Tensor], rois: Tensor, size: int, finest_scale: int = FINEST_SCALE
+) -> Tensor:
     """RoIAlign each box from the level that fits its size.
 
     Args:
         maps: ``[N, 256, H / s, W / s]`` at strides 4, 8, 16 and 32.
         rois: ``[R, 5]`` as (image index, x1, y1, x2, y2) in network pixels.
         size: bins per side.
+        finest_scale: boxes below twice this size in pixels are pooled at stride 4.
 
     Returns:
         ``[R, 256, size, size]``.
     """
+    # A box that is NaN pools nothing, as one without area does.
+    rois = rois.nan_to_num()
     scales = ((rois[:, 3] - rois[:, 1]) * (rois[:, 4] - rois[:, 2])).sqrt()
-    levels = (scales / FINEST_SCALE + 1e-6).log2().floor().clamp(0, len(ROI_STRIDES) - 1)
+    levels = (scales / finest_scale + 1e-6).log2().floor().clamp(0, len(ROI_STRIDES) - 1)
+    order = levels.argsort(stable=True)
+    counts = levels.long().bincount(minlength=len(ROI_STRIDES)).tolist()
+    # In float32 whatever the maps' type: rounded boxes would pool from elsewhere.
+    parts = (
+        roi_align(wide(x), part, size, 1 / stride).to(x.dtype).permute(0, 2, 3, 1)
+        for x, part, stride in zip(maps, rois[order].split(counts), ROI_STRIDES, strict=True)
+    )
     # Channels-last, the order in which the mask head's convolutions are fastest.
-    pooled = maps[0].new_zeros(len(rois), size, size, maps[0].shape[1]).permute(0, 3, 1, 2)
-    for level, (x, stride) in enumerate(zip(maps, ROI_STRIDES, strict=True)):
-        chosen = (levels == level).nonzero().squeeze(1)
-        if len(chosen):
-            # In float32 whatever the maps' type: rounded boxes would pool from elsewhere.
-            aligned = roi_align(wide(x), rois[chosen], size, 1 / stride)
-            pooled[chosen] = aligned.to(pooled.dtype)
-    return pooled
+    if torch.is_grad_enabled():
+        return torch.cat(list(parts)).index_select(0, order.argsort()).permute(0, 3, 1, 2)
+    # One copy less; with gradients it would cost several more.
+    pooled = maps[0].new_empty(len(rois), size, size, maps[0].shape[1])
+    for chosen, part in zip(order.split(counts), parts, strict=True):
+        pooled[chosen] = part
+    return pooled.permute(0, 3, 1, 2)
 
 
 def wide(x: Tensor) -> Tensor:
@@ -124,12 +145,13 @@ def wide(x: Tensor) -> Tensor:
 def roi_align(x: Tensor, rois: Tensor, size: int, scale: float) -> Tensor:
     """RoIAlign (arXiv:1703.06870, section 3) with an adaptive number of samples, aligned.
 
-    On the CPU a bin is a weighted sum of pixels, all channels at a time, which PyTorch has as
-    ``embedding_bag``: 4 to 10 times as fast as torchvision's loops over single channels, which also
-    copy the whole map out of its channels-last order. Those serve other devices and training.
+    On the CPU torchvision loops over single channels, and first copies the whole map out of its
+    channels-last order. The compiled kernel takes all channels at a time. Where it is missing a bin
+    is a weighted sum of pixels, which PyTorch has as ``embedding_bag``: 4 to 10 times as fast as
+    torchvision, but only without gradients.
 
     Args:
-        x: ``[N, C, H, W]``, float32.
+        x: ``[N, C, H, W]``, float32 or float64.
         rois: ``[R, 5]`` as (image index, x1, y1, x2, y2) in network pixels.
         size: bins per side.
         scale: cells of the map per network pixel.
@@ -137,7 +159,10 @@ def roi_align(x: Tensor, rois: Tensor, size: int, scale: float) -> Tensor:
     Returns:
         ``[R, C, size, size]``.
     """
-    if x.device.type != "cpu" or x.requires_grad:
+    on_cpu = x.device.type == "cpu"
+    if on_cpu and x.dtype == torch.float32 and compiled_roi_align.usable():
+        return compiled_roi_align.roi_align(x, rois, size, scale)
+    if not on_cpu or x.requires_grad:
         return torchvision_roi_align(x, rois, size, scale, -1, aligned=True)
     channels, height, width = x.shape[1:]
     pixels = x.permute(0, 2, 3, 1).reshape(-1, channels)

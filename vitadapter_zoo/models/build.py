@@ -6,7 +6,7 @@ from torch import nn
 
 from vitadapter_zoo.catalog import Row
 from vitadapter_zoo.models.adapter import STEM_WIDTH, ViTAdapter
-from vitadapter_zoo.models.boxes import ANCHOR_SCALE
+from vitadapter_zoo.models.boxes import ANCHOR_SCALE, FINEST_SCALE
 from vitadapter_zoo.models.heads import BOX_WIDTH, MASK_CONVS, REGIONS, RoIHead, RPNHead
 from vitadapter_zoo.models.mask_rcnn import MaskRCNN
 from vitadapter_zoo.models.necks import FPN, WIDTH, ChannelMapper
@@ -35,6 +35,7 @@ class Size:
         mask_convs: 3x3 convolutions of the mask head.
         anchor_scale: side of the square anchor in strides.
         regions: proposals of an image that the box and mask losses take.
+        finest_scale: boxes below twice this size in pixels are pooled at stride 4.
     """
 
     dim: int
@@ -51,6 +52,7 @@ class Size:
     mask_convs: int = MASK_CONVS
     anchor_scale: int = ANCHOR_SCALE
     regions: int = REGIONS
+    finest_scale: int = FINEST_SCALE
 
 
 SIZES = {
@@ -100,6 +102,11 @@ def build(row: Row, categories: tuple[str, ...] | None = None) -> MaskRCNN:
         categories,
         rpn_head=RPNHead(size.neck_width, size.anchor_scale),
         roi_head=RoIHead(
-            len(categories), size.neck_width, size.box_width, size.mask_convs, size.regions
+            len(categories),
+            size.neck_width,
+            size.box_width,
+            size.mask_convs,
+            size.regions,
+            size.finest_scale,
         ),
     )

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from vitadapter_zoo.models.boxes import (
     ANCHOR_RATIOS,
     ANCHOR_SCALE,
+    FINEST_SCALE,
     anchors,
     decode,
     nms_by_group,
@@ -78,7 +79,7 @@ class RPNHead(nn.Module):
         ``outputs`` are ``forward``'s, ``sizes`` the resized images' (height, width).
         """
         grids = [
-            anchors(*logits.shape[2:], stride, logits.device, self.anchor_scale)
+            anchors(logits.shape[2], logits.shape[3], stride, logits.device, self.anchor_scale)
             for (logits, _), stride in zip(outputs, RPN_STRIDES, strict=True)
         ]
         return [
@@ -104,9 +105,10 @@ class RPNHead(nn.Module):
             scores, best = scores.topk(min(candidates, len(scores)))
             deltas = deltas.permute(1, 2, 0).reshape(-1, 4)[best].float()
             boxes = decode(grid[best], deltas, RPN_STDS, size)
-            solid = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(dim=1)
-            kept.append((boxes[solid], scores[solid], torch.full_like(best[solid], level)))
+            kept.append((boxes, scores, torch.full_like(best, level)))
         boxes, scores, levels = (torch.cat(parts) for parts in zip(*kept, strict=True))
+        solid = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(dim=1).nonzero().squeeze(1)
+        boxes, scores, levels = boxes[solid], scores[solid], levels[solid]
         best = nms_by_group(boxes, scores, levels, RPN_NMS)[:PROPOSALS]
         return Proposals(boxes[best], scores[best])
 
@@ -165,6 +167,7 @@ class RoIHead(nn.Module):
         box_width: of the box head's hidden layers.
         mask_convs: 3x3 convolutions of the mask head.
         regions: proposals of an image that training takes, a quarter of them objects at most.
+        finest_scale: boxes below twice this size in pixels are pooled at stride 4.
     """
 
     def __init__(
@@ -174,9 +177,11 @@ class RoIHead(nn.Module):
         box_width: int = BOX_WIDTH,
         mask_convs: int = MASK_CONVS,
         regions: int = REGIONS,
+        finest_scale: int = FINEST_SCALE,
     ) -> None:
         super().__init__()
         self.regions = regions
+        self.finest_scale = finest_scale
         self.bbox_head = BoxHead(classes, width, box_width)
         self.mask_head = MaskHead(classes, width, mask_convs)
 
@@ -198,7 +203,8 @@ class RoIHead(nn.Module):
             score_threshold: lowest score kept, 0..1.
         """
         counts = [len(proposal.boxes) for proposal in proposals]
-        pooled = pool_rois(maps, _rois([proposal.boxes for proposal in proposals]), 7)
+        rois = _rois([proposal.boxes for proposal in proposals])
+        pooled = pool_rois(maps, rois, 7, self.finest_scale)
         logits, deltas = self.bbox_head(pooled)
         scores = logits.float().softmax(-1)[:, :-1]
         detections = []
@@ -232,7 +238,7 @@ class RoIHead(nn.Module):
             for found, scale in zip(detections, scales, strict=True)
         ]
         labels = torch.cat([found.labels for found in detections])
-        logits = self.mask_head(pool_rois(maps, _rois(boxes), 14), labels)
+        logits = self.mask_head(pool_rois(maps, _rois(boxes), 14, self.finest_scale), labels)
         return list(logits.float().sigmoid().split([len(found.labels) for found in detections]))
 
 

@@ -256,7 +256,7 @@ def roi_losses(
         objects: per image.
     """
     rois, owners = regions
-    logits, deltas = head.bbox_head(pool_rois(maps, rois, 7))
+    logits, deltas = head.bbox_head(pool_rois(maps, rois, 7, head.finest_scale))
     number = max(len(rois), 1)
     background = logits.shape[1] - 1
     # Index BACKGROUND (-1) finds the last entry.
@@ -265,7 +265,7 @@ def roi_losses(
     boxes, owners, classes = rois[positives], owners[positives], labels[positives]
     wanted = encode(boxes[:, 1:], torch.cat([own.boxes for own in objects])[owners], BOX_STDS)
     found = wide(deltas).view(len(rois), background, 4)[positives, classes]
-    masks = wide(head.mask_head(pool_rois(maps, boxes, 14), classes))
+    masks = wide(head.mask_head(pool_rois(maps, boxes, 14, head.finest_scale), classes))
     shapes = _shapes(objects, boxes, owners)
     return {
         "loss_cls": F.cross_entropy(wide(logits), labels, reduction="sum") / number,

@@ -13,6 +13,7 @@ from vitadapter_zoo.models.boxes import ROI_STRIDES
 from vitadapter_zoo.models.heads import RoIHead, RPNHead
 from vitadapter_zoo.models.losses import losses
 from vitadapter_zoo.models.objects import Target
+from vitadapter_zoo.models.precision import float32_precision
 from vitadapter_zoo.ops import paste_masks
 
 MASK_THRESHOLD = 0.5
@@ -32,7 +33,13 @@ class MaskRCNN(nn.Module):
         categories: names of the classes, in the order of the outputs.
         rpn_head: the published networks' by default.
         roi_head: likewise.
+
+    Attributes:
+        allow_tf32: whether a float32 detector on CUDA may use TF32, which is several times faster
+            and outside the tolerance of the comparison with the original; False at first.
     """
+
+    allow_tf32: bool = False
 
     def __init__(
         self,
@@ -147,11 +154,12 @@ class MaskRCNN(nn.Module):
         x = torch.cat([item.tensor for item in inputs]).to(weights.device, weights.dtype)
         sizes = [item.resized for item in inputs]
         scales = [item.scale for item in inputs]
-        maps: list[Tensor] = self.neck(self.backbone(x))
-        proposals = self.rpn_head.propose(maps, sizes)
-        roi_maps = maps[: len(ROI_STRIDES)]
-        found = self.roi_head.detect_boxes(roi_maps, proposals, sizes, scales, score_threshold)
-        masks = self.roi_head.predict_masks(roi_maps, found, scales)
+        with float32_precision(weights.device, allow_tf32=self.allow_tf32):
+            maps: list[Tensor] = self.neck(self.backbone(x))
+            proposals = self.rpn_head.propose(maps, sizes)
+            roi_maps = maps[: len(ROI_STRIDES)]
+            found = self.roi_head.detect_boxes(roi_maps, proposals, sizes, scales, score_threshold)
+            masks = self.roi_head.predict_masks(roi_maps, found, scales)
         return [
             Instances(boxes, scores, labels, probabilities, item.original)
             for item, (boxes, scores, labels), probabilities in zip(

@@ -21,7 +21,14 @@ from vitadapter_zoo.ops.paths import CPU_LIBRARY, CUDA_LIBRARY, built_folder, so
 if TYPE_CHECKING:
     from setuptools import Extension
 
-CPU_SOURCES = ("cpu.cpp", "cpu_portable.cpp", "cpu_avx2.cpp", "cpu_avx512.cpp", "masks.cpp")
+CPU_SOURCES = (
+    "cpu.cpp",
+    "cpu_portable.cpp",
+    "cpu_avx2.cpp",
+    "cpu_avx512.cpp",
+    "masks.cpp",
+    "roi_align.cpp",
+)
 CUDA_SOURCES = ("cuda.cu",)
 
 # The oldest torch whose stable ABI has all that is used; any newer one can load the result.

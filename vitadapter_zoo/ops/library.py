@@ -6,7 +6,7 @@ import ctypes
 import functools
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,12 +122,17 @@ def check(device: torch.device) -> float:
         The largest error of any output, relative to the largest value of that output; NaN where
         a kernel gives NaN.
     """
-    errors = [
+    return worst(
         float((got.cpu() - expected).abs().max() / expected.abs().max())
         for channels in (32, 3)  # the vectorized kernel and the general one
         for got, expected in _outputs(channels, device)
-    ]
-    return next((error for error in errors if math.isnan(error)), max(errors))
+    )
+
+
+def worst(errors: Iterable[float]) -> float:
+    """The largest of the errors; NaN where one is NaN, which ``max`` may overlook."""
+    found = list(errors)
+    return math.nan if any(math.isnan(error) for error in found) else max(found)
 
 
 def _outputs(channels: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:

@@ -115,7 +115,8 @@ class ViTAdapter(adapter.ViTAdapter):
         init_values: what the injectors' ``gamma`` start from.
         interaction_indexes: first and last block of each interaction: the quarters of the trunk.
         use_extra_extractor: whether two more extractors follow the last interaction.
-        conv_inplane, n_points, with_cffn, cffn_ratio, add_vit_feature: 64, 4, True, 0.25, True.
+        conv_inplane: width of the spatial prior's stem.
+        n_points, with_cffn, cffn_ratio, add_vit_feature: 4, True, 0.25, True.
         others: ``ViTBaseline``'s.
 
     Raises:
@@ -155,9 +156,8 @@ class ViTAdapter(adapter.ViTAdapter):
     ) -> None:
         _only_as_published(
             patch_size=patch_size, in_chans=in_chans, mlp_ratio=mlp_ratio, qkv_bias=qkv_bias,
-            drop_rate=drop_rate, attn_drop_rate=attn_drop_rate, conv_inplane=conv_inplane,
-            n_points=n_points, with_cffn=with_cffn, cffn_ratio=cffn_ratio,
-            add_vit_feature=add_vit_feature,
+            drop_rate=drop_rate, attn_drop_rate=attn_drop_rate, n_points=n_points,
+            with_cffn=with_cffn, cffn_ratio=cffn_ratio, add_vit_feature=add_vit_feature,
         )  # fmt: skip
         _only("img_size", img_size, pretrain_size)
         _check_interactions(interaction_indexes, depth)
@@ -169,6 +169,7 @@ class ViTAdapter(adapter.ViTAdapter):
             drop_path_rate,
             deform_heads=deform_num_heads,
             deform_ratio=deform_ratio,
+            stem_width=conv_inplane,
         )
         self.pretrained = pretrained
         _finish(self, self.blocks, layer_scale=layer_scale, with_cp=with_cp)

@@ -37,8 +37,9 @@ def read_pretraining(network: nn.Module, pretrained: str | None) -> None:
     if pretrained is None:
         return
     path = _fetched(pretrained)
-    found = containers.read(path, pretrained).tensors
     trunk = {name: x for name, x in network.named_parameters() if name.startswith(TRUNK)}
+    found = containers.read(path, pretrained).tensors
+    found = {name.removeprefix("module."): value for name, value in found.items()}
     absent = [name for name in trunk if name not in found]
     misshaped = [name for name in trunk if name in found and trunk[name].shape != found[name].shape]
     scales = [name for name in absent if name.endswith(LAYER_SCALES)]

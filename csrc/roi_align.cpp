@@ -1,0 +1,160 @@
+// RoIAlign over maps in channels-last order, forward and backward.
+//
+// A bin's samples lie on a grid, so the weight of a cell is the product of one weight along x and one
+// along y, and neighbouring samples share cells. The weights along both axes are computed once for a
+// region; a bin is then a short sum over all channels of a few cells.
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "arguments.h"
+#include "cpu_kernels.h"
+
+namespace vitadapter_zoo {
+namespace {
+
+constexpr char NAME[] = "roi_align";
+constexpr float MOST_SAMPLES = 1 << 14;  // of a bin along one axis; more is no box of an image
+constexpr std::int64_t GROUP = 16;       // channels that no two threads share: a cache line
+
+// The bins of all regions along one axis, in one piece of memory each.
+class Axes {
+ public:
+  Axes(std::int64_t regions, int size) : size_(size), places_(regions), bins_(regions) {
+    first_.reserve(regions * size);
+    count_.reserve(regions * size);
+  }
+
+  // Of the next region, from `begin` to `end` in cells, where a map has `cells` of them.
+  void add(float begin, float end, int cells) {
+    const float bin = (end - begin) / float(size_);
+    // A box without length has no samples; NaN neither.
+    const float wanted = bin > 0 ? std::ceil(bin) : 0.0f;
+    require(wanted <= MOST_SAMPLES, "a box is too large for its map", NAME);
+    const int samples = int(wanted), most = samples + 2;
+    places_[next_++] = {first_.size(), weights_.size(), most};
+    weights_.resize(weights_.size() + size_ * most);
+    for (int b = 0; b < size_; ++b) {
+      float* weights = weights_.data() + weights_.size() - (size_ - b) * most;
+      int first = 0, count = 0;
+      for (int i = 0; i < samples; ++i) {
+        float place = begin + float(b) * bin + (float(i) + 0.5f) * bin / float(samples);
+        if (!(place >= -1 && place <= float(cells))) continue;
+        place = std::clamp(place, 0.0f, float(cells - 1));
+        const int low = int(place);
+        const int high = std::min(low + 1, cells - 1);
+        const float share = place - float(low);
+        if (count == 0) first = low;
+        count = high - first + 1;
+        weights[low - first] += (1 - share) / float(samples);
+        weights[high - first] += share / float(samples);
+      }
+      first_.push_back(first);
+      count_.push_back(count);
+    }
+  }
+
+  // All regions', once they are added.
+  const Bins* bins() {
+    for (std::size_t r = 0; r < places_.size(); ++r)
+      bins_[r] = {
+          first_.data() + places_[r].bin, count_.data() + places_[r].bin,
+          weights_.data() + places_[r].weight, places_[r].most};
+    return bins_.data();
+  }
+
+ private:
+  struct Place {
+    std::size_t bin, weight;
+    int most;
+  };
+  int size_;
+  std::size_t next_ = 0;
+  std::vector<int> first_, count_;
+  std::vector<float> weights_;
+  std::vector<Place> places_;
+  std::vector<Bins> bins_;
+};
+
+// Calls run(shape) for `rois` [R, 5] on maps of this size.
+template <typename F>
+void with_shape(
+    const Tensor& rois, std::int64_t images, std::int64_t height, std::int64_t width,
+    std::int64_t channels, std::int64_t size, double scale, const F& run) {
+  require(
+      rois.dim() == 2 && rois.size(1) == 5 && rois.scalar_type() == ScalarType::Float,
+      "rois must be float32 [R, 5]", NAME);
+  constexpr std::int64_t MOST = 1 << 20;  // cells that float32 tells apart with room to spare
+  require(
+      size > 0 && size <= 1024 && height > 0 && height < MOST && width > 0 && width < MOST,
+      "the maps or the bins have no size", NAME);
+  const Tensor boxes = torch::stable::contiguous(rois);
+  const std::int64_t regions = boxes.size(0);
+  std::vector<std::int64_t> image(regions);
+  Axes x(regions, int(size)), y(regions, int(size));
+  const float factor = float(scale);
+  for (std::int64_t r = 0; r < regions; ++r) {
+    const float* box = data<float>(boxes) + 5 * r;
+    require(box[0] >= 0 && box[0] < float(images), "a box has no image", NAME);
+    image[r] = std::int64_t(box[0]);
+    x.add(box[1] * factor - 0.5f, box[3] * factor - 0.5f, int(width));
+    y.add(box[2] * factor - 0.5f, box[4] * factor - 0.5f, int(height));
+  }
+  run(RoiShape{height, width, channels, regions, int(size), image.data(), x.bins(), y.bins()});
+}
+
+Tensor forward(const Tensor& maps, const Tensor& rois, std::int64_t size, double scale) {
+  require(
+      maps.dim() == 4 && maps.scalar_type() == ScalarType::Float,
+      "maps must be float32 [N, H, W, C]", NAME);
+  const Tensor cells = torch::stable::contiguous(maps);
+  const std::int64_t channels = cells.size(3);
+  const std::int64_t sizes[4] = {rois.size(0), size, size, channels};
+  Tensor output = torch::stable::new_empty(maps, {sizes, 4});
+  with_shape(
+      rois, cells.size(0), cells.size(1), cells.size(2), channels, size, scale,
+      [&](const RoiShape& shape) {
+        torch::stable::parallel_for(
+            0, shape.regions, 4, [&](std::int64_t begin, std::int64_t end) {
+              instruction_set().roi_align.forward(
+                  shape, data<float>(cells), mutable_data<float>(output), begin, end);
+            });
+      });
+  return output;
+}
+
+Tensor backward(
+    const Tensor& grad_output, const Tensor& rois, std::int64_t images, std::int64_t height,
+    std::int64_t width, double scale) {
+  require(
+      grad_output.dim() == 4 && grad_output.scalar_type() == ScalarType::Float &&
+          grad_output.size(0) == rois.size(0) && grad_output.size(1) == grad_output.size(2),
+      "the gradient must be float32 [R, size, size, C]", NAME);
+  require(images >= 0, "a negative number of images", NAME);
+  const Tensor grad = torch::stable::contiguous(grad_output);
+  const std::int64_t channels = grad.size(3);
+  const std::int64_t sizes[4] = {images, height, width, channels};
+  Tensor result = torch::stable::new_zeros(grad, {sizes, 4});
+  with_shape(
+      rois, images, height, width, channels, grad.size(1), scale, [&](const RoiShape& shape) {
+        const std::int64_t groups = (channels + GROUP - 1) / GROUP;
+        // A cell's sum is made by one thread in the order of the regions, so it does not depend on
+        // the number of threads.
+        torch::stable::parallel_for(0, groups, 1, [&](std::int64_t begin, std::int64_t end) {
+          instruction_set().roi_align.backward(
+              shape, data<float>(grad), mutable_data<float>(result), begin * GROUP,
+              std::min(end * GROUP, channels));
+        });
+      });
+  return result;
+}
+
+}  // namespace
+}  // namespace vitadapter_zoo
+
+// Declared in Python (ops/roi_align.py).
+STABLE_TORCH_LIBRARY_IMPL(vitadapter_zoo, CPU, m) {
+  m.impl("_roi_align", TORCH_BOX(&vitadapter_zoo::forward));
+  m.impl("_roi_align_backward", TORCH_BOX(&vitadapter_zoo::backward));
+}
