@@ -4,7 +4,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-ray test-mmdet mmdet-env mmdet-ready lint benchmark gpu-check wheel test-wheel sanitize clean
+.PHONY: demo test test-slow test-ray test-mmdet mmdet-env mmdet-ready lint benchmark check-torch-headers gpu-check wheel test-wheel sanitize clean
 
 demo: .venv/.current
 	$(BIN)/python demo/run.py
@@ -42,6 +42,10 @@ benchmark: .venv/.current
 	$(BIN)/python benchmarks/load.py
 	$(BIN)/python benchmarks/verify.py
 	$(BIN)/python benchmarks/masks.py
+
+# Compiles csrc/ against the headers of torch 2.10, 2.11 and 2.14.
+check-torch-headers:
+	scripts/check_torch_headers.sh
 
 # Where there is no GPU, every section says so.
 gpu-check: .venv/.current

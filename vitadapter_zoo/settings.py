@@ -12,6 +12,29 @@ from vitadapter_zoo.errors import ZooError
 Home: TypeAlias = str | os.PathLike[str] | None
 
 
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """The path with a leading ``~`` or ``~user`` replaced by that user's home folder.
+
+    A shell leaves ``~`` in place in ``--out=~/x``, in quotes and in environment variables. Every
+    path that a user can give passes through this function once, where it enters the package.
+
+    Raises:
+        ZooError: there is no such user, or the path holds a null character.
+    """
+    text = os.fspath(path)
+    if "\0" in text:
+        raise ZooError(f"the path {text[:80]!r} holds a null character")
+    # Path.expanduser would drop the dot of "./~" and expand that too.
+    result = os.path.expanduser(text)  # noqa: PTH111
+    user, slash, _ = text.partition("/")
+    if slash and result == text and user.startswith("~") and not Path(user).exists():
+        raise ZooError(
+            f"the path {text[:80]!r} begins with {user[:80]!r}, and there is no such user; write "
+            "the home folder's full path"
+        )
+    return Path(result)
+
+
 def home(cache_dir: Home = None) -> Path:
     """The cache's directory: the argument, else ``$VITADAPTER_ZOO_HOME``, else the platform's."""
     chosen = cache_dir or os.environ.get("VITADAPTER_ZOO_HOME")
@@ -19,7 +42,7 @@ def home(cache_dir: Home = None) -> Path:
         import platformdirs
 
         chosen = platformdirs.user_cache_dir("vitadapter-zoo", appauthor=False)
-    return Path(chosen).resolve()
+    return expanded(chosen).resolve()
 
 
 def is_offline(offline: bool | None = None) -> bool:

@@ -33,7 +33,7 @@ def test_command_prints_the_whole_configuration() -> None:
     assert test["transforms"][2]["mean"] == (127.5, 127.5, 127.5)
     assert found["model"]["backbone"]["pretrained"].endswith(".pth")
     unknown = subprocess.run([COMMAND, "config", "vit-x"], capture_output=True, text=True)
-    assert unknown.returncode == 1
+    assert unknown.returncode == 2
     assert "unknown model 'vit-x'" in unknown.stderr
 
 
@@ -69,6 +69,6 @@ def test_missing_mmdet_is_one_error_with_the_remedy() -> None:
         vitadapter_zoo.load("vit-t-deit-3x", backend="mmdet")
     command = [COMMAND, "compare", "vit-t-deit-3x", "--images", str(standins.PHOTO)]
     result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert "No module named 'mmcv'" in result.stderr
     assert "Traceback" not in result.stderr

@@ -49,7 +49,7 @@ def test_there_and_back_is_bit_exact(name: str, published_file: MakeFile, tmp_pa
     assert len(returned["meta"]["CLASSES"]) == 80
     assert returned["meta"]["epoch"] == 36  # the training's metadata goes along
     assert metadata["source_sha256"] == hashlib.sha256(source.read_bytes()).hexdigest()
-    assert "is there already: give --force" in failure(*again)
+    assert "exists: give --force" in failure(*again)
     assert run(*again, "--force").returncode == 0
 
 
@@ -230,7 +230,7 @@ def test_the_cache_is_listed_verified_and_pruned(
     assert result.returncode == 1
     assert "1 damaged" in result.stderr
     os.utime(item.entry.weights)
-    assert same_weights(vitadapter_zoo.load(NAME, checkpoint=source), NAME)  # made anew
+    assert same_weights(vitadapter_zoo.load(NAME, checkpoint=source), NAME)
     assert "intact" in run("cache", "verify").stdout
     two_days_ago = time.time() - 2 * 86400
     os.utime(item.entry.record, (two_days_ago, two_days_ago))
@@ -239,7 +239,7 @@ def test_the_cache_is_listed_verified_and_pruned(
     assert left_behind(zoo_home) == foreign
     assert "0 removed" in run("cache", "prune", "--all").stdout
     assert left_behind(zoo_home) == foreign
-    assert "is no age" in failure("cache", "prune", "--older-than", "soon")
+    assert "is not an age" in failure("cache", "prune", "--older-than", "soon")
     assert "offline mode" in failure("download", "vit-t-deit-3x", "--offline")
     assert "name the models" in failure("download")
 

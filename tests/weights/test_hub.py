@@ -193,3 +193,37 @@ print(helpers.same_weights(zoo.load(NAME, checkpoint="user/repo"), NAME))
     hub.damage("model.safetensors")
     fresh = str(Path(hub.environment["HF_HOME"]).with_name("hf-2"))
     assert "is not the file that the server announces" in hub.run(read, HF_HOME=fresh)
+
+
+AWAY = """
+import time
+from vitadapter_zoo.finder import find
+for name in ("user/repo", "hf_hub:user/repo"):
+    start = time.monotonic()
+    try:
+        find(name)
+    except zoo.ZooError as error:
+        print(time.monotonic() - start < 1, error)
+start = time.monotonic()
+try:
+    zoo.load("adapter-t-deit-1x", checkpoint="hf://czczup/ViT-Adapter/x.pth")
+except zoo.ZooError as error:
+    print(time.monotonic() - start < 1, error)
+"""
+
+
+def test_without_a_network_and_a_cache_it_is_one_line_at_once(hub: Hub) -> None:
+    said = hub.run(AWAY, HF_ENDPOINT="http://127.0.0.1:9").splitlines()
+    assert len(said) == 3
+    for line in said:
+        assert line.startswith("True cannot download hf://")
+        assert "cannot be reached (Connection refused) and it is not in the cache" in line
+
+
+def test_without_a_network_the_cache_serves(
+    hub: Hub, published_file: Callable[[str], Path]
+) -> None:
+    hub.add(FILE, published_file(NAME).read_bytes())
+    code = SAME.format(f"hf://{standhub.REPO}/{FILE}")
+    assert hub.run(code) == "True\n"
+    assert hub.run(code, HF_ENDPOINT="http://127.0.0.1:9") == "True\n"

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import click
 
+from vitadapter_zoo import settings
 from vitadapter_zoo.catalog import get_row
 from vitadapter_zoo.cli.models import list_command
 from vitadapter_zoo.cli.predict import predict
 from vitadapter_zoo.cli.verify import verify
 from vitadapter_zoo.errors import ZooError
+from vitadapter_zoo.text import PATH, shown
 
 MODEL = "adapter-n-emoji"
 PICTURES = ("000093.jpg", "000133.jpg", "000189.jpg")  # of the row's validation images
@@ -31,12 +33,12 @@ Exit status: that of `verify`.
 )
 @click.option(
     "--out",
-    type=click.Path(path_type=Path, file_okay=False),
-    default=Path("demo-output"),
+    default="demo-output",
     show_default=True,
+    metavar="DIR",
     help="Folder for the pictures and the report.",
 )
-def demo(out: Path) -> None:
+def demo(out: str) -> None:
     """Detect objects with adapter-n-emoji, then confirm its AP.
 
     Weights and images are in the package. It takes about a minute on 2 cores.
@@ -45,7 +47,8 @@ def demo(out: Path) -> None:
     if files is None:
         raise ZooError(f"{MODEL} has no images in this package; install vitadapter-zoo again")
     pictures = [str(files[1] / name) for name in PICTURES]
-    drawn, report = out / "pictures", out / "report"
+    folder = settings.expanded(out)
+    drawn, report = folder / "pictures", folder / "report"
 
     _run(list_command, ["--filter", MODEL])
     _run(predict, [*pictures, "--model", MODEL, "--out", str(drawn), "--score", SCORE, "--offline"])
@@ -56,8 +59,8 @@ def demo(out: Path) -> None:
 
     click.secho("\nSee what it found:", bold=True)
     for name in PICTURES:
-        click.echo(f"  {(drawn / name).with_suffix('.png')}")
-    click.echo(f"  {report / 'report.html'}")
+        click.echo(f"  {shown((drawn / name).with_suffix('.png'), PATH)}")
+    click.echo(f"  {shown(report / 'report.html', PATH)}")
     click.get_current_context().exit(status)
 
 
@@ -73,12 +76,14 @@ def _run(command: click.Command, arguments: Sequence[str], *, hidden: Sequence[s
         Its exit status.
 
     Raises:
-        ZooError: the command's own errors.
+        ZooError: an error of the command; click.ClickException, one of `verify`.
     """
     line = shlex.join(["vitadapter-zoo", str(command.name), *arguments])
     click.secho(f"\n$ {line}", bold=True)
+    parent = click.get_current_context()
     try:
-        status = command.main([*arguments, *hidden], standalone_mode=False)
-    except SystemExit as end:
-        status = end.code
-    return status if isinstance(status, int) else int(status is not None)
+        with command.make_context(command.name, [*arguments, *hidden], parent=parent) as context:
+            command.invoke(context)
+    except click.exceptions.Exit as end:
+        return end.exit_code
+    return 0

@@ -238,6 +238,8 @@ def train(
         offline=offline or None,
         progress=not quiet,
     )
+    if not result.is_main_process:
+        return
     if result.figures:
         click.echo(
             f"box AP {result.figures['box_ap']:.1f}, mask AP {result.figures['mask_ap']:.1f} "

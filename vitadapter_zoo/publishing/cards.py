@@ -1,11 +1,13 @@
-"""Model cards: everything the catalog knows of a checkpoint, in the Hub's form."""
+"""Model cards in the Hub's form, from the catalog."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from vitadapter_zoo.catalog import ROWS, Row
+from vitadapter_zoo.text import shown
 from vitadapter_zoo.weights import atomic
 
 DATASET = "COCO val2017"
@@ -66,7 +68,7 @@ def metadata(row: Row) -> ModelCardData:
 
 
 def saved_card(row: Row, categories: Sequence[str]) -> ModelCard:
-    """The card of a detector that its user saved: what it is, and no results but its own to add."""
+    """The card of a detector that a user saved; it has no results."""
     data = ModelCardData(
         license=row.license.lower(),
         library_name="vitadapter-zoo",
@@ -74,18 +76,19 @@ def saved_card(row: Row, categories: Sequence[str]) -> ModelCard:
         tags=TAGS,
         base_model=BASE_MODELS.get(row.pretraining_name),
     )
-    shown = ", ".join(categories[:10]) + (", ..." if len(categories) > 10 else "")
+    names = ", ".join(markdown(name) for name in categories[:10])
+    names += ", ..." if len(categories) > 10 else ""
     return ModelCard(f"""---
 {data.to_yaml()}
 ---
 
 # {row.backbone} with Mask R-CNN
 
-A detector built like `{row.name}`, saved by vitadapter-zoo. Whether it was trained further is not
-known to what wrote this card: say here on what, how, and what it reaches. The results of
-`{row.name}` itself, as published: <{SOURCE}>.
+A detector with the network of `{row.name}`, saved by vitadapter-zoo. This card was generated and
+does not know whether the weights were trained further: add the training data, the recipe and the
+results. The published results of `{row.name}` are at <{SOURCE}>.
 
-{len(categories)} classes: {shown}
+{len(categories)} classes: {names}
 
 ```python
 import vitadapter_zoo
@@ -94,6 +97,11 @@ model = vitadapter_zoo.load("user/repo")  # this repository's name, or the path 
 detections = model.predict("photo.jpg")[0].filter(0.5)
 ```
 """)
+
+
+def markdown(text: str) -> str:
+    """Foreign text for Markdown: one line, shortened, without markup or HTML."""
+    return re.sub(r"([\\`*_{}\[\]()<>#|!&~])", r"\\\1", shown(text, 60).replace("\\", "/"))
 
 
 def write(row: Row, folder: Path) -> Path:
@@ -228,13 +236,13 @@ photographs in the background: see `LICENSE.md` beside the images.
 """
 
 
-def _table(shown: Row) -> str:
+def _table(highlighted: Row) -> str:
     lines = [
         "| model | pretraining | schedule | FPN | box AP | mask AP |",
         "|---|---|---|---|---|---|",
     ]
     for row in ROWS:
-        mark = "**" if row == shown else ""
+        mark = "**" if row == highlighted else ""
         cells = (
             row.name,
             row.pretraining_name,

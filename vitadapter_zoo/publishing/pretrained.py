@@ -1,29 +1,24 @@
 """Detectors as folders in the Hub's form: written, published, and read back."""
 
-import json
 import os
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import huggingface_hub
-import torch
 from huggingface_hub import save_torch_state_dict
 
 from vitadapter_zoo._version import __version__
-from vitadapter_zoo.catalog import Row, get_row
 from vitadapter_zoo.errors import CheckpointError, ZooError
-from vitadapter_zoo.models import MaskRCNN, build
+from vitadapter_zoo.models import MaskRCNN
 from vitadapter_zoo.publishing import cards
-from vitadapter_zoo.weights import atomic, checkpoint, convert, hub
-from vitadapter_zoo.weights.checkpoint import INDEX, SINGLE, shard_names
+from vitadapter_zoo.publishing.folder import CONFIG, PREPROCESSOR, fetch_configuration
+from vitadapter_zoo.settings import expanded
+from vitadapter_zoo.text import shown
+from vitadapter_zoo.weights import atomic, hub
 from vitadapter_zoo.weights.progress import Report
+from vitadapter_zoo.weights.shards import INDEX, SINGLE, shard_names
 from vitadapter_zoo.weights.source import HubFile
-
-CONFIG = "config.json"
-PREPROCESSOR = "preprocessor_config.json"
-LARGEST_CONFIG = 1 << 20  # bytes
 
 
 def save_pretrained(
@@ -46,7 +41,7 @@ def save_pretrained(
     Raises:
         ZooError: the folder cannot be written to.
     """
-    target = Path(folder)
+    target = expanded(folder)
     row = model.row
     with atomic.writing_to(target):
         target.mkdir(parents=True, exist_ok=True)
@@ -121,7 +116,7 @@ def push_to_hub(
             )
         # huggingface_hub lets its HTTP library's errors through beside its own.
         except Exception as error:
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            reason = shown(str(error).strip().partition("\n")[0] or type(error).__name__, 200)
             raise ZooError(
                 f"cannot publish to {repo_id}: {reason}; check the name, the connection and "
                 "`hf auth whoami`"
@@ -129,76 +124,31 @@ def push_to_hub(
     return commit.commit_url
 
 
-def read_folder(folder: Path) -> MaskRCNN:
-    """The detector of a local folder in the Hub's form, on the CPU.
+def weights_files(folder: Path) -> list[Path]:
+    """The weights of a local folder in the Hub's form: one file, or shards.
 
     Raises:
-        CheckpointError: the folder, its configuration or its weights are not a detector's.
+        CheckpointError: one of them is missing.
     """
-    config, row = _read_configuration(folder)
     names = shard_names(folder / INDEX) if (folder / INDEX).exists() else [SINGLE]
     paths = [folder / name for name in names]
     absent = [path.name for path in paths if not path.is_file()]
     if absent:
-        raise CheckpointError(f"{folder} lacks {absent[0]}; save or download the folder again")
-    model = _build(row, config, folder)
-    loaded = checkpoint.read_all(paths, str(folder))
-    model.load_state_dict(convert.fit(loaded, row, model, str(folder)).tensors, assign=True)
-    dtype = getattr(torch, str(config.get("torch_dtype")), None)
-    return model.to(dtype=dtype) if isinstance(dtype, torch.dtype) else model
+        raise CheckpointError(
+            f"{folder} lacks {shown(absent[0])}; save or download the folder again"
+        )
+    return paths
 
 
 def fetch_folder(source: HubFile, home: Path, report: Report, *, offline: bool) -> Path:
-    """Bring a published detector into huggingface_hub's cache; its folder there.
+    """Download a published detector into huggingface_hub's cache; its folder there.
 
     Raises:
         DownloadError: absent, not allowed, unreachable, or with other hashes than announced.
         CheckpointError: the repository is not a detector's.
     """
-    for name in (CONFIG, PREPROCESSOR):
-        config = hub.fetch(replace(source, file=name), home, report, offline=offline)
-    pinned = replace(source, revision=hub.commit_of(config) or source.revision)
+    folder = fetch_configuration(source, home, report, offline=offline)
+    pinned = replace(source, revision=hub.commit_of(folder / CONFIG) or source.revision)
     chosen = hub.choose(pinned, offline=offline)
     hub.fetch_weights(chosen, home, report, offline=offline)
-    return config.parent
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > LARGEST_CONFIG:
-            raise ValueError("it is too large")
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError("it is no JSON object")
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise CheckpointError(
-            f"{path} cannot be read ({reason}): the folder is not one that "
-            "vitadapter_zoo.save_pretrained wrote"
-        ) from error
-    return content
-
-
-def _read_configuration(folder: Path) -> tuple[dict[str, Any], Row]:
-    config = _read_json(folder / CONFIG)
-    prepared = _read_json(folder / PREPROCESSOR)
-    row = get_row(str(config.get("model")))
-    try:
-        size = prepared["size"]
-        mean, std = (tuple(float(x) for x in prepared[f"image_{k}"]) for k in ("mean", "std"))
-        if len(mean) != 3 or len(std) != 3:
-            raise ValueError("mean and std have three values each")
-        edges = (int(size["longest_edge"]), int(size["shortest_edge"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder / PREPROCESSOR} is not complete: {error}") from error
-    return config, replace(row, input_size=edges, mean=mean, std=std)
-
-
-def _build(row: Row, config: dict[str, Any], folder: Path) -> MaskRCNN:
-    labels = config.get("id2label")
-    try:
-        categories = tuple(str(labels[str(index)]) for index in range(len(labels)))  # type: ignore[index,arg-type]
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / CONFIG}: id2label must number the classes") from error
-    with torch.device("meta"):
-        return build(row, categories)
+    return folder

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from vitadapter_zoo.errors import DatasetError
 from vitadapter_zoo.images import PAD_MULTIPLE, RGB, NetworkInput, read_image
 from vitadapter_zoo.training.annotations import Sample
-from vitadapter_zoo.training.data import rasterised
+from vitadapter_zoo.training.masks import rasterised
 from vitadapter_zoo.training.transforms import Objects, Sizes, augmented
 
 Key = tuple[int, int]  # epoch, place of the sample
@@ -157,8 +157,13 @@ class Batch:
 
     def pin_memory(self) -> Batch:
         """In memory from which a GPU copies without waiting."""
-        tensors = (self.images, self.boxes, self.labels, self.masks)
-        return Batch(*(x.pin_memory() for x in tensors), self.counts, self.sizes)
+        return replace(
+            self,
+            images=self.images.pin_memory(),
+            boxes=self.boxes.pin_memory(),
+            labels=self.labels.pin_memory(),
+            masks=self.masks.pin_memory(),
+        )
 
     def to(self, device: torch.device) -> Batch:
         """With images and masks on a device, copied beside the computing from pinned memory.
@@ -166,7 +171,7 @@ class Batch:
         Boxes and labels stay: ``losses`` checks them, which would make it wait for the device.
         """
         images, masks = (x.to(device, non_blocking=True) for x in (self.images, self.masks))
-        return Batch(images, self.boxes, self.labels, masks, self.counts, self.sizes)
+        return replace(self, images=images, masks=masks)
 
 
 def collate(views: Sequence[View]) -> Batch:

@@ -16,7 +16,6 @@ torch.
 
 import contextlib
 import hashlib
-import json
 import logging
 import re
 import shutil
@@ -31,9 +30,12 @@ from filelock import FileLock, Timeout
 from vitadapter_zoo import settings
 from vitadapter_zoo.catalog import ROWS
 from vitadapter_zoo.errors import ZooError
+from vitadapter_zoo.text import read_json
 from vitadapter_zoo.weights import atomic
 
 logger = logging.getLogger(__name__)
+
+LARGEST_RECORD = 16 << 20  # bytes
 
 # Nothing else is ever removed, whatever directory the cache was told to live in.
 OWN_FILE = re.compile(
@@ -62,6 +64,7 @@ class Provenance:
         commit: the Hub's commit that the source came from.
         cast: dtypes that were turned into float32, with how many tensors each.
         filled: parameters absent from the source that were filled in.
+        removed: prefixes that were removed from names, such as ``module.``.
         metadata: the training framework's plain metadata (versions, epoch).
     """
 
@@ -80,6 +83,7 @@ class Provenance:
     commit: str | None = None
     cast: dict[str, int] = field(default_factory=dict)
     filled: list[str] = field(default_factory=list)
+    removed: list[str] = field(default_factory=list)
     metadata: dict[str, str | int | float] = field(default_factory=dict)
 
 
@@ -127,7 +131,7 @@ class Entry:
     def read(self) -> Provenance | None:
         """The provenance, or None where the entry is absent, incomplete or not readable."""
         try:
-            provenance = Provenance(**json.loads(self.record.read_text()))
+            provenance = Provenance(**read_json(self.record, LARGEST_RECORD))
             complete = self.weights.stat().st_size == provenance.size
         except (OSError, ValueError, TypeError):
             return None  # a damaged entry is made anew
@@ -157,11 +161,11 @@ class Entry:
 
     def known(self) -> Known | None:
         """What the first download of this source was; None before it."""
-        try:
-            return Known(**json.loads(self.known_record.read_text()))
-        except FileNotFoundError:
+        if not self.known_record.exists():
             return None
-        except (OSError, ValueError, TypeError) as error:
+        try:
+            return Known(**read_json(self.known_record, LARGEST_RECORD))
+        except (ValueError, TypeError) as error:
             raise ZooError(
                 f"the record of the source's hash {self.known_record} cannot be read ({error}); "
                 "delete it if the source is to be trusted anew"

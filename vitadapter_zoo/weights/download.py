@@ -6,11 +6,13 @@ server gives nothing to recognise the file by is not kept, because its rest cann
 """
 
 import email.utils
+import errno
 import hashlib
 import io
 import json
 import os
 import re
+import socket
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -20,12 +22,15 @@ from urllib.parse import unquote, urlparse
 import requests
 
 from vitadapter_zoo.errors import DownloadError, ZooError
+from vitadapter_zoo.text import read_json, shown
 from vitadapter_zoo.weights import atomic
-from vitadapter_zoo.weights.cache import Known
+from vitadapter_zoo.weights.cache import LARGEST_RECORD, Known
 from vitadapter_zoo.weights.progress import Report, silent
 
 CHUNK = 1 << 16  # bytes; what a lost connection loses at most
 RETRY_STATUSES = (408, 425, 429)  # statuses that may pass, beside every 5xx
+# Errors of a machine without a network: an attempt more would not help.
+NO_NETWORK = (socket.EAI_NONAME, socket.EAI_AGAIN, errno.ENETUNREACH, errno.EHOSTUNREACH)
 HASH_IN_NAME = re.compile(r"-(?=\d*[a-f])([0-9a-f]{8,64})\.(?:pth|pt|bin|npz|safetensors)\b")
 
 
@@ -80,9 +85,10 @@ class _RemoteFile:
 class _InterruptedError(Exception):
     """An attempt failed in a way that may pass."""
 
-    def __init__(self, reason: str, wait: float | None = None) -> None:
+    def __init__(self, reason: str, wait: float | None = None, *, no_network: bool = False) -> None:
         super().__init__(reason)
         self.wait = wait
+        self.no_network = no_network  # the server's name or address cannot be found from here
 
 
 class _Part:
@@ -98,7 +104,7 @@ class _Part:
 
     def _resume(self, url: str) -> None:
         try:
-            announced = _RemoteFile(**json.loads(self.record.read_text()))
+            announced = _RemoteFile(**read_json(self.record, LARGEST_RECORD))
             size = self.path.stat().st_size
         except (OSError, ValueError, TypeError):
             self.drop()
@@ -185,7 +191,7 @@ def download(
 def _finished(url: str, target: Path, sha256: str | None) -> Known | None:
     """An earlier process's whole download that it died before using; removed if it is not that."""
     try:
-        announced = _RemoteFile(**json.loads(atomic.part_record_of(target).read_text()))
+        announced = _RemoteFile(**read_json(atomic.part_record_of(target), LARGEST_RECORD))
         status = target.stat()
     except (OSError, ValueError, TypeError):
         announced = None
@@ -220,7 +226,9 @@ def _fetch(
             in_a_row = 1 if part.size > furthest else in_a_row + 1
             furthest = max(furthest, part.size)
             wait = retry.backoff * 2 ** (in_a_row - 1) if error.wait is None else error.wait
-            if wait > retry.longest_wait:
+            if error.no_network and not part.size and failures == 1:
+                reason = str(error)
+            elif wait > retry.longest_wait:
                 reason = f"{error}, and asks to wait {wait:.0f} seconds"
             elif in_a_row < retry.attempts and failures < retry.failures:
                 time.sleep(wait)
@@ -264,21 +272,25 @@ def _attempt(
         requests.exceptions.ChunkedEncodingError,
         requests.exceptions.ContentDecodingError,
     ) as error:
-        raise _InterruptedError(_reason(error)) from error
+        cause = _innermost(error)
+        unreachable = isinstance(cause, OSError) and cause.errno in NO_NETWORK
+        raise _InterruptedError(_reason(error), no_network=unreachable) from error
 
 
 def _prepare(response: requests.Response, url: str, part: _Part) -> int | None:
     """Judge the answer's head and make the part ready for its body; the file's size if known."""
     status = response.status_code
     if status in RETRY_STATUSES or status >= 500:
-        raise _InterruptedError(f"it answers {status} {response.reason}", _retry_after(response))
+        raise _InterruptedError(
+            f"it answers {status} {shown(response.reason)}", _retry_after(response)
+        )
     if status == 416:
         part.drop()
         raise _InterruptedError("it cannot go on where the download ended")
     if status not in (200, 206):
         login = ", or log in (requests reads ~/.netrc)" if status in (401, 403) else ""
         raise DownloadError(
-            f"{url} answers {status} {response.reason}; check the address{login}, "
+            f"{url} answers {status} {shown(response.reason)}; check the address{login}, "
             "or download the file yourself and pass its path as the checkpoint"
         )
     if "html" in response.headers.get("Content-Type", ""):
@@ -346,7 +358,7 @@ def _is_html(head: bytes) -> bool:
 
 def _web_page(url: str) -> DownloadError:
     return DownloadError(
-        f"{url} sends a web page (HTML), not weights: a login or error page perhaps; "
+        f"{shown(url, 300)} sends a web page (HTML), not weights: a login or error page perhaps; "
         "open it in a browser, download the file and pass its path as the checkpoint"
     )
 
@@ -363,8 +375,13 @@ def _retry_after(response: requests.Response) -> float | None:
     return max(0.0, date.timestamp() - time.time())
 
 
-def _reason(error: BaseException) -> str:
-    """The innermost cause, which is the one that a person can do something about."""
+def _innermost(error: BaseException) -> BaseException:
     while error.__cause__ or error.__context__:
         error = error.__cause__ or error.__context__  # type: ignore[assignment]
-    return str(error) or type(error).__name__
+    return error
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost cause, which is what a person can do something about."""
+    cause = _innermost(error)
+    return shown(str(cause) or type(cause).__name__, 200)

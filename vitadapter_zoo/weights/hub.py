@@ -3,10 +3,13 @@
 import contextlib
 import hashlib
 import logging
+import socket
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import urlparse
 
 import huggingface_hub
 from huggingface_hub import constants
@@ -21,12 +24,15 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils.tqdm import tqdm
 
 from vitadapter_zoo.errors import CheckpointError, DownloadError, ZooError
+from vitadapter_zoo.text import shown
 from vitadapter_zoo.weights import atomic, cache
-from vitadapter_zoo.weights.checkpoint import INDEX, SINGLE, shard_names
 from vitadapter_zoo.weights.progress import Report
+from vitadapter_zoo.weights.shards import INDEX, SINGLE, shard_names
 from vitadapter_zoo.weights.source import WEIGHTS, HubFile
 
 logger = logging.getLogger(__name__)
+
+CONNECT = 5.0  # seconds to open a connection
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,7 @@ def _one_error(source: HubFile) -> Iterator[None]:
         # hf_xet raises RuntimeError for what fails inside of it.
         if not theirs and not isinstance(error, (OSError, ValueError, RuntimeError)):
             raise
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        reason = shown(str(error).strip().partition("\n")[0] or type(error).__name__, 200)
         raise DownloadError(
             f"cannot download {source}: {reason}; check the connection and HF_ENDPOINT "
             f"({constants.ENDPOINT}) and try again"
@@ -79,8 +85,27 @@ def _one_error(source: HubFile) -> Iterator[None]:
 
 
 def is_offline(offline: bool) -> bool:
-    """Whether huggingface_hub may use the network: ours and its own offline mode both count."""
+    """Whether the network must not be used: our offline mode and huggingface_hub's both count."""
     return offline or constants.HF_HUB_OFFLINE
+
+
+def _unreachable() -> str | None:
+    """Why the Hub, or the proxy before it, cannot be reached; None where it can.
+
+    huggingface_hub tries a dead connection five times, for half a minute in all. One attempt to
+    open a connection tells a machine without a network at once.
+    """
+    address = urlparse(constants.ENDPOINT)
+    proxy = urllib.request.getproxies().get(address.scheme)
+    if proxy and not urllib.request.proxy_bypass(address.hostname or ""):
+        address = urlparse(proxy if "://" in proxy else f"http://{proxy}")
+    port = address.port or (443 if address.scheme == "https" else 80)
+    try:
+        socket.create_connection((address.hostname or "", port), timeout=CONNECT).close()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        return f"{constants.ENDPOINT} cannot be reached ({reason}) and it is not in the cache"
+    return None
 
 
 def announced(source: HubFile) -> Announced:
@@ -89,6 +114,9 @@ def announced(source: HubFile) -> Announced:
     Raises:
         DownloadError: absent, not allowed, or unreachable.
     """
+    reason = _unreachable()
+    if reason:
+        raise _not_cached(source, reason)
     url = huggingface_hub.hf_hub_url(source.repo, str(source.file), revision=source.revision)
     with _one_error(source):
         metadata = huggingface_hub.get_hf_file_metadata(url)
@@ -107,8 +135,9 @@ def choose(source: HubFile, preferred: str | None = None, *, offline: bool = Fal
     """
     if source.file:
         return source
-    if is_offline(offline):
-        names = _kept_names(source)
+    reason = _reason_offline(offline)
+    if reason:
+        names = _cached_names(source, reason)
     else:
         with _one_error(source):
             names = huggingface_hub.HfApi().list_repo_files(source.repo, revision=source.revision)
@@ -121,7 +150,9 @@ def choose(source: HubFile, preferred: str | None = None, *, offline: bool = Fal
             return replace(source, file=name)
     if len(weights) == 1:
         return replace(source, file=weights[0])
-    have = f"several: {', '.join(sorted(weights)[:8])}" if weights else "none"
+    have = (
+        f"several: {', '.join(shown(name) for name in sorted(weights)[:8])}" if weights else "none"
+    )
     raise CheckpointError(
         f"{source} leaves the weights file open and the repository has {have}; "
         f"name one as {source}/FILE"
@@ -176,7 +207,7 @@ def commit_of(path: Path) -> str | None:
     return parts[parts.index("snapshots") + 1] if "snapshots" in parts else None
 
 
-def _kept_names(source: HubFile) -> list[str]:
+def _cached_names(source: HubFile, reason: str) -> list[str]:
     """The files of a repository in huggingface_hub's cache.
 
     Raises:
@@ -191,23 +222,31 @@ def _kept_names(source: HubFile) -> list[str]:
                 if wanted in {revision.commit_hash, *revision.refs}:
                     folder = revision.snapshot_path
                     return [str(file.file_path.relative_to(folder)) for file in revision.files]
-    raise _not_kept(source)
+    raise _not_cached(source, reason)
 
 
-def _not_kept(source: HubFile) -> DownloadError:
+def _reason_offline(offline: bool) -> str | None:
+    """Why a file can only come from the cache; None where the network can be used."""
+    if is_offline(offline):
+        return "it is not in huggingface_hub's cache, and this is offline mode"
+    return _unreachable()
+
+
+def _not_cached(source: HubFile, reason: str) -> DownloadError:
     return DownloadError(
-        f"cannot download {source}: it is not in huggingface_hub's cache, and this is offline "
-        "mode; go online once"
+        f"cannot download {source}: {reason}; go online once, check HF_ENDPOINT and the proxy "
+        "settings, or pass the path of a local file as the checkpoint"
     )
 
 
 def _download(source: HubFile, report: Report, *, offline: bool, force: bool = False) -> Path:
-    if is_offline(offline):  # hf_hub_download may ask the server for other things even then
+    reason = _reason_offline(offline)
+    if reason:  # hf_hub_download may ask the server for other things even then
         path = huggingface_hub.try_to_load_from_cache(
             source.repo, str(source.file), revision=source.revision
         )
         if not isinstance(path, str):
-            raise _not_kept(source)
+            raise _not_cached(source, reason)
         return Path(path)
 
     class Forwarding(tqdm):

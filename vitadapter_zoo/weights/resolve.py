@@ -11,8 +11,8 @@ from vitadapter_zoo._version import __version__
 from vitadapter_zoo.catalog import Row
 from vitadapter_zoo.errors import CheckpointError, DownloadError, ZooError
 from vitadapter_zoo.weights import atomic, cache, checkpoint, convert
-from vitadapter_zoo.weights.checkpoint import shard_names
 from vitadapter_zoo.weights.progress import Report
+from vitadapter_zoo.weights.shards import shard_names
 from vitadapter_zoo.weights.source import HubFile, LocalFile, Source, Url, parse
 
 logger = logging.getLogger(__name__)
@@ -29,6 +29,7 @@ def obtain(
     cache_dir: settings.Home = None,
     offline: bool | None = None,
     accept_change: bool = False,
+    allow_nonfinite: bool = False,
 ) -> list[Path]:
     """The safetensors file of ``row`` from ``source``, or its shards, ready to be mapped.
 
@@ -42,6 +43,7 @@ def obtain(
         cache_dir: our cache.
         offline: True never uses the network; None asks the environment.
         accept_change: let the source have another content than at its first download.
+        allow_nonfinite: accept NaN and infinite weights.
 
     Raises:
         DownloadError: the source cannot be fetched, is not what was published, has changed, or is
@@ -59,7 +61,9 @@ def obtain(
         _sweep(place)
         return [place.weights]
     if isinstance(source, HubFile):
-        return _from_hub(row, source, place, lines, offline=without_network)
+        return _from_hub(
+            row, source, place, lines, offline=without_network, allow_nonfinite=allow_nonfinite
+        )
     if isinstance(source, Url) and without_network:
         raise DownloadError(
             f"{row.name} from {source} is not in the cache {place.home}, and this is offline mode: "
@@ -70,9 +74,16 @@ def obtain(
         if not _is_current(place, row, source, without_network):  # made by another process?
             if isinstance(source, LocalFile):
                 digest = atomic.sha256(source.path)
-                place.write(_convert(row, source, place, source.path, digest))
+                place.write(
+                    _convert(
+                        row, source, place, source.path, digest, allow_nonfinite=allow_nonfinite
+                    )
+                )
             else:
-                _from_url(row, source, place, lines, accept_change=accept_change)
+                _from_url(
+                    row, source, place, lines, accept_change=accept_change,
+                    allow_nonfinite=allow_nonfinite,
+                )  # fmt: skip
     return [place.weights]
 
 
@@ -145,7 +156,13 @@ def _expected(row: Row, source: Source) -> str | None:
 
 
 def _from_hub(
-    row: Row, source: HubFile, place: cache.Entry, lines: Lines, *, offline: bool
+    row: Row,
+    source: HubFile,
+    place: cache.Entry,
+    lines: Lines,
+    *,
+    offline: bool,
+    allow_nonfinite: bool,
 ) -> list[Path]:
     from vitadapter_zoo.weights import hub
 
@@ -170,12 +187,23 @@ def _from_hub(
                 f"{paths[0]}"
             )
         etag, commit = paths[0].resolve().name, hub.commit_of(paths[0])
-        place.write(_convert(row, chosen, place, paths[0], digest, etag=etag, commit=commit))
+        place.write(
+            _convert(
+                row, chosen, place, paths[0], digest, etag=etag, commit=commit,
+                allow_nonfinite=allow_nonfinite,
+            )
+        )  # fmt: skip
     return [place.weights]
 
 
 def _from_url(
-    row: Row, source: Url, place: cache.Entry, lines: Lines, *, accept_change: bool
+    row: Row,
+    source: Url,
+    place: cache.Entry,
+    lines: Lines,
+    *,
+    accept_change: bool,
+    allow_nonfinite: bool,
 ) -> None:
     from vitadapter_zoo.weights.download import download
 
@@ -193,7 +221,10 @@ def _from_url(
                 f"If the change is meant, accept it: `vitadapter-zoo download {row.name} "
                 f"--checkpoint {source} --accept-change`"
             )
-        provenance = _convert(row, source, place, place.download, fetched.sha256, etag=fetched.etag)
+        provenance = _convert(
+            row, source, place, place.download, fetched.sha256, etag=fetched.etag,
+            allow_nonfinite=allow_nonfinite,
+        )  # fmt: skip
     except (CheckpointError, DownloadError):
         atomic.discard_download(place.download)  # the next attempt shall ask the server again
         raise
@@ -219,12 +250,15 @@ def _convert(
     path: Path,
     digest: str,
     *,
+    allow_nonfinite: bool,
     etag: str | None = None,
     commit: str | None = None,
 ) -> cache.Provenance:
     """Write the entry's weights; what has to be written after them for it to be complete."""
     status = path.stat()
-    done = convert.to_safetensors([path], str(source), row, place.weights, sha256=digest)
+    done = convert.to_safetensors(
+        [path], str(source), row, place.weights, sha256=digest, allow_nonfinite=allow_nonfinite
+    )
     if isinstance(source, LocalFile) and path.stat().st_mtime_ns != status.st_mtime_ns:
         place.weights.unlink()
         raise ZooError(f"{path} was written to while it was converted; try again")
@@ -245,5 +279,6 @@ def _convert(
         commit=commit,
         cast=done.cast,
         filled=done.filled,
+        removed=done.removed,
         metadata=done.metadata,
     )

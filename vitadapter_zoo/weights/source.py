@@ -9,6 +9,8 @@ from urllib.parse import quote, unquote, urlparse
 
 from vitadapter_zoo.catalog import PACKAGE, PACKAGED
 from vitadapter_zoo.errors import CheckpointError
+from vitadapter_zoo.settings import expanded
+from vitadapter_zoo.text import quoted, shown
 
 HUB = "https://huggingface.co"
 REPO = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
@@ -78,22 +80,25 @@ def parse(text: str | os.PathLike[str]) -> Source:
     name = os.fspath(text)
     if name.startswith(PACKAGED):
         return LocalFile(PACKAGE / name.removeprefix(PACKAGED))
+    for prefix in ("hf_hub:", "hf-hub:"):  # as timm writes them
+        if name.startswith(prefix):
+            name = f"hf://{name.removeprefix(prefix)}"
     if name.startswith("hf://"):
         found = re.fullmatch(r"hf://([^/@]+/[^/@]+)(?:@([^/]+))?(?:/(.+))?", name)
         if not found or not REPO.fullmatch(found[1]):
             raise CheckpointError(
-                f"{name!r} names no file on the Hub: write hf://user/repo, "
+                f"{quoted(name)} names no file on the Hub: write hf://user/repo, "
                 "hf://user/repo@revision or hf://user/repo@revision/file"
             )
         return HubFile(found[1], unquote(found[2]) if found[2] else None, found[3])
     if name.startswith(("http://", "https://")):
         return _on_the_hub(name) or Url(name)
-    path = Path(name).expanduser().absolute()
+    path = expanded(name).absolute()
     is_id = isinstance(text, str) and REPO.fullmatch(name) and not name.lower().endswith(WEIGHTS)
     if not path.exists() and is_id:
         return HubFile(name)
     if not path.is_file():
-        raise CheckpointError(f"there is no checkpoint file {path}")
+        raise CheckpointError(f"there is no checkpoint file {shown(path, 300)}")
     return LocalFile(path)
 
 
