@@ -226,7 +226,7 @@ def train(
         input_size=input_size,
         keep_empty=keep_empty,
         freeze=freeze,
-        checkpoint=checkpoint_blocks,
+        checkpoint_blocks=checkpoint_blocks,
         early_stop=early_stop,
         eval_every=eval_every,
         max_minutes=max_minutes,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vitadapter_zoo.errors import DatasetError
+from vitadapter_zoo.settings import expanded
 from vitadapter_zoo.training.annotations import (
     NO_MASK,
     Sample,
@@ -67,11 +68,11 @@ def read_data(
     if (data is None) == (train is None):
         raise DatasetError("give a data set's folder, or its annotation file and image folder")
     if train is not None:
-        parts = [read_coco(Path(train[0]), Path(train[1]))]
+        parts = [read_coco(expanded(train[0]), expanded(train[1]))]
         if valid is not None:
-            parts.append(read_coco(Path(valid[0]), Path(valid[1]), parts[0].classes))
+            parts.append(read_coco(expanded(valid[0]), expanded(valid[1]), parts[0].classes))
     else:
-        parts = _read_folder(Path(os.fspath(data or "")).expanduser())
+        parts = _read_folder(expanded(data or ""))
     checked = [_checked(part) for part in parts]
     return TrainingData(
         _for_training(checked[0], keep_empty),

@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from vitadapter_zoo.errors import ZooError
 from vitadapter_zoo.evaluation.dataset import Dataset, read_dataset
+from vitadapter_zoo.models import MaskRCNN
+from vitadapter_zoo.settings import expanded
+from vitadapter_zoo.text import shown
 from vitadapter_zoo.training import state as disk
 from vitadapter_zoo.training.batches import Batches, Views
 from vitadapter_zoo.training.data import Source, TrainingData, described, read_data, write_coco
@@ -19,6 +22,7 @@ from vitadapter_zoo.training.loop import Progress, Training, out_of_memory, rest
 from vitadapter_zoo.training.progress import Reporter
 from vitadapter_zoo.training.recipe import (
     Augment,
+    Recipe,
     Schedule,
     published,
 )
@@ -28,7 +32,7 @@ from vitadapter_zoo.training.setup import (
     loader_workers,
     prepared,
 )
-from vitadapter_zoo.training.start import PUBLISHED, starting_model
+from vitadapter_zoo.training.start import PUBLISHED, SCRATCH, starting_model
 from vitadapter_zoo.training.transforms import sizes
 from vitadapter_zoo.weights import atomic, cache
 
@@ -86,7 +90,7 @@ def train(
     input_size: tuple[int, int] | None = None,
     keep_empty: bool = False,
     freeze: Sequence[str] = (),
-    checkpoint: bool = False,
+    checkpoint_blocks: bool = False,
     early_stop: int | None = None,
     eval_every: int = 1,
     max_minutes: float | None = None,
@@ -126,7 +130,7 @@ def train(
         input_size: (longest, shortest) side of the resized images; the row's own by default.
         keep_empty: train on images without objects too; published: left out.
         freeze: prefixes of parameter names that keep their values, ``"backbone"`` for instance.
-        checkpoint: compute the activations of the blocks twice instead of keeping them.
+        checkpoint_blocks: compute the activations of the blocks twice instead of keeping them.
         early_stop: end after so many evaluations without a better mask AP.
         eval_every: epochs between evaluations.
         max_minutes: end after that time; the schedule is then compressed to end with it.
@@ -154,68 +158,51 @@ def train(
         raise ValueError(f"ema is a decay between 0 and 1, 0.999 for instance, not {ema}")
     began = time.monotonic()
     accelerator = accelerator_of(precision, device, accumulate)
-    with _own_directory(Path(out), accelerator) as directory, out_of_memory(batch_size):
+    images = batch_size * accumulate * accelerator.num_processes
+    with _own_directory(out, accelerator) as directory, out_of_memory(batch_size):
         saved = _saved(directory, resume)
         found = read_data(data, train=train_files, valid=valid_files, keep_empty=keep_empty)
+        # A saved state holds all weights, so that what they began from is not read again.
         model, origin = starting_model(
-            name, start, found.classes, input_size=input_size, seed=seed,
-            cache_dir=cache_dir, offline=offline, progress=progress,
+            name, start if saved is None else SCRATCH, found.classes, input_size=input_size,
+            seed=seed, cache_dir=cache_dir, offline=offline, progress=progress,
         )  # fmt: skip
-        given: dict[str, Any] = {
-            "epochs": epochs, "schedule": schedule, "weight_decay": weight_decay, "lr": lr,
-            "layer_decay": layer_decay, "clip": clip, "augment": augment, "ema": ema,
-        }  # fmt: skip
-        images = batch_size * accumulate * accelerator.num_processes
-        recipe = replace(
-            published(model.row).scaled(images),
-            **{key: value for key, value in given.items() if value is not None},
-        )
-        settings = {
-            "model": model.row.name, "start": os.fspath(start), "classes": list(found.classes),
-            "images": len(found.train.samples), "input_size": list(model.row.input_size),
-            "recipe": _plain(asdict(recipe)), "batch_size": batch_size, "accumulate": accumulate,
-            "processes": accelerator.num_processes, "freeze": list(freeze), "seed": seed,
-            "precision": precision,
-        }  # fmt: skip
-        _check_same(saved, settings, directory)
-        done = Progress() if saved is None else Progress(**{key: saved[key] for key in _PROGRESS})
+        recipe = _recipe(
+            published(model.row).scaled(images), epochs=epochs, schedule=schedule, lr=lr, ema=ema,
+            weight_decay=weight_decay, layer_decay=layer_decay, clip=clip, augment=augment,
+        )  # fmt: skip
+        settings = _settings(
+            model, found, recipe, start=os.fspath(start), batch_size=batch_size, seed=seed,
+            accumulate=accumulate, processes=accelerator.num_processes, freeze=list(freeze),
+            precision=precision,
+        )  # fmt: skip
+        done = _progress(saved, settings, directory)
         done.seconds += time.monotonic() - began
-        wide = [_is_wide(sample.size) for sample in found.train.samples]
-        batches = Batches(
-            wide, batch_size, recipe.epochs, seed, done.step * accumulate,
-            accelerator.process_index, accelerator.num_processes,
-        )  # fmt: skip
         freeze_parameters(model, freeze)
-        net, optimizer, average = prepared(accelerator, model, recipe, checkpoint)
-        validation = _validation(found, directory, accelerator)
+        net, optimizer, average = prepared(accelerator, model, recipe, checkpoint_blocks)
         training = Training(
             accelerator=accelerator, model=model, net=net, optimizer=optimizer, average=average,
-            recipe=recipe, batches=batches, validation=validation, directory=directory,
-            views=Views(found.train.samples, sizes(recipe.augment, model.row.input_size), seed),
-            settings=settings, accumulate=accumulate, seed=seed, eval_every=eval_every,
-            workers=loader_workers(workers, accelerator), early_stop=early_stop,
+            recipe=recipe, directory=directory, settings=settings, accumulate=accumulate,
+            seed=seed, workers=loader_workers(workers, accelerator), eval_every=eval_every,
+            early_stop=early_stop, save_seconds=60 * save_minutes, progress=done, reporter=None,
             max_seconds=None if max_minutes is None else 60 * max_minutes,
-            save_seconds=60 * save_minutes, progress=done, reporter=None,
+            views=Views(found.train.samples, sizes(recipe.augment, model.row.input_size), seed),
+            batches=Batches(
+                [_is_wide(sample.size) for sample in found.train.samples], batch_size,
+                recipe.epochs, seed, done.step * accumulate, accelerator.process_index,
+                accelerator.num_processes,
+            ),
+            validation=_validation(found, directory, accelerator),
         )  # fmt: skip
-        if accelerator.is_main_process:
-            disk.recover(directory)
-            disk.truncate_log(directory, done.step)
-            training.reporter = Reporter(
-                directory, training.steps, done.step, tensorboard=tensorboard, shown=progress
-            )
-            _introduce(training, found, origin)
         if saved is not None:
             restore(training, saved)
-        try:
+            origin = f"continued from step {done.step:,}"
+        with _reporting(training, tensorboard=tensorboard, visible=progress):
+            _introduce(training, found, origin)
             training.run()
-        finally:
-            if training.reporter:
-                training.reporter.close()
-            accelerator.end_training()
     return TrainingResult(
-        directory, directory / disk.LAST, directory / disk.BEST, training.progress.step,
-        found.classes, training.progress.figures, training.progress.best,
-        accelerator.is_main_process,
+        directory, directory / disk.LAST, directory / disk.BEST, done.step, found.classes,
+        done.figures, done.best, accelerator.is_main_process,
     )  # fmt: skip
 
 
@@ -229,9 +216,9 @@ def _check_positive(**values: float | None) -> None:
 
 
 @contextlib.contextmanager
-def _own_directory(out: Path, accelerator: Accelerator) -> Iterator[Path]:
+def _own_directory(out: str | os.PathLike[str], accelerator: Accelerator) -> Iterator[Path]:
     """The run's folder, which no other run may write to meanwhile."""
-    directory = out.expanduser().absolute()
+    directory = expanded(out).absolute()
     if not accelerator.is_main_process:
         yield directory
         return
@@ -258,23 +245,63 @@ def _saved(directory: Path, resume: bool) -> dict[str, Any] | None:
     return None
 
 
-def _check_same(saved: dict[str, Any] | None, settings: dict[str, Any], directory: Path) -> None:
-    """Refuse to continue a run as another one.
+def _recipe(base: Recipe, **changes: Any) -> Recipe:
+    """The recipe with the numbers that are given, those that are not None."""
+    return replace(base, **{key: value for key, value in changes.items() if value is not None})
+
+
+def _settings(model: MaskRCNN, found: TrainingData, recipe: Recipe, **more: Any) -> dict[str, Any]:
+    """What the weights of a run depend on, as plain data."""
+    settings = {
+        "model": model.row.name,
+        "classes": list(found.classes),
+        "images": len(found.train.samples),
+        "input_size": list(model.row.input_size),
+        **asdict(recipe),
+        **more,
+    }
+    return {
+        key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()
+    }
+
+
+def _progress(saved: dict[str, Any] | None, settings: dict[str, Any], directory: Path) -> Progress:
+    """How far the run is that is continued; a new one otherwise.
 
     Raises:
         ZooError: a setting that the weights depend on differs.
     """
     if saved is None:
-        return
+        return Progress()
     before = saved["settings"]
-    flat = {**settings, **settings["recipe"]}
-    flat_before = {**before, **before["recipe"]}
-    for name in flat:
-        if name != "recipe" and flat[name] != flat_before.get(name):
+    for name, value in settings.items():
+        if value != before.get(name):
             raise ZooError(
-                f"the run in {directory} was begun with {name} = {flat_before.get(name)}, not "
-                f"{flat[name]}: continue it with the same settings, or begin another with --out"
+                f"the run in {directory} was begun with {name} = {shown(before.get(name))}, not "
+                f"{shown(value)}: continue it with the same settings, or begin another with --out"
             )
+    return Progress(**{key: saved[key] for key in _PROGRESS})
+
+
+@contextlib.contextmanager
+def _reporting(training: Training, *, tensorboard: bool, visible: bool) -> Iterator[None]:
+    """While it is open, the main process has a reporter; the directory is put in order first."""
+    if not training.accelerator.is_main_process:
+        yield
+        return
+    disk.recover(training.directory)
+    disk.truncate_log(training.directory, training.progress.step)
+    training.reporter = Reporter(
+        training.directory,
+        training.steps,
+        training.progress.step,
+        tensorboard=tensorboard,
+        shown=visible,
+    )
+    try:
+        yield
+    finally:
+        training.reporter.close()
 
 
 def _validation(found: TrainingData, directory: Path, accelerator: Accelerator) -> Dataset | None:
@@ -290,7 +317,8 @@ def _validation(found: TrainingData, directory: Path, accelerator: Accelerator) 
 
 def _introduce(training: Training, found: TrainingData, origin: str) -> None:
     """Say what is trained on what, once."""
-    assert training.reporter is not None  # noqa: S101  the main process has it
+    if training.reporter is None:
+        return
     say, recipe = training.reporter.say, training.recipe
     say(f"{training.model.row.name}: {origin}")
     say(described(found.train, "train"))
@@ -304,16 +332,8 @@ def _introduce(training: Training, found: TrainingData, origin: str) -> None:
     say(
         f"{recipe.epochs} epochs, {training.steps:,} steps of {images} images, learning rate "
         f"{recipe.lr:.3g} ({recipe.schedule}), on {training.accelerator.device}"
-        + (f", from step {training.progress.step:,}" if training.progress.step else "")
     )
 
 
 def _is_wide(size: tuple[int, int] | None) -> bool:
     return size is not None and size[1] > size[0]
-
-
-def _plain(value: Any) -> Any:
-    """Tuples as lists, as they come back from a saved state's settings."""
-    if isinstance(value, dict):
-        return {key: _plain(one) for key, one in value.items()}
-    return [_plain(one) for one in value] if isinstance(value, (list, tuple)) else value
