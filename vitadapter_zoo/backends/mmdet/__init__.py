@@ -2,10 +2,11 @@
 
 If mmdet is installed, importing this package registers ``ViTAdapter``, ``ViTBaseline``,
 ``UniPerceiverAdapter``, ``ChannelMapperWithPooling`` and ``LayerDecayOptimizerConstructor`` in
-mmdet and mmcv under the original project's names, so that its configuration files work with ``custom_imports = dict(imports=["vitadapter_zoo.backends.mmdet"])``.
+mmdet and mmcv under the original project's names, so that its configuration files work with
+``custom_imports = dict(imports=["vitadapter_zoo.backends.mmdet"])``.
 
-``config`` and ``modules`` do not need mmdet. The functions raise a BackendError if mmdet is missing;
-importing this package raises one if mmdet is installed but broken.
+``config`` and ``modules`` do not need mmdet. The functions raise a BackendError if mmdet is
+missing; importing this package raises one if mmdet is installed but broken.
 """
 
 import importlib

@@ -346,8 +346,8 @@ def _finish(network: nn.Module, blocks: nn.ModuleList, *, layer_scale: bool, wit
 
 
 def _contiguous(maps: list[Tensor]) -> list[Tensor]:
-    # mmcv's RoIAlign ignores strides and reads the memory as N, C, H, W. These maps come from tokens
-    # and may have the channels last, and so would the neck's.
+    # mmcv's RoIAlign ignores strides and reads the memory as N, C, H, W. These maps come from
+    # tokens and may have the channels last, and so would the neck's.
     return [x.contiguous() for x in maps]
 
 
