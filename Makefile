@@ -9,8 +9,10 @@ BIN := .venv/bin
 demo: .venv/.current
 	$(BIN)/python demo/run.py
 
+# Two processes with one thread each: two threads in one process leave a core idle half of the time.
+JOBS ?= 2
 test: .venv/.current
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --durations 20
 
 # A process of its own: Ray stays in the one that it was imported in.
 test-ray: .venv/.current

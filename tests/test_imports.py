@@ -22,12 +22,17 @@ LAYERS = (
     ("training", "export"),  # training measures a model's AP as it goes, and reads the same data
     ("evaluation",),
     ("loader",),
+    ("finder",),
     ("backends", "publishing"),
     ("weights",),
     ("models", "environment"),
-    ("ops", "detections"),
+    ("detections",),
+    ("drawing", "sources", "outputs"),
+    ("instance_masks", "videos"),
+    ("ops",),
     ("images", "catalog"),
     ("settings",),
+    ("text",),
     ("errors", "_version", "_moved"),
 )
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}

@@ -7,6 +7,7 @@ they are never computed here, except the gains over the plain ViT, which are nev
 
 import difflib
 import fnmatch
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -271,8 +272,9 @@ MADE_HERE: tuple[Row, ...] = (
 
 
 def list_models(
-    filter: str | None = None,  # noqa: A002  timm's name for the same argument
+    filter: str | Sequence[str] | None = None,  # noqa: A002  timm's name for the same argument
     *,
+    exclude_filters: str | Sequence[str] = (),
     backbone: str | None = None,
     size: str | None = None,
     pretraining: str | None = None,
@@ -285,7 +287,9 @@ def list_models(
     What was made here comes last.
 
     Args:
-        filter: shell pattern on the name, ``"adapter-*"`` or ``"*-l-*"``.
+        filter: shell pattern on the name, ``"adapter-*"`` or ``"*-l-*"``; of a list of patterns
+            one has to fit.
+        exclude_filters: patterns of names that are left out, as in timm.
         backbone: ``"ViT-Adapter-S"``, as printed in the tables; case does not matter.
         size: ``"T"``, ``"S"``, ``"B"``, ``"L"`` or ``"N"``; case does not matter.
         pretraining: ``"DeiT-T"``, or its family ``"DeiT"``; case does not matter.
@@ -293,6 +297,8 @@ def list_models(
         fpn: with or without an FPN.
         table: 1 (results), 2 (without FPN) or 3 (made here).
     """
+    wanted_names = _patterns(filter)
+    unwanted_names = _patterns(exclude_filters)
 
     def same(wanted: str | None, value: str) -> bool:
         return wanted is None or wanted.casefold() == value.casefold()
@@ -300,7 +306,8 @@ def list_models(
     return [
         row.name
         for row in (*ROWS, *MADE_HERE)
-        if (filter is None or fnmatch.fnmatchcase(row.name, filter))
+        if (filter is None or _fits(row.name, wanted_names))
+        and not _fits(row.name, unwanted_names)
         and same(backbone, row.backbone)
         and same(size, row.size)
         and (
@@ -311,6 +318,14 @@ def list_models(
         and (fpn is None or fpn == row.fpn)
         and (table is None or table in row.tables)
     ]
+
+
+def _patterns(given: str | Sequence[str] | None) -> Sequence[str]:
+    return [given] if isinstance(given, str) else given or ()
+
+
+def _fits(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def get_row(name: str) -> Row:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vitadapter_zoo import settings
-from vitadapter_zoo.catalog import COCO_CLASSES, Row, get_row, list_models
+from vitadapter_zoo.catalog import Row, get_row, list_models
 from vitadapter_zoo.errors import CheckpointError
 from vitadapter_zoo.text import quoted
 from vitadapter_zoo.weights.progress import bars
@@ -63,7 +63,7 @@ def find(
     text = os.fspath(name)
     if place is None:
         row = get_row(text)
-        return Found(text, row, COCO_CLASSES, "float32", None)
+        return Found(text, row, row.classes, "float32", None)
     from vitadapter_zoo.publishing.folder import fetch_configuration, read_configuration
 
     folder = place

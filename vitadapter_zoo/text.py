@@ -7,6 +7,8 @@ from typing import Any
 
 from vitadapter_zoo.errors import ZooError
 
+PATH = 300  # characters of a path or URL that a message keeps
+
 
 def shown(text: object, limit: int = 80) -> str:
     r"""Foreign text as a message may print it: on one line, escaped and shortened.

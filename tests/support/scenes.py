@@ -56,6 +56,16 @@ def draw_pictures(
     return paths
 
 
+def make_video(path: Path, frames: int, size: tuple[int, int] = (48, 64)) -> Path:
+    """A video whose frames differ in brightness."""
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), 10, size[::-1])
+    assert writer.isOpened()
+    for number in range(frames):
+        writer.write(np.full((*size, 3), 20 * number + 10, np.uint8))
+    writer.release()
+    return path
+
+
 def annotate(model: MaskRCNN, pictures: Sequence[Path], seed: int = 0) -> dict[str, Any]:
     """Annotations of which the model finds a part: its own detections, some left out or moved.
 

@@ -30,7 +30,7 @@ def anchors(
 
     ``scale`` is the side of the square anchor in strides.
     """
-    ratios = torch.tensor(ANCHOR_RATIOS, device=device).sqrt()
+    ratios = torch.tensor(ANCHOR_RATIOS, dtype=torch.float32, device=device).sqrt()
     half_width = 0.5 * scale * stride / ratios
     half_height = 0.5 * scale * stride * ratios
     base = torch.stack([-half_width, -half_height, half_width, half_height], dim=-1)
@@ -202,12 +202,13 @@ def _samples(
         limit: cells of the map along this axis; samples more than one cell outside count nothing.
     """
     bins = bins[:, None, None]
-    offsets = (torch.arange(samples) + 0.5) * bins / samples
-    places = starts[:, None, None] + torch.arange(size)[:, None] * bins + offsets
+    offsets = (torch.arange(samples, dtype=bins.dtype, device=bins.device) + 0.5) * bins / samples
+    numbers = torch.arange(size, dtype=bins.dtype, device=bins.device)[:, None]
+    places = starts[:, None, None] + numbers * bins + offsets
     inside = (places >= -1) & (places <= limit)
     places = places.clamp(0, limit - 1)
     lower = places.floor()
     upper = (lower + 1).clamp(max=limit - 1)
     share = places - lower
-    shares = torch.stack([1 - share, share], dim=-1) * (inside / samples)[..., None]
+    shares = torch.stack([1 - share, share], dim=-1) * (inside.to(share.dtype) / samples)[..., None]
     return torch.stack([lower, upper], dim=-1).long().flatten(2), shares.flatten(2)

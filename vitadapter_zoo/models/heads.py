@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitadapter_zoo.errors import ZooError
 from vitadapter_zoo.models.boxes import (
     ANCHOR_RATIOS,
     ANCHOR_SCALE,
@@ -207,6 +208,7 @@ class RoIHead(nn.Module):
         pooled = pool_rois(maps, rois, 7, self.finest_scale)
         logits, deltas = self.bbox_head(pooled)
         scores = logits.float().softmax(-1)[:, :-1]
+        check_finite(scores)
         detections = []
         for proposal, image_scores, image_deltas, size, scale in zip(
             proposals,
@@ -218,7 +220,7 @@ class RoIHead(nn.Module):
         ):
             # Only what passes the threshold is decoded: a few hundred of 80,000 pairs.
             rows, labels = (image_scores > score_threshold).nonzero(as_tuple=True)
-            chosen_deltas = image_deltas.view(len(image_deltas), -1, 4)[rows, labels]
+            chosen_deltas = image_deltas.unflatten(1, (-1, 4))[rows, labels]
             boxes = decode(proposal.boxes[rows], chosen_deltas, BOX_STDS, size)
             boxes = boxes / boxes.new_tensor(scale)
             chosen_scores = image_scores[rows, labels]
@@ -240,6 +242,19 @@ class RoIHead(nn.Module):
         labels = torch.cat([found.labels for found in detections])
         logits = self.mask_head(pool_rois(maps, _rois(boxes), 14, self.finest_scale), labels)
         return list(logits.float().sigmoid().split([len(found.labels) for found in detections]))
+
+
+def check_finite(values: Tensor) -> None:
+    """Refuse what would end as an empty result without a word.
+
+    Raises:
+        ZooError: a value is NaN or infinite.
+    """
+    if not values.isfinite().all():
+        raise ZooError(
+            "the network computes NaN or infinite values: its weights are damaged, or too large "
+            "for its dtype; load it again, or with dtype=torch.float32"
+        )
 
 
 def _rois(boxes: list[Tensor]) -> Tensor:

@@ -124,7 +124,9 @@ def sample(assigned: Tensor, sampling: Sampling, generator: torch.Generator | No
         generator: on the device of ``assigned``; by default that device's global generator, which
             ``torch.manual_seed`` seeds.
     """
-    keys = torch.rand(assigned.shape, generator=generator, device=assigned.device)
+    keys = torch.rand(
+        assigned.shape, generator=generator, dtype=torch.float32, device=assigned.device
+    )
     positives = torch.where(assigned >= 0, keys, -1.0).topk(min(sampling.positives, len(keys)))
     positive = positives.values >= 0
     background = torch.where(assigned == BACKGROUND, keys, -1.0).topk(

@@ -6,6 +6,7 @@ computes where it cannot be used.
 """
 
 import functools
+import itertools
 import warnings
 from collections.abc import Iterator
 
@@ -26,6 +27,7 @@ LIBRARY.define(
     "bool fused) -> (Tensor, Tensor)"
 )
 MOST_PIXELS = 2**31 - 1  # that a mask's runs can count
+STRIP_PIXELS = 1 << 20  # resampled at a time: bounds the memory, whatever the image's size
 
 
 def paste_masks(
@@ -52,9 +54,26 @@ def paste_masks(
     """
     _check(probabilities, boxes, size)
     masks = torch.zeros(len(boxes), *size, dtype=torch.bool, device=boxes.device)
-    for index, rows, columns, values in _sampled(probabilities, boxes, size):
-        masks[index, rows, columns] = values >= threshold
+    for index, rows, columns, inside in paste_strips(probabilities, boxes, size, threshold):
+        masks[index, rows, columns] = inside
     return masks
+
+
+def paste_strips(
+    probabilities: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float
+) -> Iterator[tuple[int, slice, slice, Tensor]]:
+    """`paste_masks` piece by piece, so that no mask of the image's size is needed.
+
+    Arguments and errors are those of `paste_masks`.
+
+    Yields:
+        The index of a mask, the rows and columns of a strip of its box on the image, and the mask
+        there, bool ``[rows, columns]``, at most a million pixels. A mask is False outside of its
+        strips; the strips of one mask follow one another.
+    """
+    _check(probabilities, boxes, size)
+    for index, rows, columns, values in _sampled(probabilities, boxes, size):
+        yield index, rows, columns, values >= threshold
 
 
 def paste_rle(
@@ -132,7 +151,7 @@ def _check(probabilities: Tensor, boxes: Tensor, size: tuple[int, int]) -> None:
 def _sampled(
     probabilities: Tensor, boxes: Tensor, size: tuple[int, int]
 ) -> Iterator[tuple[int, slice, slice, Tensor]]:
-    """Of each mask on the image: its index, the rows and columns of its region, their values."""
+    """Of each strip of a mask: the mask's index, the strip's rows and columns, its values."""
     height, width = size
     limits = boxes.new_tensor([width, height])
     lower = (boxes[:, :2].floor() - 1).clamp(min=0).minimum(limits)
@@ -147,9 +166,13 @@ def _sampled(
         # A box without area divides by zero; an infinite place samples the centre, as the original.
         x = torch.nan_to_num((x - x1) / (x2 - x1) * 2 - 1, posinf=0, neginf=0)
         y = torch.nan_to_num((y - y1) / (y2 - y1) * 2 - 1, posinf=0, neginf=0)
-        grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)
-        values = F.grid_sample(probabilities[index][None, None], grid[None], align_corners=False)
-        yield index, slice(top, bottom), slice(left, right), values[0, 0]
+        for part in y.split(max(STRIP_PIXELS // len(x), 1)):
+            grid = torch.stack(torch.meshgrid(x, part, indexing="xy"), dim=-1)
+            values = F.grid_sample(
+                probabilities[index][None, None], grid[None], align_corners=False
+            )
+            yield index, slice(top, top + len(part)), slice(left, right), values[0, 0]
+            top += len(part)
 
 
 def _compiled(
@@ -169,14 +192,16 @@ def _composed(
     from hotcoco import mask as coco_mask
 
     # Runs go down the columns: a transposed image is in their order.
-    image = torch.zeros(size[1], size[0], dtype=torch.uint8)
+    image = torch.zeros(size[1], size[0], dtype=torch.uint8, device="cpu")
     columns = image.numpy().T
     empty = coco_mask.encode(columns)["counts"].decode()
     counts = [empty] * len(boxes)
-    for index, rows, cols, values in _sampled(probabilities, boxes, size):
-        image[cols, rows] = (values >= threshold).T.to(torch.uint8)
+    strips = _sampled(probabilities, boxes, size)
+    for index, parts in itertools.groupby(strips, key=lambda strip: strip[0]):
+        for _, rows, cols, values in parts:
+            image[cols, rows] = (values >= threshold).T.to(torch.uint8)
         counts[index] = coco_mask.encode(columns)["counts"].decode()
-        image[cols, rows] = 0
+        image.zero_()
     return counts
 
 
@@ -203,8 +228,13 @@ def _fuses() -> bool | None:
 
 def _cases() -> Iterator[tuple[Tensor, Tensor, tuple[int, int], float]]:
     """Small masks with thresholds that are values of their own pixels: one bit off is seen."""
-    waves = (torch.arange(3 * 28 * 28) * 0.7548776662).sin().view(3, 28, 28) * 0.5 + 0.5
-    boxes = torch.tensor([[2.3, 1.7, 60.1, 40.9], [-7.2, 3, 30.6, 50], [5.5, 5.5, 9.2, 8.1]])
+    steps = torch.arange(3 * 28 * 28, dtype=torch.float32, device="cpu")
+    waves = (steps * 0.7548776662).sin().view(3, 28, 28) * 0.5 + 0.5
+    boxes = torch.tensor(
+        [[2.3, 1.7, 60.1, 40.9], [-7.2, 3, 30.6, 50], [5.5, 5.5, 9.2, 8.1]],
+        dtype=torch.float32,
+        device="cpu",
+    )
     size = (45, 67)
     for index, _, _, values in _sampled(waves, boxes, size):
         for threshold in values.flatten()[::41].tolist():

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-import logging
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -12,24 +10,23 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from torch import nn
-
 from vitadapter_zoo.errors import ZooError
 from vitadapter_zoo.evaluation.dataset import Dataset, read_dataset
-from vitadapter_zoo.models import MaskRCNN
 from vitadapter_zoo.training import state as disk
 from vitadapter_zoo.training.batches import Batches, Views
 from vitadapter_zoo.training.data import Source, TrainingData, described, read_data, write_coco
-from vitadapter_zoo.training.loop import Progress, Step, Training, out_of_memory, restore
-from vitadapter_zoo.training.memory import checkpoint_blocks
+from vitadapter_zoo.training.loop import Progress, Training, out_of_memory, restore
 from vitadapter_zoo.training.progress import Reporter
 from vitadapter_zoo.training.recipe import (
     Augment,
-    Recipe,
     Schedule,
-    parameter_groups,
     published,
+)
+from vitadapter_zoo.training.setup import (
+    accelerator_of,
+    freeze_parameters,
+    loader_workers,
+    prepared,
 )
 from vitadapter_zoo.training.start import PUBLISHED, starting_model
 from vitadapter_zoo.training.transforms import sizes
@@ -39,7 +36,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 SAVE_SECONDS = 600.0
-MOST_WORKERS = 16
 
 
 @dataclass(frozen=True)
@@ -55,6 +51,7 @@ class TrainingResult:
         figures: of the last evaluation: ``box_ap``, ``box_ap50``, ``mask_ap``, ``mask_ap50`` in
             points, 0..100; empty without validation images.
         best_mask_ap: in points; -1 without validation images.
+        is_main_process: whether this is the process, of several, that wrote the files.
     """
 
     directory: Path
@@ -64,6 +61,7 @@ class TrainingResult:
     classes: tuple[str, ...]
     figures: dict[str, float]
     best_mask_ap: float
+    is_main_process: bool
 
 
 def train(
@@ -102,7 +100,7 @@ def train(
     offline: bool | None = None,
     progress: bool = True,
 ) -> TrainingResult:
-    """Train a detector on one's own data; the defaults are the row's published recipe.
+    """Train a detector on your own data; the defaults are the row's published recipe.
 
     Args:
         name: load name, or a folder or repository as for ``load``: the network to train.
@@ -155,7 +153,7 @@ def train(
     if ema is not None and not 0 < ema < 1:
         raise ValueError(f"ema is a decay between 0 and 1, 0.999 for instance, not {ema}")
     began = time.monotonic()
-    accelerator = _accelerator(precision, device, accumulate)
+    accelerator = accelerator_of(precision, device, accumulate)
     with _own_directory(Path(out), accelerator) as directory, out_of_memory(batch_size):
         saved = _saved(directory, resume)
         found = read_data(data, train=train_files, valid=valid_files, keep_empty=keep_empty)
@@ -163,7 +161,7 @@ def train(
             name, start, found.classes, input_size=input_size, seed=seed,
             cache_dir=cache_dir, offline=offline, progress=progress,
         )  # fmt: skip
-        given = {
+        given: dict[str, Any] = {
             "epochs": epochs, "schedule": schedule, "weight_decay": weight_decay, "lr": lr,
             "layer_decay": layer_decay, "clip": clip, "augment": augment, "ema": ema,
         }  # fmt: skip
@@ -187,15 +185,15 @@ def train(
             wide, batch_size, recipe.epochs, seed, done.step * accumulate,
             accelerator.process_index, accelerator.num_processes,
         )  # fmt: skip
-        _freeze(model, freeze)
-        net, optimizer, average = _prepared(accelerator, model, recipe, checkpoint)
+        freeze_parameters(model, freeze)
+        net, optimizer, average = prepared(accelerator, model, recipe, checkpoint)
         validation = _validation(found, directory, accelerator)
         training = Training(
             accelerator=accelerator, model=model, net=net, optimizer=optimizer, average=average,
             recipe=recipe, batches=batches, validation=validation, directory=directory,
             views=Views(found.train.samples, sizes(recipe.augment, model.row.input_size), seed),
             settings=settings, accumulate=accumulate, seed=seed, eval_every=eval_every,
-            workers=_workers(workers, accelerator), early_stop=early_stop,
+            workers=loader_workers(workers, accelerator), early_stop=early_stop,
             max_seconds=None if max_minutes is None else 60 * max_minutes,
             save_seconds=60 * save_minutes, progress=done, reporter=None,
         )  # fmt: skip
@@ -217,6 +215,7 @@ def train(
     return TrainingResult(
         directory, directory / disk.LAST, directory / disk.BEST, training.progress.step,
         found.classes, training.progress.figures, training.progress.best,
+        accelerator.is_main_process,
     )  # fmt: skip
 
 
@@ -227,29 +226,6 @@ def _check_positive(**values: float | None) -> None:
     for name, value in values.items():
         if value is not None and not value > 0:
             raise ValueError(f"{name} must be above 0, got {value}")
-
-
-def _accelerator(
-    precision: Literal["no", "bf16"], device: str | None, accumulate: int
-) -> Accelerator:
-    try:
-        from accelerate import Accelerator
-        from accelerate.utils import DistributedDataParallelKwargs
-    except ImportError as error:
-        raise ZooError("training needs accelerate: pip install 'vitadapter-zoo[train]'") from error
-    if device is not None and device != "cpu":
-        torch.empty(0, device=device)
-        # What accelerate reads instead of an argument.
-        os.environ["ACCELERATE_TORCH_DEVICE"] = device
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
-    # An image without objects uses neither the boxes' nor the masks' last layers.
-    shared = DistributedDataParallelKwargs(find_unused_parameters=True)
-    return Accelerator(
-        cpu=device == "cpu",
-        mixed_precision=precision,
-        gradient_accumulation_steps=accumulate,
-        kwargs_handlers=[shared],
-    )
 
 
 @contextlib.contextmanager
@@ -301,47 +277,6 @@ def _check_same(saved: dict[str, Any] | None, settings: dict[str, Any], director
             )
 
 
-def _freeze(model: MaskRCNN, prefixes: Sequence[str]) -> None:
-    """Keep parameters from changing.
-
-    Raises:
-        ZooError: no parameter has a prefix, or none is left to train.
-    """
-    for prefix in prefixes:
-        named = [x for name, x in model.named_parameters() if name.startswith(prefix)]
-        if not named:
-            first = sorted({name.partition(".")[0] for name, _ in model.named_parameters()})
-            raise ZooError(
-                f"no parameter's name begins with {prefix!r}: freeze {', '.join(first)}, or "
-                "backbone.blocks, for instance"
-            )
-        for parameter in named:
-            parameter.requires_grad_(False)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ZooError("everything is frozen: leave something to train")
-
-
-def _prepared(
-    accelerator: Accelerator, model: MaskRCNN, recipe: Recipe, checkpoint: bool
-) -> tuple[nn.Module, Any, disk.Average | None]:
-    """The losses' module and the optimizer as the accelerator wraps them, and the average."""
-    model.to(accelerator.device)
-    average = None
-    if recipe.ema is not None:
-        average = disk.Average(model, copy.deepcopy(model), recipe.ema)
-    if checkpoint:
-        checkpoint_blocks(model.backbone)
-    on_gpu = accelerator.device.type == "cuda"
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, recipe), lr=recipe.lr, betas=recipe.betas, fused=on_gpu
-    )
-    net: nn.Module = Step(model)
-    if on_gpu and accelerator.num_processes > 1:
-        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
-    net, optimizer = accelerator.prepare(net, optimizer)
-    return net, optimizer, average
-
-
 def _validation(found: TrainingData, directory: Path, accelerator: Accelerator) -> Dataset | None:
     """The validation images, written beside the run as the scorer reads them."""
     if found.valid is None:
@@ -351,13 +286,6 @@ def _validation(found: TrainingData, directory: Path, accelerator: Accelerator) 
         write_coco(found.valid, annotations)
     accelerator.wait_for_everyone()
     return read_dataset(annotations, found.valid.folder.absolute())
-
-
-def _workers(workers: int | None, accelerator: Accelerator) -> int:
-    if workers is not None:
-        return workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(MOST_WORKERS, max(1, (cores or 1) // accelerator.num_processes - 1))
 
 
 def _introduce(training: Training, found: TrainingData, origin: str) -> None:

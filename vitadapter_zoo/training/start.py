@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vitadapter_zoo.catalog import Row, get_row, list_models
+from vitadapter_zoo.catalog import get_row, list_models
 from vitadapter_zoo.errors import CheckpointError
 from vitadapter_zoo.loader import load
 from vitadapter_zoo.models import MaskRCNN, build
 from vitadapter_zoo.models.adapter import MSDeformAttn
+from vitadapter_zoo.weights.pretraining import read_pretraining
 
 PUBLISHED, PRETRAINING, SCRATCH = "published", "pretraining", "scratch"
 
@@ -64,7 +65,19 @@ def starting_model(
     if start == SCRATCH:
         return model, "all weights are fresh"
     if start == PRETRAINING:
-        return model, _with_pretraining(model, row, cache_dir, offline, progress)
+        if not row.pretraining_url:
+            raise CheckpointError(
+                f"{row.name} has no pretraining: it was trained from scratch (`--from scratch`)"
+            )
+        read_pretraining(
+            model.backbone,
+            row.pretraining_url,
+            resize_positions=True,
+            cache_dir=cache_dir,
+            offline=offline,
+            progress=progress,
+        )
+        return model, f"trunk of {row.pretraining_name}, all else is fresh"
     assert source is not None  # noqa: S101  the two other starts are done
     return model, carry_over(source, model, os.fspath(name if start == PUBLISHED else start))
 
@@ -82,20 +95,6 @@ def _trained(
         wanted, checkpoint = name, start
     return load(
         wanted, checkpoint=checkpoint, cache_dir=cache_dir, offline=offline, progress=progress
-    )
-
-
-def _with_pretraining(
-    model: MaskRCNN,
-    row: Row,
-    cache_dir: str | os.PathLike[str] | None,
-    offline: bool | None,
-    progress: bool,
-) -> str:
-    from vitadapter_zoo.training.pretraining import read_pretraining
-
-    return read_pretraining(
-        model.backbone, row, cache_dir=cache_dir, offline=offline, progress=progress
     )
 
 

@@ -9,11 +9,12 @@ from pprint import pformat
 from typing import Any
 
 from vitadapter_zoo.catalog import Row
+from vitadapter_zoo.instance_masks import MASK_THRESHOLD
 from vitadapter_zoo.models import heads
 from vitadapter_zoo.models.adapter import CONV_FFN_RATIO, POINTS
 from vitadapter_zoo.models.boxes import ANCHOR_RATIOS, ROI_STRIDES
 from vitadapter_zoo.models.build import SIZES, UNIPERCEIVER_DROP_PATH, Size
-from vitadapter_zoo.models.mask_rcnn import MASK_THRESHOLD, SCORE_THRESHOLD
+from vitadapter_zoo.models.mask_rcnn import SCORE_THRESHOLD
 from vitadapter_zoo.models.vit import PATCH, WINDOW
 
 MODULE = "vitadapter_zoo.backends.mmdet"

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from vitadapter_zoo.backends.mmdet.pretraining import read_pretraining
 from vitadapter_zoo.errors import ConfigError
 from vitadapter_zoo.models import adapter, necks, uniperceiver, vit
+from vitadapter_zoo.weights.pretraining import read_pretraining
 
 # Arguments that the published networks agree in, with the one value that is taken.
 PUBLISHED: dict[str, object] = {
