@@ -71,7 +71,7 @@ def test_pieces_of_an_image_compute_what_the_whole_computes(
     with torch.enable_grad():  # where nothing is cut, and linear layers are PyTorch's own
         expected = [level.detach() for level in backbone(images)]
     for size in (2**20, 2**22):  # one row of windows, one of the map, few tokens; and more
-        monkeypatch.setattr(tokens, "PIECE", size)
+        monkeypatch.setattr(tokens, "CHUNK_BYTES", size)
         with torch.inference_mode():
             for ours, whole in zip(backbone(images), expected, strict=True):
                 torch.testing.assert_close(ours, whole, rtol=1e-4, atol=1e-4)
@@ -83,8 +83,8 @@ def test_batch_statistics_are_those_of_whole_maps(
 ) -> None:
     image = torch.randn(1, 3, 128, 128)
     means = []
-    for size in (tokens.PIECE, 2**17):
-        monkeypatch.setattr(tokens, "PIECE", size)
+    for size in (tokens.CHUNK_BYTES, 2**17):
+        monkeypatch.setattr(tokens, "CHUNK_BYTES", size)
         backbone = copy.deepcopy(tiny.backbone)
         backbone.get_submodule("norm1").train()
         backbone(image)

@@ -547,17 +547,17 @@ def test_masks_may_be_polygons_or_run_lengths() -> None:
     ("change", "message"),
     [
         ({"boxes": None}, "boxes missing"),
-        ({"boxes": [[5, 5, 5, 30]]}, "x1 < x2.*leave objects without area out"),
+        ({"boxes": [[5, 5, 5, 30]]}, "x1 < x2.*leave out objects without area"),
         ({"boxes": [[5, 5, float("nan"), 30]]}, "x1 < x2"),
         ({"boxes": [[5, 5, float("inf"), 30]]}, "x1 < x2"),
         ({"labels": [80]}, r"0\.\.79, got \[80\]"),
         ({"labels": [-1]}, r"0\.\.79"),
         ({"labels": [0.5]}, "integers"),
-        ({"labels": [1, 2]}, "1 boxes need as many labels"),
+        ({"labels": [1, 2]}, "each box needs a label and a mask: got 1 boxes"),
         ({"masks": torch.zeros(1, 20, 20)}, r"padded network size, \[n, 64, 96\]"),
-        ({"masks": []}, "as many labels and masks"),
+        ({"masks": []}, "each box needs a label and a mask"),
         ({"masks": [{"size": [9, 9], "counts": [81]}]}, "RLE must have the padded"),
-        ({"masks": ["a"]}, "a mask is a bool tensor"),
+        ({"masks": ["a"]}, "a mask must be a bool tensor"),
     ],
 )
 def test_targets_that_do_not_fit_are_refused(
@@ -570,7 +570,7 @@ def test_targets_that_do_not_fit_are_refused(
 
 
 def test_a_batch_needs_images_and_as_many_targets(nano: MaskRCNN) -> None:
-    with pytest.raises(ValueError, match="1 images need as many targets, got 0"):
+    with pytest.raises(ValueError, match="each image needs a target: got 1 images and 0 targets"):
         losses(nano, [prepared(64, 96)], [])
     with pytest.raises(ValueError, match="at least one image"):
         losses(nano, [], [])
