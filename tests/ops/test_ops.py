@@ -282,7 +282,7 @@ def test_wrong_fused_arguments_are_named() -> None:
         ms_deform_attn_fused(value, shapes, points, offsets, logits.double())
     with pytest.raises(TypeError, match=r"reference_points must be torch\.float32"):
         ms_deform_attn_fused(value.bfloat16(), shapes, points.bfloat16(), offsets, logits)
-    with pytest.raises(NotImplementedError, match="does not go through vmap"):
+    with pytest.raises(NotImplementedError, match="does not support vmap"):
         torch.vmap(lambda v: ms_deform_attn_fused(v, shapes, points, offsets, logits))(value[None])
 
 
@@ -320,7 +320,7 @@ def test_autocast_leaves_locations_wide() -> None:
 
 def test_vmap_and_second_derivatives_are_refused() -> None:
     value, shapes, locations, weights = requiring_gradients(random_arguments(0, [(4, 6)]))
-    with pytest.raises(NotImplementedError, match="does not go through vmap"):
+    with pytest.raises(NotImplementedError, match="does not support vmap"):
         torch.vmap(lambda v: ms_deform_attn(v, shapes, locations, weights))(value[None])
     total = ms_deform_attn(value, shapes, locations, weights).sum()
     with pytest.raises(NotImplementedError, match="no second derivatives"):
@@ -335,7 +335,7 @@ WRONG: dict[str, tuple[type[Exception], Change]] = {
     r"takes value \[N, S, heads, channels\].*got \[24, 2, 32\]": (
         ValueError, lambda v, s, loc, w: (v[0], s, loc, w)),
     r"and \[1, 5, 2, 1, 3\]": (ValueError, lambda v, s, loc, w: (v, s, loc, w[..., :3])),
-    "tensors of one device, got cpu, meta": (
+    "tensors on the same device, got cpu, meta": (
         ValueError, lambda v, s, loc, w: (v, s, loc.to("meta"), w)),
     "value must be a floating-point tensor, got torch.int64": (
         TypeError, lambda v, s, loc, w: (v.long(), s, loc, w)),

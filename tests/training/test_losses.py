@@ -501,9 +501,9 @@ def test_the_detector_returns_losses_in_training_mode(trainable: MaskRCNN) -> No
     torch.manual_seed(0)
     assert trainable([item], [own]) == from_image
     assert trainable.training
-    with pytest.raises(ValueError, match=r"called with targets.*model\.eval\(\)"):
+    with pytest.raises(ValueError, match=r"got no targets.*model\.eval\(\)"):
         trainable([item])
-    with pytest.raises(ValueError, match="called with targets"):
+    with pytest.raises(ValueError, match="got no targets"):
         trainable([item], 0.5)
 
 
