@@ -94,7 +94,7 @@ def check_shapes(value: Tensor, shapes: Tensor, locations: Tensor, weights: Tens
             f"[N, Q, heads, levels, points]; got {list(value.shape)}, {list(shapes.shape)}, "
             f"{list(locations.shape)} and {list(weights.shape)}"
         )
-    # The values of ``shapes`` are unknown while tracing, and reading them on a GPU would wait for it.
+    # The values are unknown while tracing, and reading them from a GPU would wait for the GPU.
     if type(shapes) is Tensor and shapes.device.type == "cpu" and not torch.compiler.is_compiling():
         levels = [(height, width) for height, width in shapes.tolist()]
         if any(height < 1 or width < 1 for height, width in levels):
