@@ -1,5 +1,6 @@
 // Fast CUDA kernels for the shapes that detectors use: 4 points on 1, 3 or 4 levels, and a number
-// of channels that is a multiple of a 16-byte load. Other shapes use the general kernels of cuda.cu.
+// of channels that is a multiple of a 16-byte load. Other shapes use the general kernels in
+// cuda.cu.
 //
 // Three properties make them fast. A load reads 4 or 8 channels, which share the arithmetic of the
 // sampling point. Indices are 32 bits wide. Levels and points are template arguments, so loops are

@@ -27,9 +27,9 @@ ZOO_INLINE T convert(From value) {
 // F is a floating-point type or a vector type. I is an integer type with the same number of lanes.
 //
 // Location 0..1 is at pixel `location * size - 0.5`. A neighbour outside of the border counts as
-// zero: its weight and slope are 0. Its index is that of the other neighbour, so reading it is safe.
-// If both neighbours are outside, or for NaN, `inside` is false. Weights and slopes are then
-// undefined, but the indices are still valid.
+// zero: its weight and slope are 0. Its index is that of the other neighbour, which is safe
+// to read. If both neighbours are outside, or for NaN, `inside` is false. Weights and slopes are
+// then undefined, but the indices are still valid.
 template <typename F, typename I>
 struct Axis {
   I near_index, far_index;
