@@ -11,12 +11,12 @@ from vitadapter_zoo.catalog import COCO_CLASSES, Row
 from vitadapter_zoo.detections import Detections, Instances
 from vitadapter_zoo.errors import ImageError
 from vitadapter_zoo.images import ImageInput, NetworkInput, network_input
+from vitadapter_zoo.images.sources import Item, Source, expand, items
 from vitadapter_zoo.models.boxes import ROI_STRIDES
 from vitadapter_zoo.models.heads import RoIHead, RPNHead, check_finite
 from vitadapter_zoo.models.losses import losses
 from vitadapter_zoo.models.objects import Target
 from vitadapter_zoo.models.precision import float32_precision
-from vitadapter_zoo.sources import Item, Source, expand, items
 
 SCORE_THRESHOLD = 0.05  # as the published AP was measured
 
@@ -248,7 +248,7 @@ class MaskRCNN(nn.Module):
     def stream_items(
         self, images: Iterator[Item], score_threshold: float, *, batch_size: int = 1
     ) -> Iterator[tuple[Item, Detections]]:
-        """`stream` for images from ``vitadapter_zoo.sources.items``, each with its result."""
+        """`stream` for images from ``sources.items``, each with its result."""
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if not 0 <= score_threshold <= 1:

@@ -9,7 +9,7 @@ from pprint import pformat
 from typing import Any
 
 from vitadapter_zoo.catalog import Row
-from vitadapter_zoo.instance_masks import MASK_THRESHOLD
+from vitadapter_zoo.detections.masks import MASK_THRESHOLD
 from vitadapter_zoo.models import heads
 from vitadapter_zoo.models.adapter import CONV_FFN_RATIO, POINTS
 from vitadapter_zoo.models.boxes import ANCHOR_RATIOS, ROI_STRIDES

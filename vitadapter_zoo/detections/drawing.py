@@ -9,7 +9,7 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from vitadapter_zoo.instance_masks import Masks, strips
+from vitadapter_zoo.detections.masks import Masks, strips
 from vitadapter_zoo.text import shown
 
 # Distinct hues, taken in turn by label.

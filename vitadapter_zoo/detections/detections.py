@@ -16,13 +16,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vitadapter_zoo import exchange, notebook
-from vitadapter_zoo import instance_masks as masks_of
 from vitadapter_zoo.catalog import COCO_CLASSES
-from vitadapter_zoo.drawing import draw, regions
+from vitadapter_zoo.detections import exchange, notebook
+from vitadapter_zoo.detections import masks as masks_of
+from vitadapter_zoo.detections.drawing import draw, regions
+from vitadapter_zoo.detections.masks import MaskMaps, Masks
 from vitadapter_zoo.errors import ZooError
 from vitadapter_zoo.images import ImageInput, read_image
-from vitadapter_zoo.instance_masks import MaskMaps, Masks
 from vitadapter_zoo.text import quoted, shown
 
 if TYPE_CHECKING:
@@ -371,7 +371,7 @@ class Detections:
             ZooError: the path cannot be written to, is the image that they were found in, or has
                 an ending that no picture format has.
         """
-        from vitadapter_zoo import outputs
+        from vitadapter_zoo.detections import output_files as outputs
 
         target = outputs.checked(path, [self.image if image is None else image])
         if target.suffix.lower() == ".json":
