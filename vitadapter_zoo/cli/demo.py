@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
 import click
 
