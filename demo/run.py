@@ -1,9 +1,9 @@
 """The main job end to end without the internet: `make demo`.
 
-First `vitadapter-zoo demo`: the detector in the package predicts and is verified. Then the published
-rows' networks: a checkpoint in the published format is made from stand-in weights and served from this machine;
-the command that users run downloads, converts and loads it and detects on a photo; then every
-stage is compared with the stored outputs of the original implementation.
+First `vitadapter-zoo demo`: the detector in the package predicts and is verified. Then the
+published networks: a checkpoint in the published format is made from stand-in weights and served
+from this machine; the command that users run downloads, converts and loads it and detects on a
+photo; then every stage is compared with the stored outputs of the original implementation.
 """
 
 import os
