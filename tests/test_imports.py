@@ -27,8 +27,6 @@ LAYERS = (
     ("weights",),
     ("models", "environment"),
     ("detections",),
-    ("drawing", "sources", "outputs"),
-    ("instance_masks", "videos"),
     ("ops",),
     ("images", "catalog"),
     ("settings",),

@@ -1,6 +1,6 @@
-"""The environment variables that the package reads when it runs, and the folder of its cache.
+"""The package's environment variables, the folder of its cache, and users' paths.
 
-``setup.py`` imports this module where only Python's standard library may be installed.
+``setup.py`` imports this module, so it needs only Python's standard library.
 """
 
 import os
@@ -36,7 +36,7 @@ def expanded(path: str | os.PathLike[str]) -> Path:
 
 
 def home(cache_dir: Home = None) -> Path:
-    """The cache's directory: the argument, else ``$VITADAPTER_ZOO_HOME``, else the platform's."""
+    """The cache folder: the argument, else ``$VITADAPTER_ZOO_HOME``, else the platform's."""
     chosen = cache_dir or os.environ.get("VITADAPTER_ZOO_HOME")
     if not chosen:
         import platformdirs
@@ -46,14 +46,14 @@ def home(cache_dir: Home = None) -> Path:
 
 
 def is_offline(offline: bool | None = None) -> bool:
-    """The argument, else whether ``VITADAPTER_ZOO_OFFLINE`` is set to 1, true, yes or on."""
+    """The argument, else whether ``VITADAPTER_ZOO_OFFLINE`` is 1, true, yes or on."""
     if offline is not None:
         return offline
     return os.environ.get("VITADAPTER_ZOO_OFFLINE", "").lower() in ("1", "true", "yes", "on")
 
 
 def operator() -> str:
-    """What ``VITADAPTER_ZOO_OP`` asks for: ``compiled``, ``reference`` or nothing (``""``).
+    """The value of ``VITADAPTER_ZOO_OP``: ``compiled``, ``reference`` or empty.
 
     Raises:
         ZooError: the variable has another value.
@@ -65,7 +65,7 @@ def operator() -> str:
 
 
 def build_for_cuda() -> bool | None:
-    """What ``VITADAPTER_ZOO_CUDA`` says of compiling for CUDA; None where it is not set.
+    """Whether ``VITADAPTER_ZOO_CUDA`` asks for a CUDA build; None if it is not set.
 
     Raises:
         ZooError: the variable is neither 0 nor 1.

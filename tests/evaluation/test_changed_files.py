@@ -33,7 +33,7 @@ QUICK = settings(
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-THOROUGH = settings(QUICK, max_examples=10_000, derandomize=False)
+THOROUGH = settings(QUICK, max_examples=10_000, derandomize=False, database=None)
 
 
 def base(seed: int) -> Files:

@@ -24,7 +24,14 @@ from coco_oracle import by_pycocotools, random_data, written
 from forked import heed_interrupts
 
 import vitadapter_zoo
-from vitadapter_zoo import DatasetError, ImageError, MaskRCNN, Verification, ZooError
+from vitadapter_zoo import (
+    DatasetError,
+    ImageError,
+    MaskRCNN,
+    Verification,
+    ZooError,
+    get_row,
+)
 from vitadapter_zoo.backends.comparison import matches
 from vitadapter_zoo.cli import main
 from vitadapter_zoo.evaluation.dataset import Image, read_dataset, sampling_order
@@ -438,6 +445,18 @@ def test_the_command(folder: Path, coco: Path, undisturbed: Verification, tmp_pa
     assert json.loads(both.stdout)["images"]["evaluated"] == 2
     assert command("verify", folder, "--limit", "3").exit_code == 2
     assert command("verify", "adapter-x", "--coco", coco).exit_code == 2
+
+
+def test_a_row_with_data_in_the_package_needs_no_option(tmp_path: Path) -> None:
+    found = command("verify", "adapter-n-emoji", "--limit", "2", "--run", tmp_path, "--json")
+    assert found.exit_code == 3, found.output
+    record = json.loads(found.stdout)
+    row = get_row("adapter-n-emoji")
+    assert record["annotations"].endswith("data/emoji/annotations/instances_val.json")
+    assert record["comparisons"]["box"]["published"] == row.box_ap
+    assert record["comparisons"]["mask"]["published"] == row.mask_ap
+    assert (record["images"]["evaluated"], record["images"]["total"]) == (2, 200)
+    assert "give either --coco DIR" in command("verify", "vit-t-deit-3x").stderr
 
 
 def test_the_old_meaning_of_images_is_refused(folder: Path, coco: Path) -> None:

@@ -1,4 +1,4 @@
-"""The compiled operator as a library: how it is built, found, checked and kept in bounds."""
+"""Tests of the compiled libraries: building, finding and checking them, and their input checks."""
 
 import json
 import math
@@ -22,7 +22,7 @@ PROJECT = Path(__file__).parents[2]
 def run(
     *arguments: str | Path, package: Path = PROJECT, **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    """Python in a new process, with the package that lies in ``package``."""
+    """Run Python in a new process with the package in the folder ``package``."""
     support = PROJECT / "tests" / "support"
     environment = os.environ | {"PYTHONPATH": f"{package}:{support}"} | variables
     return subprocess.run(
@@ -30,14 +30,14 @@ def run(
     )
 
 
-def test_the_compiled_operator_is_in_use_here() -> None:
+def test_the_compiled_operator_is_used_here() -> None:
     found = implementation("cpu")
     assert found.compiled, found.why
     assert check(torch.device("cpu")) < TOLERANCE / 100
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])
-def test_a_kernel_that_gives_nan_does_not_pass_the_check(place: int) -> None:
+def test_the_check_rejects_a_kernel_that_returns_nan(place: int) -> None:
     errors = [1e-7, 2e-7]
     assert worst(errors) == 2e-7
     errors.insert(place, math.nan)
@@ -53,7 +53,7 @@ def test_the_check_does_not_depend_on_the_default_dtype(dtype: torch.dtype) -> N
         torch.set_default_dtype(torch.float32)
 
 
-def test_gradients_on_cuda_alert_in_deterministic_mode() -> None:
+def test_gradients_on_cuda_raise_or_warn_in_deterministic_mode() -> None:
     torch.use_deterministic_algorithms(True)
     try:
         alert_nondeterministic(torch.device("cpu"))
@@ -67,7 +67,7 @@ def test_gradients_on_cuda_alert_in_deterministic_mode() -> None:
     alert_nondeterministic(torch.device("cuda", 0))
 
 
-def test_kernels_refuse_what_would_lead_out_of_bounds() -> None:
+def test_kernels_reject_inputs_that_would_read_out_of_bounds() -> None:
     value, shapes, locations, weights = random_arguments(0, [(4, 6)])
     wrong: dict[str, Arguments] = {
         "do not add up": (value, shapes + 1, locations, weights),
@@ -109,14 +109,14 @@ for channels in (5, 32, 64):
 
 
 @pytest.mark.parametrize("name", ["portable", "avx2", "avx512"])
-def test_every_instruction_set_computes_the_same(name: str) -> None:
+def test_every_instruction_set_gives_the_same_result(name: str) -> None:
     done = run("-c", EACH_SET, VITADAPTER_ZOO_CPU=name)
     assert done.returncode == 0, done.stderr
     assert f"({name})" in done.stdout
 
 
 @pytest.mark.parametrize("name", [paths.CPU_LIBRARY, paths.CUDA_LIBRARY])
-def test_library_imports_nothing_of_torch_but_its_stable_interface(name: str) -> None:
+def test_libraries_use_only_torch_s_stable_abi(name: str) -> None:
     path = find(name)
     if path is None and name == paths.CUDA_LIBRARY:
         assert not build.cuda_wanted()
@@ -126,14 +126,14 @@ def test_library_imports_nothing_of_torch_but_its_stable_interface(name: str) ->
         ["nm", "-D", "--undefined-only", path], capture_output=True, text=True, check=True
     ).stdout.split()
     assert any(symbol.startswith("aoti_torch_") for symbol in symbols)
-    # Mangled names carry the length of each part: 2at, 3c10, 5torch.
+    # Mangled names contain the length of each part: 2at, 3c10, 5torch.
     assert [symbol for symbol in symbols if "2at" in symbol[:6] or "3c10" in symbol[:7]] == []
     assert [symbol for symbol in symbols if symbol.startswith("_Z") and "5torch" in symbol] == []
 
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    """A copy of the package and its sources without anything compiled."""
+    """A copy of the package and its sources without compiled libraries."""
     folder = tmp_path / "copy"
     ignored = shutil.ignore_patterns("*.so", "__pycache__")
     shutil.copytree(PROJECT / "vitadapter_zoo", folder / "vitadapter_zoo", ignore=ignored)
@@ -154,7 +154,7 @@ print(result.sum().item())
 COMMAND = ("-c", "from vitadapter_zoo.cli import main; main()")
 
 
-def test_without_a_library_the_fallback_computes_and_warns_once(copy: Path) -> None:
+def test_without_a_library_the_fallback_is_used_with_one_warning(copy: Path) -> None:
     without = run("-c", COMPUTE, package=copy)
     assert without.stdout == "8.0\n", without.stderr
     assert without.stderr.count("UserWarning") == 1
@@ -163,7 +163,7 @@ def test_without_a_library_the_fallback_computes_and_warns_once(copy: Path) -> N
     assert "VITADAPTER_ZOO_OP=compiled, but the compiled operator" in refused.stderr
 
 
-def test_a_build_that_samples_elsewhere_is_refused(copy: Path) -> None:
+def test_a_library_with_wrong_results_is_rejected(copy: Path) -> None:
     header = copy / "csrc" / "sampling.h"
     right, wrong_offset = "convert<F>(size) - 0.5f", "convert<F>(size) - 0.25f"
     assert right in header.read_text()
@@ -183,8 +183,10 @@ print(masks.implementation().compiled)
 """
 
 
-def test_build_op_replaces_the_fallback_and_wrong_masks_alone_are_refused(copy: Path) -> None:
-    """The sources have a wrong mask kernel; deformable attention is right, and is used."""
+def test_build_op_replaces_the_fallback_and_only_wrong_masks_are_rejected(
+    copy: Path,
+) -> None:
+    """Compile sources with a wrong mask kernel and correct deformable attention."""
     source = copy / "csrc" / "masks.cpp"
     written = source.read_text().replace(
         "sum = __builtin_fmaf(se[y], se_weight, sum);", "sum = se[y] * se_weight + sum;"
@@ -209,7 +211,7 @@ def test_build_op_replaces_the_fallback_and_wrong_masks_alone_are_refused(copy: 
     assert report["masks"]["compiled"] is False
 
 
-def test_build_op_says_what_the_compiler_said(copy: Path, zoo_home: Path) -> None:
+def test_build_op_shows_the_compiler_s_error(copy: Path, zoo_home: Path) -> None:
     (copy / "csrc" / "cpu.cpp").write_text("int broken(\n")
     done = run(*COMMAND, "build-op", package=copy, VITADAPTER_ZOO_CUDA="0")
     assert done.returncode == 1
@@ -219,7 +221,7 @@ def test_build_op_says_what_the_compiler_said(copy: Path, zoo_home: Path) -> Non
     assert left == ["build-op.log"]
 
 
-def test_environment_is_printed_for_people_and_programs() -> None:
+def test_env_prints_text_and_json() -> None:
     command = (*COMMAND, "env")
     text = run(*command).stdout
     assert f"torch                    {torch.__version__.split('+')[0]}" in text
@@ -230,7 +232,7 @@ def test_environment_is_printed_for_people_and_programs() -> None:
     assert found["machine"]["threads of torch"] >= 1
 
 
-def test_switches_of_other_values_are_refused(tmp_path: Path) -> None:
+def test_invalid_values_of_environment_variables_are_rejected(tmp_path: Path) -> None:
     done = run("-c", COMPUTE, VITADAPTER_ZOO_OP="fast")
     assert "VITADAPTER_ZOO_OP is 'fast'; it may be 'compiled' or 'reference'" in done.stderr
     done = run("-m", "vitadapter_zoo.ops.build", tmp_path, VITADAPTER_ZOO_CUDA="yes")

@@ -54,7 +54,7 @@ def test_an_index_may_not_name_files_elsewhere(tiny: MaskRCNN, tmp_path: Path) -
         vitadapter_zoo.load(folder)
 
 
-def test_bad_folders_are_said(tiny: MaskRCNN, tmp_path: Path) -> None:
+def test_bad_folders_are_errors(tiny: MaskRCNN, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"config\.json cannot be read"):
         vitadapter_zoo.load(tmp_path)
     folder = vitadapter_zoo.save_pretrained(tiny, tmp_path / "mine")
@@ -73,7 +73,7 @@ def test_half_precision_is_kept(standin_model: Callable[[str], MaskRCNN], tmp_pa
                        half.neck.state_dict()["fpn_convs.0.conv.weight"])  # fmt: skip
 
 
-def test_the_committed_cards_are_what_the_generator_writes() -> None:
+def test_committed_cards_match_the_generator() -> None:
     assert sorted(path.stem for path in CARDS.iterdir()) == sorted(list_models())
     for name in list_models():
         written = (CARDS / f"{name}.md").read_text(encoding="utf-8")

@@ -179,6 +179,35 @@ def test_the_page_needs_nothing_else_and_has_the_figures_of_the_json(
     assert page.tags.count("polyline") == 6
 
 
+def test_the_terminal_shows_every_figure(
+    scene: Scene, found: Verification, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lone = judge(NAME, scene.data, scene.results[2:], (46.0, 41.0))  # the image without objects
+    for one in (found, lone):
+        report.print_table(one)
+        lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+        for name in FIGURES:
+            values = [scores.figures[name] for scores in (one.box, one.mask)]
+            shown = ["-" if value == -1 else f"{100 * value:.2f}" for value in values]
+            assert [name, *shown] in [line[:3] for line in lines]
+    assert lone.verdict == "inconclusive"
+    assert lone.comparisons[0].difference is None
+
+
+def test_the_index_sorts_by_every_column(found: Verification, tmp_path: Path) -> None:
+    overview.verify_all(lambda row: found, found.annotations, tmp_path, rows=ROWS[:2])
+    source = (tmp_path / "index.html").read_text()
+    assert re.findall('data-column="([0-9])"', source) == list("01234567")
+    first = source.partition("<tbody>")[2].partition("</tbody>")[0]
+    values = re.findall('data-sort="([^"]*)"', first)
+    assert values[0] == ROWS[0].name
+    assert [float(value) for value in values[2:]] == [
+        value
+        for one in found.comparisons
+        for value in (one.published, one.measured, one.difference)
+    ]
+
+
 def test_the_mean_of_each_curve_is_the_ap(found: Verification) -> None:
     for scores in (found.box, found.mask):
         curves = report.curves(scores)

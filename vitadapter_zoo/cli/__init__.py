@@ -11,6 +11,7 @@ import click
 
 from vitadapter_zoo._version import __version__
 from vitadapter_zoo.cli import failures
+from vitadapter_zoo.cli.demo import demo
 from vitadapter_zoo.cli.hub import cache_group, card, convert, download
 from vitadapter_zoo.cli.mmdet import compare, config
 from vitadapter_zoo.cli.models import info, list_command
@@ -77,6 +78,7 @@ class _ZooGroup(click.Group):
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="""\b
 Examples:
+  vitadapter-zoo demo
   vitadapter-zoo list --filter 'adapter-*'
   vitadapter-zoo info adapter-l-augreg-3x
   vitadapter-zoo predict photo.jpg --model adapter-t-deit-3x --out overlays
@@ -90,6 +92,7 @@ def main() -> None:
 for command in (
     list_command,
     info,
+    demo,
     predict,
     train,
     verify,

@@ -1,4 +1,4 @@
-"""``list`` and ``info``: what the catalog knows, and what is known of a saved model."""
+"""``list`` and ``info``: show the catalog, and describe one model of it or a saved one."""
 
 from __future__ import annotations
 

@@ -21,9 +21,9 @@ from vitadapter_zoo.text import PATH, quoted, shown
 
 if TYPE_CHECKING:
     from vitadapter_zoo.detections import Detections
+    from vitadapter_zoo.images.sources import Item, Source, Video
+    from vitadapter_zoo.images.videos import VideoFile
     from vitadapter_zoo.models import MaskRCNN
-    from vitadapter_zoo.sources import Item, Source, Video
-    from vitadapter_zoo.videos import VideoFile
 
 CHECKED = 100  # pictures that are decoded before the model is loaded
 
@@ -125,8 +125,9 @@ def predict(
     """
     # FFmpeg's own lines on stderr say less than our errors do.
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
-    from vitadapter_zoo import outputs, settings
-    from vitadapter_zoo.sources import expand, is_video, items
+    from vitadapter_zoo import settings
+    from vitadapter_zoo.detections import output_files as outputs
+    from vitadapter_zoo.images.sources import expand, is_video, items
 
     chosen = expand([_source(text) for text in sources])
     _check_inputs(chosen)
@@ -179,7 +180,7 @@ def _check_inputs(chosen: Sequence[Source]) -> None:
         ImageError: one of the first pictures or videos cannot be decoded.
     """
     from vitadapter_zoo.images import is_url, read_image
-    from vitadapter_zoo.sources import STREAMS, is_video, items
+    from vitadapter_zoo.images.sources import STREAMS, is_video, items
 
     for source in chosen[:CHECKED]:
         if isinstance(source, int) or is_url(source) or str(source).startswith(STREAMS):
@@ -246,7 +247,7 @@ class Overlays:
     Attributes:
         folder: where they go.
         inputs: what the command reads.
-        taken: the keys of the names that are in use, see `vitadapter_zoo.outputs.key`.
+        taken: the keys of the names that are in use, see `output_files.key`.
     """
 
     folder: Path
@@ -258,7 +259,7 @@ class Overlays:
 
     def add(self, item: Item, found: Detections) -> Path:
         """Draw one image; where to."""
-        from vitadapter_zoo import outputs
+        from vitadapter_zoo.detections import output_files as outputs
 
         if item.video is None:
             self._finish()
@@ -281,7 +282,7 @@ class Overlays:
             )
 
     def _begin(self, video: Video) -> VideoFile:
-        from vitadapter_zoo.videos import VideoFile
+        from vitadapter_zoo.images.videos import VideoFile
 
         camera = isinstance(video.source, int)
         name = f"camera-{video.source}" if camera else str(video.source)
@@ -290,7 +291,7 @@ class Overlays:
         )
 
     def _name(self, image: str, suffix: str) -> Path:
-        from vitadapter_zoo import outputs
+        from vitadapter_zoo.detections import output_files as outputs
 
         stem = Path(image.partition("?")[0]).stem if "://" in image else Path(image).stem
         return outputs.free_name(self.folder / f"{stem}{suffix}", self.taken, self.inputs)
@@ -393,7 +394,7 @@ def _progress(chosen: Sequence[Source], *, shown: bool) -> Iterator[Callable[[Vi
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-    from vitadapter_zoo.sources import is_video
+    from vitadapter_zoo.images.sources import is_video
 
     progress = Progress(
         BarColumn(),

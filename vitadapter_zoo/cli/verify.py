@@ -92,6 +92,7 @@ could not run, else 1 if any was refuted, else 3 if any was inconclusive.
 @click.option("--json", "as_json", is_flag=True, help="Print every figure as JSON.")
 @click.option("--offline", is_flag=True, help="Never use the network.")
 @click.option("--quiet", is_flag=True, help="No progress.")
+@click.option("--allow-nonfinite", is_flag=True, help="Accept weights that are NaN or infinite.")
 def verify(
     name: str | None,
     every: bool,
@@ -116,6 +117,7 @@ def verify(
     as_json: bool,
     offline: bool,
     quiet: bool,
+    allow_nonfinite: bool,
 ) -> None:
     """Re-run COCO's evaluation of NAME and confirm or refute the published box and mask AP."""
     if (name is None) != every:
@@ -149,6 +151,7 @@ def verify(
         run=run,
         offline=offline or None,
         progress=not quiet,
+        allow_nonfinite=allow_nonfinite,
     )
 
     evaluate = partial(_evaluate, data=data, options=options)

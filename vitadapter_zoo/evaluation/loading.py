@@ -29,6 +29,7 @@ def load_detector(
         cache_dir=options.cache_dir,
         offline=options.offline,
         progress=options.progress,
+        allow_nonfinite=options.allow_nonfinite,
     )
     return detector, os.fspath(model)
 

@@ -37,6 +37,7 @@ class Options:
     cache_dir: settings.Home = None
     offline: bool | None = None
     progress: bool = True
+    allow_nonfinite: bool = False
 
     def __post_init__(self) -> None:
         if self.backend not in ("native", "mmdet"):

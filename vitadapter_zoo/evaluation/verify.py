@@ -61,6 +61,7 @@ def verify(
     cache_dir: settings.Home = None,
     offline: bool | None = None,
     progress: bool = True,
+    allow_nonfinite: bool = False,
     watch: Watch | None = None,
 ) -> Verification:
     """Evaluate a detector on COCO and compare with the published box and mask AP.
@@ -100,6 +101,7 @@ def verify(
         cache_dir: as for ``load``.
         offline: as for ``load``.
         progress: as for ``load``.
+        allow_nonfinite: as for ``load``.
         watch: called after each image with the run and the list of all images to evaluate.
 
     Raises:
@@ -129,6 +131,7 @@ def verify(
         cache_dir=cache_dir,
         offline=offline,
         progress=progress,
+        allow_nonfinite=allow_nonfinite,
     )
     return run_verification(model, dataset, options, watch)
 

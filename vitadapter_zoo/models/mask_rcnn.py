@@ -1,4 +1,4 @@
-"""Mask R-CNN: backbone, neck and heads put together."""
+"""The detector: Mask R-CNN, from images to detections or, in training, to losses."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,29 +11,29 @@ from vitadapter_zoo.catalog import COCO_CLASSES, Row
 from vitadapter_zoo.detections import Detections, Instances
 from vitadapter_zoo.errors import ImageError
 from vitadapter_zoo.images import ImageInput, NetworkInput, network_input
+from vitadapter_zoo.images.sources import Item, Source, expand, items
 from vitadapter_zoo.models.boxes import ROI_STRIDES
 from vitadapter_zoo.models.heads import RoIHead, RPNHead, check_finite
 from vitadapter_zoo.models.losses import losses
 from vitadapter_zoo.models.objects import Target
 from vitadapter_zoo.models.precision import float32_precision
-from vitadapter_zoo.sources import Item, Source, expand, items
 
 SCORE_THRESHOLD = 0.05  # as the published AP was measured
 
 
 class MaskRCNN(nn.Module):
-    """A detector with its catalog row, which says how images are to be prepared.
+    """A Mask R-CNN detector with its catalog row, which defines the preprocessing.
 
-    ``model.backbone(x)`` gives four maps at strides 4, 8, 16 and 32, ``model.neck(maps)`` five
-    of 256 channels at strides 4 to 64.
+    ``model.backbone(x)`` returns four maps at strides 4, 8, 16 and 32. ``model.neck(maps)`` returns
+    five maps of 256 channels at strides 4 to 64.
 
     Args:
-        row: the catalog row that the network belongs to.
-        backbone: ``[N, 3, H, W]`` to four maps.
-        neck: four maps to five.
+        row: the catalog row of the network.
+        backbone: maps ``[N, 3, H, W]`` to four maps.
+        neck: maps the four maps to five maps.
         categories: names of the classes, in the order of the outputs.
-        rpn_head: the published networks' by default.
-        roi_head: likewise.
+        rpn_head: the proposal head; the default is that of the published networks.
+        roi_head: the box and mask head; the default is that of the published networks.
 
     Attributes:
         allow_tf32: whether a float32 detector on CUDA may use TF32, which is several times faster
@@ -61,21 +61,22 @@ class MaskRCNN(nn.Module):
         self.roi_head = roi_head or RoIHead(len(categories))
 
     def preprocess(self, image: ImageInput) -> NetworkInput:
-        """Decode, resize, normalise and pad one image as the row's evaluation did.
+        """Decode, resize, normalise and pad one image, as in the evaluation of the row's weights.
 
         Args:
             image: see ``vitadapter_zoo.images.read_image``.
 
         Raises:
-            ImageError: not an image.
+            ImageError: the input is not an image.
         """
         return network_input(image, self.row.input_size, self.row.mean, self.row.std)
 
     def compile(self, **options: Any) -> None:
         """Compile backbone, neck and proposal head in place, with ``torch.compile``'s options.
 
-        The first image of every padded size then takes a minute or more; state dicts, and what
-        comes after the proposals, whose shapes follow from what is found, stay as they are.
+        The first image of every padded size then takes a minute or more. State dicts do not
+        change. The box and mask heads are not compiled, because their shapes depend on the number
+        of proposals and detections.
         """
         for part in (self.backbone, self.neck, self.rpn_head):
             part.compile(**options)
@@ -95,16 +96,17 @@ class MaskRCNN(nn.Module):
         inputs: Sequence[NetworkInput | ImageInput],
         targets: Sequence[Target] | float = SCORE_THRESHOLD,
     ) -> dict[str, Tensor] | list[Detections]:
-        """In training mode the losses, in evaluation mode the detections, as torchvision's models.
+        """Return losses in training mode and detections in evaluation mode, like torchvision.
 
         Args:
-            inputs: from ``preprocess``, or images that it takes.
-            targets: in training mode what is in the images, see ``vitadapter_zoo.training.losses``.
-                In evaluation mode the lowest score kept (0..1); targets are not looked at.
+            inputs: outputs of ``preprocess``, or images that ``preprocess`` accepts.
+            targets: in training mode the objects of each image, see `losses.losses`. In evaluation
+                mode the lowest score of a detection (0..1); training targets are ignored.
 
         Raises:
-            ValueError: in training mode no targets, or targets that do not fit; in evaluation mode
-                the inputs' padded shapes differ, which ``predict`` sorts out.
+            ValueError: in training mode targets are missing or do not fit the images; in
+                evaluation mode the inputs' padded shapes differ. ``predict`` accepts images of
+                different shapes.
         """
         prepared = [
             item if isinstance(item, NetworkInput) else self.preprocess(item) for item in inputs
@@ -114,8 +116,8 @@ class MaskRCNN(nn.Module):
             return self._detections(prepared, threshold, [None] * len(prepared))
         if isinstance(targets, (float, int)):
             raise ValueError(
-                "in training mode the detector is called with targets, model(inputs, targets), and "
-                "returns losses; call model.eval() first to detect"
+                "the detector is in training mode and got no targets; call model(inputs, targets) "
+                "for losses, or model.eval() first for detections"
             )
         return losses(self, prepared, targets)
 
@@ -135,11 +137,11 @@ class MaskRCNN(nn.Module):
     def detect(
         self, inputs: Sequence[NetworkInput], score_threshold: float = SCORE_THRESHOLD
     ) -> list[Instances]:
-        """Detect without pasting the masks on the images: all that the network computes.
+        """Detect objects; leave the masks at 28x28 pixels instead of pasting them into the image.
 
         Args:
-            inputs: from ``preprocess``, with tensors of one common shape.
-            score_threshold: lowest score kept, 0..1.
+            inputs: outputs of ``preprocess`` whose tensors have the same shape.
+            score_threshold: lowest score of a detection, 0..1.
 
         Raises:
             ValueError: the tensors' shapes differ; ``predict`` sorts that out.
@@ -147,7 +149,9 @@ class MaskRCNN(nn.Module):
         """
         shapes = {tuple(item.tensor.shape) for item in inputs}
         if len(shapes) != 1:
-            raise ValueError(f"a batch needs images of one padded shape, got {sorted(shapes)}")
+            raise ValueError(
+                f"all images of a batch must have the same padded shape, got {sorted(shapes)}"
+            )
         weights = next(self.parameters())
         x = torch.cat([item.tensor for item in inputs]).to(weights.device, weights.dtype)
         sizes = [item.resized for item in inputs]
@@ -193,7 +197,7 @@ class MaskRCNN(nn.Module):
             One ``Detections`` per image, in order.
 
         Raises:
-            ImageError: one of the inputs is not an image.
+            ImageError: an input is not an image.
             ValueError: ``batch_size`` below 1 or ``score_threshold`` outside 0..1.
         """
         sources = expand(images)
@@ -244,7 +248,7 @@ class MaskRCNN(nn.Module):
     def stream_items(
         self, images: Iterator[Item], score_threshold: float, *, batch_size: int = 1
     ) -> Iterator[tuple[Item, Detections]]:
-        """`stream` for images from ``vitadapter_zoo.sources.items``, each with its result."""
+        """`stream` for images from ``sources.items``, each with its result."""
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if not 0 <= score_threshold <= 1:

@@ -1,8 +1,7 @@
-"""Pasting masks into the image: as pixels, or at once as COCO's compressed run lengths.
+"""Paste masks into the image, as pixels or directly as COCO's compressed run lengths.
 
-The compiled kernel writes the runs down while it resamples, and never has a mask of the image's
-size. It gives the same digits as resampling with PyTorch and encoding with hotcoco, which is what
-computes where it cannot be used.
+The compiled kernel encodes while it resamples, so it needs no mask of the image's size. Where it
+cannot be used, PyTorch resamples and hotcoco encodes, to the same characters.
 """
 
 import functools
@@ -20,13 +19,13 @@ from vitadapter_zoo.ops import library
 from vitadapter_zoo.ops.deform_attn import LIBRARY
 from vitadapter_zoo.ops.library import Implementation
 
-# The texts one after the other as bytes, and where each of them ends. Whether grid_sample rounds
-# once for a product and its sum (`fused`) or twice is this torch's matter, see `_fuses`.
+# Returns the concatenated texts as bytes, and the end of each. `fused`: whether a product and its
+# sum are rounded once, as this build of torch may do in grid_sample; see `_fuses`.
 LIBRARY.define(
     "_paste_rle(Tensor probabilities, Tensor boxes, int height, int width, float threshold, "
     "bool fused) -> (Tensor, Tensor)"
 )
-MOST_PIXELS = 2**31 - 1  # that a mask's runs can count
+MOST_PIXELS = 2**31 - 1  # the runs of a mask are 32-bit integers
 STRIP_PIXELS = 1 << 20  # resampled at a time: bounds the memory, whatever the image's size
 
 
@@ -107,7 +106,7 @@ def paste_rle(
 
 
 def implementation() -> Implementation:
-    """What computes `paste_rle`, as `library.implementation` says it of the deformable attention.
+    """What computes `paste_rle`; `library.implementation` says the same of the attention.
 
     Raises:
         ZooError: ``VITADAPTER_ZOO_OP=compiled`` and the compiled kernel cannot be used, or the
@@ -178,7 +177,7 @@ def _sampled(
 def _compiled(
     probabilities: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float, fused: bool
 ) -> list[str]:
-    """What `paste_rle` gives, by the compiled kernel."""
+    """`paste_rle` by the compiled kernel."""
     text, ends = torch.ops.vitadapter_zoo._paste_rle(probabilities, boxes, *size, threshold, fused)
     together = text.numpy().tobytes().decode()
     stops = ends.tolist()
@@ -188,7 +187,7 @@ def _compiled(
 def _composed(
     probabilities: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float
 ) -> list[str]:
-    """What `paste_rle` gives, by PyTorch's own operators and hotcoco: the definition."""
+    """`paste_rle` by PyTorch's operators and hotcoco, which define its result."""
     from hotcoco import mask as coco_mask
 
     # Runs go down the columns: a transposed image is in their order.
@@ -207,10 +206,10 @@ def _composed(
 
 @functools.cache
 def _fuses() -> bool | None:
-    """Whether grid_sample rounds a product and its sum at once, as the kernel is to do.
+    """Whether grid_sample rounds a product and its sum once (fused) on this machine.
 
-    That is up to the compiler of this torch and the instruction set that it chose here. None, with
-    a warning, where the kernel gives its results in neither way.
+    That depends on torch's build and on the processor's instruction set. None, with a warning, if
+    the kernel agrees with grid_sample in neither mode.
     """
     for fused in (True, False):
         try:
@@ -227,7 +226,7 @@ def _fuses() -> bool | None:
 
 
 def _cases() -> Iterator[tuple[Tensor, Tensor, tuple[int, int], float]]:
-    """Small masks with thresholds that are values of their own pixels: one bit off is seen."""
+    """Small masks whose thresholds are values of their own pixels, so that one wrong bit shows."""
     steps = torch.arange(3 * 28 * 28, dtype=torch.float32, device="cpu")
     waves = (steps * 0.7548776662).sin().view(3, 28, 28) * 0.5 + 0.5
     boxes = torch.tensor(

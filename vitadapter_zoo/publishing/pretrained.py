@@ -1,4 +1,4 @@
-"""Detectors as folders in the Hub's form: written, published, and read back."""
+"""Save detectors as folders in the Hub's form, and publish them."""
 
 import os
 import tempfile
@@ -24,15 +24,15 @@ from vitadapter_zoo.weights.source import HubFile
 def save_pretrained(
     model: MaskRCNN, folder: str | os.PathLike[str], *, max_shard_size: int | str = "5GB"
 ) -> Path:
-    """Write a detector as the Hub expects it; ``vitadapter_zoo.load(folder)`` reads it back.
+    """Write a detector in the Hub's form; ``vitadapter_zoo.load(folder)`` reads it back.
 
-    Written are ``model.safetensors`` (or shards with an index), ``config.json``,
-    ``preprocessor_config.json`` and, unless there is one, ``README.md``. The weights come first and
-    ``config.json`` last, so that a folder with a config is whole.
+    The files are ``model.safetensors`` (or shards with an index), ``config.json``,
+    ``preprocessor_config.json`` and, unless it exists, ``README.md``. The weights are written
+    first and ``config.json`` last, so that a folder with a ``config.json`` is complete.
 
     Args:
         model: the detector, fine-tuned or not.
-        folder: made where it does not exist.
+        folder: created if it does not exist.
         max_shard_size: largest weights file, bytes or like ``"1GB"``.
 
     Returns:
@@ -87,18 +87,18 @@ def push_to_hub(
     revision: str | None = None,
     commit_message: str = "Upload with vitadapter-zoo",
 ) -> str:
-    """Publish a detector as a model repository of the Hub, which is made if need be.
+    """Publish a detector as a model repository of the Hub; the repository is created if needed.
 
     Args:
         model: the detector.
         repo_id: ``user/name``.
-        private: for a new repository; None takes the account's default.
-        token: of the Hub; the one of ``hf auth login`` by default.
+        private: for a new repository; None uses the account's default.
+        token: access token of the Hub; the one of ``hf auth login`` by default.
         revision: branch to write to; the default branch by default.
-        commit_message: of the one commit that is made.
+        commit_message: message of the commit.
 
     Returns:
-        The address of the commit.
+        The URL of the commit.
 
     Raises:
         ZooError: the Hub cannot be reached or refuses.
@@ -114,7 +114,7 @@ def push_to_hub(
                 revision=revision,
                 commit_message=commit_message,
             )
-        # huggingface_hub lets its HTTP library's errors through beside its own.
+        # huggingface_hub raises exceptions of its HTTP library in addition to its own.
         except Exception as error:
             reason = shown(str(error).strip().partition("\n")[0] or type(error).__name__, 200)
             raise ZooError(

@@ -1,4 +1,4 @@
-"""Files of the Hugging Face Hub: huggingface_hub fetches and keeps them, we check their hashes."""
+"""Files of the Hugging Face Hub: huggingface_hub downloads and caches them, we check hashes."""
 
 import contextlib
 import hashlib
@@ -37,7 +37,7 @@ CONNECT = 5.0  # seconds to open a connection
 
 @dataclass(frozen=True)
 class Announced:
-    """What the server says of a file: its commit, and the hash that serves as its ETag."""
+    """The metadata of a file on the server: its commit, and the hash that serves as its ETag."""
 
     commit: str | None
     etag: str | None
@@ -45,10 +45,10 @@ class Announced:
 
 @contextlib.contextmanager
 def _one_error(source: HubFile) -> Iterator[None]:
-    """Turn what huggingface_hub raises into one error that says what can be done.
+    """Turn the exceptions of huggingface_hub into one error with advice.
 
     Raises:
-        DownloadError: absent, not allowed, unreachable, or not there in offline mode.
+        DownloadError: absent, not allowed, unreachable, or not cached in offline mode.
     """
     try:
         yield
@@ -71,10 +71,10 @@ def _one_error(source: HubFile) -> Iterator[None]:
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         reason = f"{constants.ENDPOINT} cannot be reached and it is not in the cache"
         raise DownloadError(f"cannot download {source}: {reason}; go online once") from error
-    # Whatever else goes wrong comes as an error of theirs, of their HTTP library's, or OSError.
+    # Other failures are exceptions of huggingface_hub, of its HTTP library, or OSError.
     except Exception as error:
         theirs = type(error).__module__.startswith(("huggingface_hub", "httpx", "httpcore"))
-        # hf_xet raises RuntimeError for what fails inside of it.
+        # hf_xet raises RuntimeError for its own failures.
         if not theirs and not isinstance(error, (OSError, ValueError, RuntimeError)):
             raise
         reason = shown(str(error).strip().partition("\n")[0] or type(error).__name__, 200)
@@ -109,7 +109,7 @@ def _unreachable() -> str | None:
 
 
 def announced(source: HubFile) -> Announced:
-    """Ask the server for a file's commit and hash, without its content.
+    """Request a file's commit and hash, without its content.
 
     Raises:
         DownloadError: absent, not allowed, or unreachable.
@@ -124,14 +124,14 @@ def announced(source: HubFile) -> Announced:
 
 
 def choose(source: HubFile, preferred: str | None = None, *, offline: bool = False) -> HubFile:
-    """The repository's weights, where the name leaves the file open.
+    """The weights file of a repository, for a name without a file.
 
-    Safetensors under the Hub's usual names come first, then the file whose name without its ending
-    is ``preferred``, then the only weights file that there is.
+    Safetensors under the Hub's usual names have priority, then the file whose name without its
+    suffix is ``preferred``, then the only weights file of the repository.
 
     Raises:
-        DownloadError: no such repository, or not reachable.
-        CheckpointError: no weights, or several without a way to choose.
+        DownloadError: the repository does not exist or cannot be reached.
+        CheckpointError: no weights, or several without a preference.
     """
     if source.file:
         return source
@@ -154,21 +154,20 @@ def choose(source: HubFile, preferred: str | None = None, *, offline: bool = Fal
         f"several: {', '.join(shown(name) for name in sorted(weights)[:8])}" if weights else "none"
     )
     raise CheckpointError(
-        f"{source} leaves the weights file open and the repository has {have}; "
-        f"name one as {source}/FILE"
+        f"{source} names no weights file and the repository has {have}; name one as {source}/FILE"
     )
 
 
 def fetch(source: HubFile, home: Path, report: Report, *, offline: bool = False) -> Path:
-    """Bring one file into huggingface_hub's cache and check it against its announced hash.
+    """Download one file into huggingface_hub's cache and check it against its announced hash.
 
-    A file that was checked before and is not newer than that is not hashed again.
+    A file that was not modified since its last check is not hashed again.
 
     Args:
-        source: with its file.
+        source: the repository and the file.
         home: our own cache, where the check is recorded.
-        report: told of the bytes so far and in all.
-        offline: take it from huggingface_hub's cache or not at all.
+        report: called with the bytes so far and in total.
+        offline: use huggingface_hub's cache only.
 
     Raises:
         DownloadError: absent, not allowed, unreachable, or with another hash than announced.
@@ -182,7 +181,7 @@ def fetch(source: HubFile, home: Path, report: Report, *, offline: bool = False)
             return path
     raise DownloadError(
         f"{source} is not the file that the server announces: sha256 {atomic.sha256(path)}, "
-        f"expected {path.resolve().name}; it was damaged on its way or on the server. Try again "
+        f"expected {path.resolve().name}; it was damaged in transit or on the server. Try again "
         "later"
     )
 
@@ -190,7 +189,7 @@ def fetch(source: HubFile, home: Path, report: Report, *, offline: bool = False)
 def fetch_weights(
     source: HubFile, home: Path, report: Report, *, offline: bool = False
 ) -> list[Path]:
-    """A weights file, or all the files that an index of shards names, as ``fetch`` brings them."""
+    """Download a weights file, or all files of an index of shards, as ``fetch`` does."""
     path = fetch(source, home, report, offline=offline)
     if not str(source.file).endswith(".index.json"):
         return [path]
@@ -250,7 +249,7 @@ def _download(source: HubFile, report: Report, *, offline: bool, force: bool = F
         return Path(path)
 
     class Forwarding(tqdm):
-        """Hands huggingface_hub's progress on to our own bar."""
+        """Forwards huggingface_hub's progress to our own bar."""
 
         def __init__(self, *args: Any, **options: Any) -> None:
             super().__init__(*args, **{**options, "disable": True})  # type: ignore[no-untyped-call]
@@ -289,7 +288,7 @@ def _is_checked(path: Path, home: Path) -> bool:
 
 def _is_announced(path: Path, source: HubFile, home: Path, *, offline: bool) -> bool:
     """Whether the content has the announced hash: a sha256, or git's sha1 for small files."""
-    etag = path.resolve().name  # huggingface_hub names its blobs so
+    etag = path.resolve().name  # huggingface_hub names its blobs by their ETag
     if len(etag) not in (40, 64) and not is_offline(offline):
         etag = announced(source).etag or ""
     digest = atomic.sha256(path)
@@ -298,14 +297,14 @@ def _is_announced(path: Path, source: HubFile, home: Path, *, offline: bool) -> 
     elif len(etag) == 40:
         matches = _git_hash(path) == etag
     else:
-        logger.warning("the server announces no hash of %s; it is taken as it is", source)
+        logger.warning("the server announces no hash of %s; it was not checked", source)
         matches = True
     if matches:
         known = cache.Known(str(source), digest, path.stat().st_size, etag, atomic.now())
         try:
             _checked_record(path, home).remember(known)
         except ZooError as error:
-            logger.info("%s was hashed, and will be again: %s", source, error)
+            logger.info("the hash of %s could not be recorded: %s", source, error)
     return matches
 
 

@@ -242,8 +242,8 @@ class _Interpreter:
                 f"it names 'numpy.dtype' of {quoted(arguments[:1] and arguments[0], 20)}",
                 "numpy.dtype",
             )
-        if function.path == "builtins.bytearray" and any(type(x) is int for x in arguments):
-            raise RefusedError("it names 'builtins.bytearray'", "builtins.bytearray")
+        if name in ("bytearray", "bytes") and any(type(x) is int for x in arguments):
+            raise RefusedError(f"it names {quoted(function.path)} of a number", function.path)
         return OPAQUE
 
     def dictionary(self, function: Named, arguments: tuple[Any, ...]) -> Pairs:

@@ -116,6 +116,7 @@ NUMBERS = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1
 _PLAIN = {
     "_codecs.encode",
     "builtins.bytearray",
+    "builtins.bytes",
     "builtins.complex",
     "builtins.set",
     "builtins.frozenset",

@@ -1,4 +1,4 @@
-"""From a source to safetensors files on this machine: fetched, checked, converted, cached."""
+"""From a source to local safetensors files: download, check, convert, cache."""
 
 import logging
 import os
@@ -17,7 +17,7 @@ from vitadapter_zoo.weights.source import HubFile, LocalFile, Source, Url, parse
 
 logger = logging.getLogger(__name__)
 
-# Makes a progress line for a file's name.
+# Adds a progress bar for a file name.
 Lines: TypeAlias = Callable[[str], Report]
 
 
@@ -33,21 +33,21 @@ def obtain(
 ) -> list[Path]:
     """The safetensors file of ``row`` from ``source``, or its shards, ready to be mapped.
 
-    Safetensors are used where they are: a local file, or one in huggingface_hub's cache. Anything
-    else is converted once and kept in our cache.
+    Safetensors are used in place: a local file, or a file in huggingface_hub's cache. Other
+    formats are converted once and stored in our cache.
 
     Args:
         row: the row that the weights must fit.
-        source: where they come from.
-        lines: makes a progress line for a file's name.
+        source: where the weights come from.
+        lines: adds a progress bar for a file name.
         cache_dir: our cache.
         offline: True never uses the network; None asks the environment.
-        accept_change: let the source have another content than at its first download.
+        accept_change: accept another content of the source than at its first download.
         allow_nonfinite: accept NaN and infinite weights.
 
     Raises:
-        DownloadError: the source cannot be fetched, is not what was published, has changed, or is
-            not here in offline mode.
+        DownloadError: the source cannot be downloaded, is not the published file, has changed, or
+            is not cached in offline mode.
         CheckpointError: it is damaged, unsafe, or not the row's weights.
         ZooError: the cache cannot be written to.
     """
@@ -58,7 +58,7 @@ def obtain(
             return in_place
     place = cache.entry(row.name, str(source), cache_dir)
     if _is_current(place, row, source, without_network):
-        _sweep(place)
+        _remove_download(place)
         return [place.weights]
     if isinstance(source, HubFile):
         return _from_hub(
@@ -71,7 +71,9 @@ def obtain(
             "local file as the checkpoint"
         )
     with place.locked():
-        if not _is_current(place, row, source, without_network):  # made by another process?
+        if not _is_current(
+            place, row, source, without_network
+        ):  # perhaps another process converted it
             if isinstance(source, LocalFile):
                 digest = atomic.sha256(source.path)
                 place.write(
@@ -88,17 +90,17 @@ def obtain(
 
 
 def as_they_are(path: Path) -> list[Path] | None:
-    """The safetensors files behind a local path, shards included; None for a pickle."""
+    """The safetensors files of a local path, shards included; None for a pickle."""
     if path.name.endswith(".index.json"):
         return [path.parent / name for name in shard_names(path)]
     return [path] if checkpoint.is_safetensors(path) else None
 
 
 def source_sha256(paths: list[Path]) -> str:
-    """The hash of the source behind the files that ``obtain`` or ``as_they_are`` gave.
+    """The hash of the source of the files that ``obtain`` or ``as_they_are`` returned.
 
-    It is the source's own where our cache holds a conversion of it, and that of several files, as
-    ``atomic.sha256_of_all`` defines it, for shards.
+    For a conversion in our cache it is the hash of the original file; for shards it is defined by
+    ``atomic.sha256_of_all``.
     """
     home = settings.home()
     converted = cache.Entry(home, paths[0]).read() if paths[0].is_relative_to(home) else None
@@ -121,12 +123,12 @@ def published(row: Row) -> Source:
 
 
 def _is_current(place: cache.Entry, row: Row, source: Source, offline: bool) -> bool:
-    """Whether the cache holds whole weights of what the source is now, as far as is known."""
+    """Whether the cache holds complete weights of the source's present content."""
     provenance = place.read()
     if provenance is None:
         return False
     if place.is_touched(provenance) and not place.is_intact(provenance):
-        logger.warning("%s was damaged since it was written: it is made anew", place.weights)
+        logger.warning("%s was damaged after it was written; it is converted again", place.weights)
         return False
     if isinstance(source, LocalFile):
         status = source.path.stat()
@@ -183,7 +185,7 @@ def _from_hub(
         if expected and not digest.startswith(expected):
             raise DownloadError(
                 f"{chosen} is not the published file: sha256 {digest}, expected {expected}; it "
-                "was changed. To use it all the same, pass its path as the checkpoint: "
+                "was changed. To use it anyway, pass its path as the checkpoint: "
                 f"{paths[0]}"
             )
         etag, commit = paths[0].resolve().name, hub.commit_of(paths[0])
@@ -218,7 +220,7 @@ def _from_url(
             raise DownloadError(
                 f"{source} has changed since {known.date}: it had {known.size:,} bytes with sha256 "
                 f"{known.sha256}, now it has {fetched.size:,} bytes with sha256 {fetched.sha256}. "
-                f"If the change is meant, accept it: `vitadapter-zoo download {row.name} "
+                f"If the change is intended, accept it: `vitadapter-zoo download {row.name} "
                 f"--checkpoint {source} --accept-change`"
             )
         provenance = _convert(
@@ -226,18 +228,18 @@ def _from_url(
             allow_nonfinite=allow_nonfinite,
         )  # fmt: skip
     except (CheckpointError, DownloadError):
-        atomic.discard_download(place.download)  # the next attempt shall ask the server again
+        atomic.discard_download(place.download)  # the next attempt must ask the server again
         raise
-    # After the conversion, which a wrong file does not pass, and before the entry counts as
-    # complete: a process killed in between has kept the hash of a right file, or made no entry.
+    # The hash is recorded after the conversion, which fails for a wrong file, and before the entry
+    # is complete: a process killed in between has recorded the hash of a good file, or nothing.
     if expected is None and (known is None or known.sha256 != fetched.sha256):
         place.remember(fetched)
     place.write(provenance)
     atomic.discard_download(place.download)
 
 
-def _sweep(place: cache.Entry) -> None:
-    """Remove what a process left that was killed between its last write and its own sweeping."""
+def _remove_download(place: cache.Entry) -> None:
+    """Remove the download of a process that was killed before it removed it."""
     record = atomic.part_record_of(place.download)
     if record.exists() and os.access(record.parent, os.W_OK):
         atomic.discard_download(place.download)
@@ -254,7 +256,7 @@ def _convert(
     etag: str | None = None,
     commit: str | None = None,
 ) -> cache.Provenance:
-    """Write the entry's weights; what has to be written after them for it to be complete."""
+    """Write the entry's weights; returns the provenance, which the caller must write after them."""
     status = path.stat()
     done = convert.to_safetensors(
         [path], str(source), row, place.weights, sha256=digest, allow_nonfinite=allow_nonfinite

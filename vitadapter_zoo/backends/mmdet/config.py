@@ -1,15 +1,15 @@
-"""The configuration that mmdet 2.x builds a row from. Needs neither mmdet nor mmcv.
+"""The mmdet 2.x configuration of a row. Needs neither mmdet nor mmcv.
 
-The training recipes are the original project's, by its configuration files (``Row.config``), for 8
-GPUs with 2 images each. They leave out mixed precision, which some of the files switch on: it needs
-a GPU, and ``fp16 = dict(loss_scale=dict(init_scale=512))`` adds it.
+The training recipes are those of the original configuration files (``Row.config``), for 8 GPUs with
+2 images each. Mixed precision, which some of the files enable, is left out because it needs a GPU;
+``fp16 = dict(loss_scale=dict(init_scale=512))`` enables it.
 """
 
 from pprint import pformat
 from typing import Any
 
 from vitadapter_zoo.catalog import Row
-from vitadapter_zoo.instance_masks import MASK_THRESHOLD
+from vitadapter_zoo.detections.masks import MASK_THRESHOLD
 from vitadapter_zoo.models import heads
 from vitadapter_zoo.models.adapter import CONV_FFN_RATIO, POINTS
 from vitadapter_zoo.models.boxes import ANCHOR_RATIOS, ROI_STRIDES
@@ -35,15 +35,15 @@ Config = dict[str, Any]
 
 
 def mmdet_config(row: Row, categories: tuple[str, ...] | None = None) -> Config:
-    """Everything that mmdet's tools need to test and train a row: ``mmcv.Config(...)`` takes it.
+    """The configuration with which mmdet's tools test and train a row, for ``mmcv.Config(...)``.
 
     Args:
         row: of the catalog.
         categories: names of the classes, in the order of the outputs; the row's by default.
 
     Returns:
-        The top-level names of a configuration file, in its usual order. The data are expected
-        under ``data/coco/``.
+        The top-level settings of a configuration file, in the usual order. The data set is
+        expected in ``data/coco/``.
     """
     categories = row.classes if categories is None else categories
     return {

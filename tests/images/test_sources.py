@@ -14,7 +14,7 @@ from pytest_httpserver import HTTPServer
 
 from vitadapter_zoo import Detections, ImageError, MaskRCNN
 from vitadapter_zoo.images import read_image
-from vitadapter_zoo.sources import expand, is_video, items
+from vitadapter_zoo.images.sources import expand, is_video, items
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Draw detections on a picture, in memory that grows with the objects and not with their number."""
 
 import colorsys
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -8,7 +9,7 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from vitadapter_zoo.instance_masks import Masks, strips
+from vitadapter_zoo.detections.masks import Masks, strips
 from vitadapter_zoo.text import shown
 
 # Distinct hues, taken in turn by label.
@@ -66,6 +67,18 @@ def draw(
         for corner, color, text in zip(corners, colors, texts, strict=True):
             _write(pen, corner, shown(text, LONGEST_LABEL), color, font)
     return picture
+
+
+def regions(boxes: Tensor, size: tuple[int, int]) -> list[tuple[slice, slice]]:
+    """Rows and columns of each box on an image of ``size`` (height, width), at least one pixel."""
+    height, width = size
+    found = []
+    for x1, y1, x2, y2 in boxes.tolist():
+        left, top = min(max(int(x1), 0), width - 1), min(max(int(y1), 0), height - 1)
+        right = min(max(math.ceil(x2), left + 1), width)
+        bottom = min(max(math.ceil(y2), top + 1), height)
+        found.append((slice(top, bottom), slice(left, right)))
+    return found
 
 
 def instance_colors(labels: Sequence[int]) -> list[RGB]:

@@ -1,7 +1,7 @@
-"""From a picture to the network's input, as the published numbers were measured.
+"""Decode an image and prepare it for the network, exactly as for the published figures.
 
-OpenCV decodes and resizes: Pillow's resize differs by up to 18 grey levels, and the original
-used OpenCV.
+OpenCV decodes and resizes, as in the original code: Pillow's resize differs by up to 18 grey
+levels.
 """
 
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ TIMEOUT = (10, 30)  # seconds to connect, and without any data
 
 @dataclass(frozen=True)
 class NetworkInput:
-    """One image as the network takes it, and the way back to the image's pixels.
+    """One image prepared for the network, and what maps its boxes back to the image's pixels.
 
     Attributes:
         tensor: float32 ``[1, 3, H, W]``, normalised RGB, zero-padded at the bottom and right to
@@ -127,7 +127,7 @@ def stored_pixels(encoded: bytes) -> RGB:
 
 
 def _decode_with(encoded: bytes, source: str, flags: int) -> RGB:
-    reason = "the data are empty" if not encoded else "OpenCV knows no such format"
+    reason = "the data are empty" if not encoded else "OpenCV does not know its format"
     try:
         bgr = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags) if encoded else None
     except cv2.error as error:  # more pixels than OpenCV allows, for instance

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import difflib
-import html
 import json
 import operator
-from base64 import b64encode
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -19,20 +16,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vitadapter_zoo import instance_masks as masks_of
-from vitadapter_zoo.catalog import COCO_CATEGORY_IDS, COCO_CLASSES
-from vitadapter_zoo.errors import ImageError, ZooError
+from vitadapter_zoo.catalog import COCO_CLASSES
+from vitadapter_zoo.detections import exchange, notebook
+from vitadapter_zoo.detections import masks as masks_of
+from vitadapter_zoo.detections.drawing import draw, regions
+from vitadapter_zoo.detections.masks import MaskMaps, Masks
+from vitadapter_zoo.errors import ZooError
 from vitadapter_zoo.images import ImageInput, read_image
-from vitadapter_zoo.instance_masks import MaskMaps, Masks
 from vitadapter_zoo.text import quoted, shown
 
 if TYPE_CHECKING:
     import pandas
     import supervision
-
-NOTEBOOK_SIDE = 800  # pixels of the longest side of a picture in a notebook
-NOTEBOOK_ROWS = 20
-NAMED = 4  # classes that a repr names
 
 
 @dataclass(frozen=True)
@@ -67,13 +62,8 @@ class Detections:
         categories: name of every class that the model knows.
         image: the image that they were found in, as it was given; None where it is not known.
 
-    Args:
-        boxes: see above, as are ``scores``, ``labels``, ``categories`` and ``image``.
-        scores: see above.
-        labels: see above.
-        masks: bool ``[N, H, W]``, or the network's probabilities with their boxes.
-        categories: see above.
-        image: see above.
+    The constructor takes the attributes, and as ``masks`` bool ``[N, H, W]`` or the network's
+    probabilities with their boxes (``MaskMaps``).
 
     Raises:
         ValueError: the tensors do not have one length.
@@ -217,7 +207,7 @@ class Detections:
         Raises:
             ZooError: the classes are not COCO's 80 and no ids are given, or a class has no id.
         """
-        ids = self._category_ids(category_ids)
+        ids = exchange.category_ids(self.categories, category_ids)
         return [
             {
                 "image_id": image_id,
@@ -235,28 +225,13 @@ class Detections:
             )
         ]
 
-    def _category_ids(self, given: Sequence[int] | Mapping[str, int] | None) -> Sequence[int]:
-        if given is None:
-            if self.categories != COCO_CLASSES:
-                raise ZooError(
-                    "these detections have other classes than COCO's 80: give the ids of your "
-                    "data set, to_coco(image_id, category_ids={name: id, ...})"
-                )
-            return COCO_CATEGORY_IDS
-        if isinstance(given, Mapping):
-            absent = [name for name in self.categories if name not in given]
-            if absent:
-                raise ZooError(f"category_ids has no id for the class {quoted(absent[0])}")
-            return [given[name] for name in self.categories]
-        if len(given) != len(self.categories):
-            raise ZooError(
-                f"there are {len(given)} category_ids for {len(self.categories)} classes"
-            )
-        return given
-
     def run_lengths(self) -> list[str]:
         """The masks as counts of COCO's compressed RLE."""
         return masks_of.run_lengths(self._masks)
+
+    def mask_areas(self) -> list[int]:
+        """How many pixels each mask has."""
+        return masks_of.areas(self._masks)
 
     def to_records(self) -> list[dict[str, Any]]:
         """One JSON-ready dictionary per detection, for any classes.
@@ -292,20 +267,7 @@ class Detections:
         Raises:
             ZooError: pandas is not installed.
         """
-        try:
-            import pandas
-        except ImportError as error:
-            raise ZooError("to_dataframe needs pandas: pip install pandas") from error
-        x1, y1, x2, y2 = self.boxes.detach().numpy().T
-        return pandas.DataFrame(
-            {
-                "name": self.class_names,
-                "label": self.labels.numpy(),
-                "score": self.scores.detach().numpy(),
-                "x1": x1, "y1": y1, "x2": x2, "y2": y2,
-                "area": np.asarray(masks_of.areas(self._masks), np.int64),
-            }
-        )  # fmt: skip
+        return exchange.to_dataframe(self)
 
     def to_supervision(self, *, masks: bool = True) -> supervision.Detections:
         """As ``supervision.Detections``, with ``class_name`` in its ``data``.
@@ -316,17 +278,7 @@ class Detections:
         Raises:
             ZooError: supervision is not installed.
         """
-        try:
-            import supervision
-        except ImportError as error:
-            raise ZooError("to_supervision needs supervision: pip install supervision") from error
-        return supervision.Detections(
-            xyxy=self.boxes.detach().numpy().copy(),
-            mask=self.masks.numpy().copy() if masks else None,
-            confidence=self.scores.detach().numpy().copy(),
-            class_id=self.labels.numpy().astype(int),
-            data={"class_name": np.asarray(self.class_names, dtype=str)},
-        )
+        return exchange.to_supervision(self, with_masks=masks)
 
     @classmethod
     def from_supervision(
@@ -349,28 +301,8 @@ class Detections:
         Raises:
             ZooError: there are no masks, scores or classes, or a class has no name.
         """
-        count = len(found.xyxy)
-        if count and (found.mask is None or found.confidence is None or found.class_id is None):
-            lacks = "masks" if found.mask is None else "scores and class ids"
-            raise ZooError(f"these supervision.Detections have no {lacks}; detections need them")
-        if found.mask is None and size is None:
-            raise ZooError("nothing was found: give the image's size=(height, width)")
-        labels = np.zeros(0) if found.class_id is None else np.asarray(found.class_id)
-        if count and not 0 <= labels.min() <= labels.max() < len(categories):
-            raise ZooError(
-                f"class ids from {labels.min()} to {labels.max()} do not fit the "
-                f"{len(categories)} categories; give categories=(name, ...)"
-            )
-        scores = np.zeros(0) if found.confidence is None else np.asarray(found.confidence)
-        masks = np.zeros((0, *(size or (1, 1)))) if found.mask is None else np.asarray(found.mask)
-        return cls(
-            boxes=torch.from_numpy(np.array(found.xyxy, np.float32)).reshape(-1, 4),
-            scores=torch.from_numpy(scores.astype(np.float32)),
-            labels=torch.from_numpy(labels.astype(np.int64)),
-            masks=torch.from_numpy(masks.astype(bool)),
-            categories=categories,
-            image=image,
-        )
+        boxes, scores, labels, masks = exchange.from_supervision(found, len(categories), size)
+        return cls(boxes, scores, labels, masks, categories, image)
 
     def crops(self, image: ImageInput | None = None) -> list[Image.Image]:
         """The part of the image in each box, at least one pixel.
@@ -383,14 +315,7 @@ class Detections:
             ImageError: not an image.
         """
         rgb = self._pixels(image)
-        height, width = self.size
-        crops = []
-        for x1, y1, x2, y2 in self.boxes.tolist():
-            left, top = min(max(int(x1), 0), width - 1), min(max(int(y1), 0), height - 1)
-            right, bottom = min(max(-int(-x2 // 1), left + 1), width), -int(-y2 // 1)
-            bottom = min(max(bottom, top + 1), height)
-            crops.append(Image.fromarray(rgb[top:bottom, left:right].copy()))
-        return crops
+        return [Image.fromarray(rgb[place].copy()) for place in regions(self.boxes, self.size)]
 
     def draw(
         self,
@@ -417,8 +342,6 @@ class Detections:
             ImageError: not an image.
             ValueError: ``alpha`` outside 0..1, or another number of labels than detections.
         """
-        from vitadapter_zoo.drawing import draw
-
         if isinstance(labels, bool):
             scores = self.scores.tolist()
             texts = [f"{n} {s:.2f}" for n, s in zip(self.class_names, scores, strict=True)]
@@ -448,7 +371,7 @@ class Detections:
             ZooError: the path cannot be written to, is the image that they were found in, or has
                 an ending that no picture format has.
         """
-        from vitadapter_zoo import outputs
+        from vitadapter_zoo.detections import output_files as outputs
 
         target = outputs.checked(path, [self.image if image is None else image])
         if target.suffix.lower() == ".json":
@@ -472,54 +395,15 @@ class Detections:
 
     def __repr__(self) -> str:
         """Two lines: how many of which class, and the best of them."""
-        height, width = self.size
-        counts = Counter(self.class_names)
-        named = [f"{number} {shown(name, 40)}" for name, number in counts.most_common(NAMED)]
-        if len(counts) > NAMED:
-            named.append(f"{len(counts) - NAMED} more classes")
-        listed = ", ".join(named) or "nothing found"
-        first = f"Detections({len(self)} in {width} x {height} pixels: {listed})"
-        if not len(self):
-            return f"{first}\n  a lower score_threshold shows what scored less"
-        best = int(self.scores.argmax())
-        box = ", ".join(f"{value:.0f}" for value in self.boxes[best].tolist())
-        name = shown(self.class_names[best], 40)
-        return f"{first}\n  best: {name} {self.scores[best]:.2f} in the box ({box})"
+        return notebook.text(self)
 
     def _repr_png_(self) -> bytes | None:
-        """The drawn picture for notebooks, at most 800 pixels wide and high."""
-        import io
-
-        if self.image is None:
-            return None
-        try:
-            picture = self.draw()
-        except (ImageError, ZooError):  # the file is gone: the repr has to do
-            return None
-        picture.thumbnail((NOTEBOOK_SIDE, NOTEBOOK_SIDE))
-        buffer = io.BytesIO()
-        picture.save(buffer, "PNG")
-        return buffer.getvalue()
+        """The picture for notebooks; None where the image is not known."""
+        return notebook.png(self)
 
     def _repr_html_(self) -> str | None:
-        """The picture and a table of the best detections for notebooks."""
-        picture = self._repr_png_()
-        if picture is None:
-            return None
-        rows = "".join(
-            f"<tr><td>{html.escape(shown(name))}</td><td>{score:.2f}</td></tr>"
-            for name, score in list(zip(self.class_names, self.scores.tolist(), strict=True))[
-                :NOTEBOOK_ROWS
-            ]
-        )
-        more = len(self) - NOTEBOOK_ROWS
-        rows += f"<tr><td>and {more} more</td><td></td></tr>" if more > 0 else ""
-        source = b64encode(picture).decode()
-        caption = html.escape(repr(self).partition("\n")[0])
-        return (
-            f'<img src="data:image/png;base64,{source}" alt="{caption}">'
-            f"<table><tr><th>class</th><th>score</th></tr>{rows}</table>"
-        )
+        """The picture and a table for notebooks; None where the image is not known."""
+        return notebook.page(self)
 
 
 def xywh(boxes: Tensor) -> list[list[float]]:

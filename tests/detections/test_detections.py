@@ -15,7 +15,7 @@ from PIL import Image
 from vitadapter_zoo import Detections, MaskRCNN, ZooError
 from vitadapter_zoo.catalog import COCO_CATEGORY_IDS, COCO_CLASSES
 from vitadapter_zoo.detections import Instances
-from vitadapter_zoo.drawing import instance_colors
+from vitadapter_zoo.detections.drawing import instance_colors
 from vitadapter_zoo.models.boxes import nms_by_group, paste_masks, pool_rois
 
 
