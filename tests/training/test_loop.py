@@ -23,6 +23,7 @@ import vitadapter_zoo
 from vitadapter_zoo import DatasetError, ZooError, get_row, load
 from vitadapter_zoo.evaluation.dataset import read_dataset
 from vitadapter_zoo.models import MaskRCNN, build
+from vitadapter_zoo.training.loop import out_of_memory
 from vitadapter_zoo.training.memory import checkpoint_blocks
 from vitadapter_zoo.training.run import TrainingResult, train
 from vitadapter_zoo.training.start import carry_over, initialize
@@ -173,7 +174,8 @@ def test_three_parts_give_the_weights_of_one(data: Path, tmp_path: Path) -> None
 def test_ctrl_c_reaches_all_processes(data: Path, tmp_path: Path) -> None:
     """As a terminal sends it: to those that prepare images too."""
     out = tmp_path / "run"
-    command = [sys.executable, "-m", "vitadapter_zoo", "train", NANO, "--data", data, "--out", out]
+    command = [sys.executable, "-m", "vitadapter_zoo", "train", NANO]
+    command += ["--data", str(data), "--out", str(out)]
     process = subprocess.Popen(
         [*command, *OPTIONS, "--epochs", "500", "--workers", "2"],
         stderr=subprocess.PIPE,
@@ -319,9 +321,10 @@ def test_checkpointed_blocks_give_the_same_gradients() -> None:
     kept = gradients(model)
     model.zero_grad()
     names = list(model.state_dict())
-    assert checkpoint_blocks(model.backbone) == 8
+    assert checkpoint_blocks(model.backbone) == 8 + 4 + 6  # blocks, injectors, extractors
     assert list(model.state_dict()) == names
     again = gradients(model)
+    assert len(kept) == len(again) > 200
     assert all(torch.equal(a, b) for a, b in zip(kept, again, strict=True))
 
 
@@ -339,3 +342,45 @@ def test_the_time_limit_ends_a_run(data: Path, tmp_path: Path) -> None:
     log = read_log(tmp_path / "run")
     assert log[-1]["step"] == result.step
     assert json.loads((result.last / "config.json").read_text())["id2label"]["1"] == "square"
+
+
+def test_checkpointed_blocks_keep_less(tmp_path: Path) -> None:
+    """Bytes that autograd saves for the backward pass."""
+
+    def saved(model: MaskRCNN) -> int:
+        kept: dict[int, int] = {}
+
+        def keep(x: torch.Tensor) -> torch.Tensor:
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            maps = model.backbone(torch.randn(1, 3, 128, 128))
+        assert maps[0].requires_grad
+        parameters = {x.untyped_storage().data_ptr() for x in model.parameters()}
+        return sum(size for place, size in kept.items() if place not in parameters)
+
+    model = build(get_row(NANO)).train()
+    before = saved(model)
+    checkpoint_blocks(model.backbone)
+    assert saved(model) < 0.4 * before
+
+
+def test_a_full_device_names_what_to_change() -> None:
+    with pytest.raises(
+        ZooError, match=r"for 4 images at a time: use --batch-size 2 --accumulate 2"
+    ):
+        with out_of_memory(4):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+    with pytest.raises(ZooError, match=r"for 1 images at a time: use --checkpoint-blocks"):
+        with out_of_memory(1):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+
+def test_a_run_ends_early_and_stays_ended(data: Path, tmp_path: Path) -> None:
+    options = {**QUICK, "lr": 1e-9, "eval_every": 1, "early_stop": 2, "epochs": 30}
+    first = train(NANO, data, tmp_path / "run", **options)
+    assert first.step == 2 * 3  # the first evaluation is the best, two more are not better
+    again = train(NANO, data, tmp_path / "run", resume=True, **options)
+    assert again.step == first.step
+    assert same(first.last, again.last)

@@ -9,18 +9,20 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from vitadapter_zoo.errors import ZooError
+from vitadapter_zoo.models.adapter import Extractor, Injector
 
 
 def checkpoint_blocks(backbone: nn.Module) -> int:
-    """Let every transformer block keep its input only, and compute again in the backward pass.
+    """Let blocks keep their input only, and compute the rest again in the backward pass.
 
-    State-dict names, results and random draws stay the same.
+    These are the transformer blocks, and the adapter's injectors and extractors, whose maps are
+    five times as many tokens. State-dict names, results and random draws stay the same.
 
     Args:
         backbone: with its blocks in ``blocks`` or ``layers``.
 
     Returns:
-        How many blocks there are.
+        How many modules are computed again.
 
     Raises:
         ZooError: the backbone has no blocks.
@@ -28,9 +30,10 @@ def checkpoint_blocks(backbone: nn.Module) -> int:
     blocks = getattr(backbone, "blocks", None) or getattr(backbone, "layers", None)
     if blocks is None:
         raise ZooError(f"{type(backbone).__name__} has no blocks to checkpoint")
-    for block in blocks:
-        block.forward = partial(_forward, block.forward)
-    return len(blocks)
+    adapters = [x for x in backbone.modules() if isinstance(x, (Injector, Extractor))]
+    for module in (*blocks, *adapters):
+        module.forward = partial(_forward, module.forward)
+    return len(blocks) + len(adapters)
 
 
 def _forward(forward: Any, *inputs: Any) -> Any:
