@@ -15,7 +15,7 @@ from hotcoco import mask as coco_mask
 from vitadapter_zoo import DatasetError
 from vitadapter_zoo.evaluation.dataset import read_dataset
 from vitadapter_zoo.training.data import described, read_data, write_coco
-from vitadapter_zoo.training.masks import rasterised
+from vitadapter_zoo.training.masks import pixels_of, rasterised
 
 LAYOUTS = (shapes.roboflow, shapes.coco, shapes.yolo)
 
@@ -98,6 +98,14 @@ LEFT_OUT: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     ),
     "runs too long": (
         lambda one: one.update(segmentation={"size": [64, 64], "counts": [10, 5000]}),
+        "1 objects whose mask has another size than their image",
+    ),
+    "runs of another image": (
+        lambda one: one.update(segmentation={"size": [64, 64], "counts": "0PP1"}),  # 32 x 32
+        "1 objects whose mask has another size than their image",
+    ),
+    "damaged runs": (
+        lambda one: one.update(segmentation={"size": [64, 64], "counts": "PPPPPPPPP"}),
         "1 objects whose mask has another size than their image",
     ),
     "crowd": (lambda one: one.update(iscrowd=1), "1 crowds"),
@@ -248,6 +256,20 @@ def test_masks_in_every_form_are_drawn_the_same(content: dict[str, Any], tmp_pat
         drawn = rasterised(found.train.samples[0].instances, 64, 64)
         assert np.array_equal(drawn[0], pixels)
         assert drawn.shape == (2, 64, 64)
+
+
+def test_compressed_runs_cover_their_image() -> None:
+    generator = np.random.default_rng(0)
+    for density in (0, 0.01, 0.5, 0.99, 1):
+        height, width = (int(side) for side in generator.integers(1, 300, 2))
+        pixels = (generator.random((height, width)) < density).astype(np.uint8)
+        if density == 0.5:  # long runs that differ by much
+            pixels = np.repeat(pixels, 40, axis=0)
+        counts = coco_mask.encode(np.asfortranarray(pixels))["counts"]
+        text = counts.decode() if isinstance(counts, bytes) else counts
+        assert pixels_of(text) == pixels.size
+        assert pixels_of(text + "1") != pixels.size
+    assert pixels_of("") == pixels_of("\u20ac") == -1
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vitadapter_zoo.errors import DatasetError
+from vitadapter_zoo.training.masks import pixels_of
 
 Box = tuple[float, float, float, float]
 
@@ -256,10 +257,10 @@ def _segmentation(value: Any, size: tuple[int, int] | None) -> Any:
             counts = mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)[
                 "counts"
             ]
-        return {
-            "size": [height, width],
-            "counts": counts.decode() if isinstance(counts, bytes) else str(counts),
-        }
+        text = counts.decode() if isinstance(counts, bytes) else str(counts)
+        if pixels_of(text) != height * width:
+            return OTHER_SIZE
+        return {"size": [height, width], "counts": text}
     polygons = [
         [float(x) for x in polygon]
         for polygon in value or ()
