@@ -145,3 +145,11 @@ def test_rois_are_pooled_from_the_level_of_their_size() -> None:
     pooled = pool_rois(maps, rois, 7)
     expected = torch.tensor([4.0, 4, 8, 8, 16, 16, 32, 32])
     torch.testing.assert_close(pooled[:, 0, 3, 3], expected)
+
+
+def test_a_region_that_is_nan_pools_nothing() -> None:
+    maps = [torch.ones(1, 1, 64 // s, 64 // s) for s in (4, 8, 16, 32)]
+    rois = torch.tensor([[0, 5, 5, 50, 50], [0, 5, float("nan"), 50, 50]])
+    for needs_gradient in (False, True):
+        with torch.set_grad_enabled(needs_gradient):
+            assert pool_rois(maps, rois, 7).sum(dim=(1, 2, 3)).tolist() == [49, 0]
