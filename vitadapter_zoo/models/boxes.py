@@ -114,7 +114,7 @@ def pool_rois(maps: list[Tensor], rois: Tensor, size: int) -> Tensor:
         ``[R, 256, size, size]``.
     """
     # A box that is NaN pools nothing, as one without area does.
-    rois = rois.nan_to_num()
+    rois = rois.masked_fill(rois.isnan().any(dim=1, keepdim=True), 0)
     scales = ((rois[:, 3] - rois[:, 1]) * (rois[:, 4] - rois[:, 2])).sqrt()
     levels = (scales / FINEST_SCALE + 1e-6).log2().floor().clamp(0, len(ROI_STRIDES) - 1)
     order = levels.argsort(stable=True)
