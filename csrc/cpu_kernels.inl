@@ -1,11 +1,12 @@
-// The body of the CPU kernels, included by one translation unit per instruction set, which names
-// it (ZOO_INSTRUCTION_SET), gives its vector width in bytes (ZOO_VECTOR_BYTES), and tells the
-// compiler to use it for what follows, after cpu_includes.h: not for the standard library's code.
+// The CPU kernels, included by one translation unit per instruction set. This unit defines the
+// set's name (ZOO_INSTRUCTION_SET) and its vector width in bytes (ZOO_VECTOR_BYTES). It includes
+// cpu_includes.h before it enables the instruction set, so that code of the standard library does
+// not use the set.
 //
-// Work goes in two steps over blocks of a few hundred sampling points that stay in the first
-// cache: `locate` turns locations into offsets and weights, a vector of points at a time; then
+// The kernels process blocks of a few hundred sampling points, which fit into the L1 cache, in two
+// steps. `locate` computes offsets and weights from locations, a vector of points at a time. Then
 // each head's output is gathered, a vector of channels at a time. Everything is in an anonymous
-// namespace, so that no other translation unit can end up calling code for a newer processor.
+// namespace, so that no other translation unit can call code for a newer processor.
 
 #include "sampling.h"
 
@@ -23,7 +24,8 @@ constexpr int lanes = ZOO_VECTOR_BYTES / sizeof(T);
 
 typedef std::uint16_t HalfVector __attribute__((vector_size(ZOO_VECTOR_BYTES / 2)));
 
-// One value, or a vector of neighbours, as F: the type of the sums or a vector of it.
+// Loads a value or a vector of consecutive values as F, which is the type of the sums or a vector
+// of it.
 template <typename F, typename T>
 ZOO_INLINE F load(const T* from) {
   F value;
@@ -46,7 +48,7 @@ ZOO_INLINE void store(T* to, F value) {
   std::memcpy(to, &value, sizeof value);
 }
 
-// To the nearest, ties to even, as PyTorch rounds.
+// Rounds to the nearest value, ties to even, like PyTorch.
 template <typename F>
 ZOO_INLINE void store(BFloat16* to, F value) {
   constexpr bool scalar = std::is_same_v<F, float>;
@@ -57,14 +59,14 @@ ZOO_INLINE void store(BFloat16* to, F value) {
   store(&to->bits, convert<Half>(value == value ? rounded : Bits{} + 0x7fc0));
 }
 
-// Integers as wide as the type of the sums, to be converted lane by lane.
+// Integers as wide as the type of the sums, so that vectors convert lane by lane.
 template <typename A>
 using Index = std::conditional_t<sizeof(A) == 8, std::int64_t, std::int32_t>;
 
 constexpr int BLOCK = 256;  // sampling points in a block, if a query does not have more
-constexpr int AHEAD = 16;   // points whose pixels are fetched before their turn
+constexpr int AHEAD = 16;   // number of points that prefetching is ahead
 
-// What `locate` needs of each point of a block besides its location: its level and its head.
+// The level and head of each point of a block, as `locate` needs them.
 template <typename A>
 struct Plan {
   std::int64_t queries;                  // in a block
@@ -88,7 +90,7 @@ struct Plan {
   }
 };
 
-// The four corners of a block's sampling points: how much each counts, and where it is.
+// Weight and position of the four corners of a block's sampling points.
 template <typename A>
 struct Corners {
   std::vector<A> weight[4];
@@ -102,7 +104,7 @@ struct Corners {
   }
 };
 
-// Coordinates x and y of as many points as F has lanes, from x, y, x, y, ...
+// Splits x, y, x, y, ... into the x and y coordinates of as many points as F has lanes.
 template <typename A>
 ZOO_INLINE void load_points(const A* from, A& x, A& y) {
   x = from[0];
@@ -122,7 +124,7 @@ ZOO_INLINE void load_points(const A* from, Vector<A>& x, Vector<A>& y) {
   load_points<A>(from, x, y, std::make_integer_sequence<int, lanes<A>>());
 }
 
-// F and I are A and Index<A> for one point, or vectors of them for as many as they have lanes.
+// F and I are A and Index<A> for a single point, or vectors of them for several points.
 template <typename F, typename I, typename A, typename W>
 ZOO_INLINE void locate_points(
     const Plan<A>& plan, Index<A> heads, const A* locations, const W* weights, std::int64_t i,
@@ -158,7 +160,7 @@ void locate(
     locate_points<A, Index<A>>(plan, heads, locations, weights, i, corners);
 }
 
-// N vectors of channels of one head's output: the sum over its points, kept in registers.
+// Computes N vectors of channels of a head's output. The sum over its points stays in registers.
 template <int N, typename V, typename A>
 ZOO_INLINE void gather(
     const Corners<A>& corners, std::int64_t first, std::int64_t points, const V* value,
@@ -203,8 +205,8 @@ ZOO_INLINE void gather_head(
   }
 }
 
-// Output of the queries from begin to end; locate_block(plan, first, last, corners) fills in the
-// corners of a block of them.
+// Computes the output of the queries from begin to end. locate_block(plan, first, last, corners)
+// computes the corners of a block of queries.
 template <int C, typename V, typename A, typename F>
 void forward_blocks(
     const Shape& s, const V* value, V* output, std::int64_t begin, std::int64_t end,
@@ -253,13 +255,14 @@ void forward(
   forward_queries<V, A>(s, value, output, begin, end, locate_block);
 }
 
-// exp of numbers that are not above 0, to 2 units in the last place; below -87 it stays at 1e-38.
+// Computes exp for x <= 0, with an error of up to 2 units in the last place. Below -87 the result
+// stays at 1e-38.
 template <typename F>
 ZOO_INLINE F exponential(F x) {
   using I = std::conditional_t<std::is_same_v<F, float>, std::int32_t, Vector<std::int32_t>>;
   const F lowest = F{} - 87.0f;
   x = x < lowest ? lowest : x;
-  // x = n * log(2) + rest; adding 1.5 * 2^23 leaves n in the low bits.
+  // x = n * log(2) + rest. Adding 1.5 * 2^23 puts n into the low bits.
   const F shifted = x * 1.44269504f + 12582912.0f;
   const F n = shifted - 12582912.0f;
   const F rest = (x - n * 0.693359375f) + n * 2.12194440e-4f;
@@ -285,7 +288,7 @@ ZOO_INLINE void exponentials(double* values, std::int64_t count) {
   for (std::int64_t i = 0; i < count; ++i) values[i] = std::exp(values[i]);
 }
 
-// The softmax of each group of neighbours.
+// Computes the softmax of each group of consecutive values.
 template <typename A, typename W>
 void softmax(const W* logits, std::int64_t groups, std::int64_t size, A* weights) {
   for (std::int64_t first = 0; first < groups * size; first += size) {
@@ -302,8 +305,8 @@ void softmax(const W* logits, std::int64_t groups, std::int64_t size, A* weights
   }
 }
 
-// As forward, from what the network's layers give: a block's locations and weights are made where
-// they are used, and never leave the first cache.
+// Like `forward`, but from the outputs of the network's layers. It computes the locations and
+// weights block by block, so they stay in the L1 cache.
 template <typename V, typename W, typename A>
 void forward_fused(
     const Shape& s, const V* value, const A* reference_points, const W* offsets, const W* logits,
@@ -329,7 +332,7 @@ void forward_fused(
   forward_queries<V, A>(s, value, output, begin, end, locate_block);
 }
 
-// The sum of a vector's lanes, by halves.
+// Adds up a vector's lanes by halving the vector.
 template <typename F, int... LANE>
 ZOO_INLINE auto sum_lanes(F v, std::integer_sequence<int, LANE...>) {
   constexpr int half = sizeof...(LANE);
@@ -341,8 +344,8 @@ ZOO_INLINE auto sum_lanes(F v, std::integer_sequence<int, LANE...>) {
     return sum_lanes(sums, std::make_integer_sequence<int, half / 2>());
 }
 
-// One sampling point's four corners: adds `share[corner] * grad` to their gradients, and gives the
-// products `dot[corner]` of their values with `grad`. C as in gather_head.
+// Processes a sampling point's four corners: adds `share[corner] * grad` to their gradients and
+// computes the dot products `dot[corner]` of their values with `grad`. C as in gather_head.
 template <int C, typename V, typename A>
 ZOO_INLINE void scatter(
     const V* const value[4], A* const grad_value[4], const A share[4], const V* grad,

@@ -1,5 +1,5 @@
-// The operator on CUDA: general kernels for every shape, and the choice of those in
-// cuda_vector.cuh. Their arithmetic is sampling.h, which the CPU kernels share.
+// The operator on CUDA: kernels for every shape, and the selection of the faster kernels in
+// cuda_vector.cuh. Their arithmetic is in sampling.h, which the CPU kernels share.
 
 #include <cuda_runtime.h>
 
@@ -21,9 +21,9 @@ namespace vitadapter_zoo {
 namespace {
 
 constexpr int THREADS = 256;
-constexpr std::int64_t MOST_BLOCKS = 1 << 20;  // beyond that, each takes several turns
+constexpr std::int64_t MOST_BLOCKS = 1 << 20;  // with more work, each block loops
 
-// float, or double where the values are double.
+// The type of sums: double if the values are double, otherwise float.
 template <typename V>
 using Sum = std::conditional_t<std::is_same_v<V, double>, double, float>;
 
@@ -33,9 +33,9 @@ struct Sizes {
   std::int64_t batch, pixels, heads, channels, queries, levels, points;
 };
 
-// A level of spatial_shapes, [levels, 2] in the device's memory. Its numbers cannot be checked
-// before the launch without waiting for the device: one that reaches beyond `value` gets height 0
-// and is left out.
+// A level of spatial_shapes, [levels, 2] in the device's memory. The host cannot check the numbers
+// before the launch without waiting for the device. A level that reaches beyond `value` therefore
+// gets height 0, and the kernels skip it.
 struct Level {
   int height, width;
   std::int64_t start;
@@ -64,7 +64,7 @@ __global__ void forward_kernel(
   for (std::int64_t i = std::int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < total; i += step) {
     const std::int64_t channel = i % s.channels, row = i / s.channels;
     const std::int64_t head = row % s.heads, image = row / s.heads / s.queries;
-    const std::int64_t stride = s.heads * s.channels;  // from pixel to pixel
+    const std::int64_t stride = s.heads * s.channels;  // between consecutive pixels
     const V* pixels = value + image * s.pixels * stride + head * s.channels + channel;
     std::int64_t point = row * s.levels * s.points, start = 0;
     A sum = 0;
@@ -88,8 +88,8 @@ __global__ void forward_kernel(
   }
 }
 
-// One warp for each head of each query: its lanes share the channels. The sums over channels are
-// made in a fixed order; those of grad_value are not, as queries meet at its pixels.
+// One warp for each head of each query; its lanes share the channels. Sums over channels have a
+// fixed order. Sums of grad_value do not, because several queries add to the same pixels.
 template <typename V, typename W>
 __global__ void backward_kernel(
     Sizes s, const V* __restrict__ grad_output, const V* __restrict__ value,
@@ -178,7 +178,7 @@ unsigned int blocks_for(std::int64_t threads) {
 
 cudaStream_t current_stream(const Tensor& tensor) {
   void* stream = nullptr;
-  // Not by torch's macro for this: its name differs between 2.11 and 2.14.
+  // torch's macro for this check is not used, because its name differs between 2.11 and 2.14.
   require(
       aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream) == 0,
       "PyTorch has no CUDA stream for this device");
@@ -212,7 +212,7 @@ void dispatch_narrow(const Arguments& a, const F& run) {
   });
 }
 
-// Calls run with the number of levels as a type, one that `fits_vectors` lets through.
+// Calls run with the number of levels as a type. `fits_vectors` has checked the number.
 template <typename F>
 void dispatch_levels(const Arguments& a, const F& run) {
   if (a.levels == 1) return run(std::integral_constant<int, 1>());
@@ -220,7 +220,7 @@ void dispatch_levels(const Arguments& a, const F& run) {
   run(std::integral_constant<int, 4>());
 }
 
-// The vector kernel, plain or fused: `references` counts with FUSED only.
+// Launches the vector kernel, plain or fused. Only FUSED uses `references`.
 template <bool FUSED>
 Tensor forward_by_vectors(const Arguments& a, const float* references) {
   Tensor output = a.new_output();

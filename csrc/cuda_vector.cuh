@@ -1,9 +1,10 @@
-// CUDA kernels for the shapes that detectors use: 4 points on 1, 3 or 4 levels, and channels that
-// 16-byte loads divide. Everything else takes the general kernels of cuda.cu.
+// Fast CUDA kernels for the shapes that detectors use: 4 points on 1, 3 or 4 levels, and a number
+// of channels that is a multiple of a 16-byte load. Other shapes use the general kernels in
+// cuda.cu.
 //
-// Three things make them fast: one load brings 4 or 8 channels, so the arithmetic of a sampling
-// point is shared by as many; indices are 32 bits wide; and levels and points are template
-// arguments, so the loops unroll and the attention weights stay in registers.
+// Three properties make them fast. A load reads 4 or 8 channels, which share the arithmetic of the
+// sampling point. Indices are 32 bits wide. Levels and points are template arguments, so loops are
+// unrolled and attention weights stay in registers.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -26,8 +27,8 @@ struct SmallSizes {
   int batch, pixels, heads, channels, queries;
 };
 
-// A level in the device's memory. Its numbers cannot be checked before the launch without a
-// synchronization, so a level that reaches beyond `value` gets height 0 and is left out.
+// A level in the device's memory. The host cannot check its numbers before the launch without a
+// synchronization. A level that reaches beyond `value` gets height 0, and the kernels skip it.
 struct SmallLevel {
   int height, width, start;
 
@@ -45,7 +46,7 @@ struct SmallLevel {
   }
 };
 
-// Reads `N` neighbouring numbers with the widest loads that their size allows, as float.
+// Reads `N` consecutive numbers as float, with the widest loads that their size allows.
 template <int N, typename T>
 __device__ __forceinline__ void load(const T* from, float (&to)[N]) {
   constexpr int BYTES = N * sizeof(T);
@@ -81,7 +82,7 @@ __device__ __forceinline__ void load(const T* from, float (&to)[N]) {
   }
 }
 
-// Four neighbouring numbers: 8 or 16 bytes.
+// Four consecutive numbers: 8 or 16 bytes.
 template <typename T>
 __device__ __forceinline__ void load_four(const T* from, float* to) {
   float four[4];
@@ -90,7 +91,7 @@ __device__ __forceinline__ void load_four(const T* from, float* to) {
   for (int k = 0; k < 4; ++k) to[k] = four[k];
 }
 
-// Adds four neighbouring numbers in memory; one instruction from sm_90 on.
+// Adds to four consecutive numbers in memory. From sm_90 on this is a single instruction.
 __device__ __forceinline__ void add_four(float* to, float a, float b, float c, float d) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};"
@@ -103,7 +104,8 @@ __device__ __forceinline__ void add_four(float* to, float a, float b, float c, f
 #endif
 }
 
-// The attention weights of one head of one query: `LEVELS` x 4 numbers, softmaxed where FUSED.
+// The attention weights of a head of a query, `LEVELS` x 4 numbers. With FUSED they are the softmax
+// of the logits.
 template <int LEVELS, bool FUSED, typename W>
 __device__ __forceinline__ void read_shares(
     const W* weights, float (&shares)[LEVELS * VECTOR_POINTS]) {
@@ -122,16 +124,16 @@ __device__ __forceinline__ void read_shares(
   }
 }
 
-// One axis of a sampling point. `place` is a location in 0..1, or with FUSED an offset in pixels
-// from `reference`, which is in 0..1.
+// Computes one axis of a sampling point. `place` is a location in 0..1. With FUSED it is an offset
+// in pixels from `reference`, which is in 0..1.
 template <bool FUSED>
 __device__ __forceinline__ Axis<float, int> point_axis(float place, float reference, int size) {
   if constexpr (FUSED) return axis_at<float, int>(reference * float(size) + place - 0.5f, size);
   else return axis<float, int>(place, size);
 }
 
-// One thread for 16 bytes of channels of one head of one query. `places` are locations, or with
-// FUSED offsets; `references` [queries, 2] counts with FUSED only.
+// One thread computes 16 bytes of channels of a head of a query. `places` are locations, or offsets
+// with FUSED. Only FUSED uses `references` [queries, 2].
 template <typename V, typename W, typename P, int LEVELS, bool FUSED>
 __global__ void __launch_bounds__(VECTOR_THREADS) forward_vector_kernel(
     SmallSizes s, const V* __restrict__ value, const std::int64_t* __restrict__ shapes,
@@ -191,8 +193,9 @@ __global__ void __launch_bounds__(VECTOR_THREADS) forward_vector_kernel(
   }
 }
 
-// A team of channels / 4 lanes for one head of one query, 4 channels each; a team is 1, 2, 4, .. 32
-// lanes, so it lies within a warp. With FUSED the gradients are those of offsets and logits.
+// A team of channels / 4 lanes processes a head of a query, 4 channels per lane. A team has 1, 2,
+// 4, .. 32 lanes, so it is part of a single warp. With FUSED the gradients are those of offsets and
+// logits.
 template <typename V, typename W, typename P, int LEVELS, bool FUSED>
 __global__ void __launch_bounds__(VECTOR_THREADS, 3) backward_vector_kernel(
     SmallSizes s, const V* __restrict__ grad_output, const V* __restrict__ value,
@@ -249,7 +252,7 @@ __global__ void __launch_bounds__(VECTOR_THREADS, 3) backward_vector_kernel(
                 grad_value + corner[k], part[k] * grad[0], part[k] * grad[1], part[k] * grad[2],
                 part[k] * grad[3]);
           }
-          // Offsets are in pixels, locations in shares of the level's sides.
+          // Offsets are in pixels, locations in fractions of the level's sides.
           gradient = point_gradient(
               x, y, dot, share, FUSED ? 1 : level.width, FUSED ? 1 : level.height);
           for (int distance = team / 2; distance > 0; distance /= 2) {
@@ -267,7 +270,7 @@ __global__ void __launch_bounds__(VECTOR_THREADS, 3) backward_vector_kernel(
       start = level.end();
     }
     if (lane != 0) continue;
-    float mean = 0;  // of the gradients, by share: the softmax's own part
+    float mean = 0;  // weighted mean of the gradients, which the softmax's derivative subtracts
     if constexpr (FUSED) {
 #pragma unroll
       for (int k = 0; k < COUNT; ++k) mean += grad_shares[k] * shares[k];

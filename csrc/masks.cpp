@@ -1,17 +1,17 @@
-// Masks pasted into the image and written down as COCO's run lengths, without an image of them.
+// Pastes masks into an image and encodes them as COCO RLE without creating the pasted image.
 //
-// A mask's pixels are taken down the columns, as COCO counts them, and only inside of its box's
-// region; all else is zero and only makes runs longer. What depends on the row alone (cell of the
-// map, weights of its two rows) is computed once for a mask, and the map's values for all rows are
-// laid out once for each of its columns. So a pixel costs four products, their sum and a comparison,
-// in loops that the compiler turns into vectors.
+// The loop goes down the columns, the order of COCO's counts, and only over the region of the box.
+// All other pixels are zero and only make runs longer. Values that depend only on the row (the cell
+// of the map and the weights of its two rows) are computed once per mask. The map's values for all
+// rows are computed once per column of the map. A pixel then needs four products, their sum and a
+// comparison, and the compiler vectorizes these loops.
 //
-// Every pixel must come out as PyTorch's grid_sample has it, to the last bit, since one that is
-// rounded across the threshold changes the result. What grid_sample computes depends on whether its
-// compiler fused products and sums: GCC's x86 builds for AVX2 and AVX-512 do (torch 2.14.1: both
-// the location and all but the first product of the sum), those for plain x86-64 cannot. Both ways
-// are written out here, `fused` chooses, and ops/masks.py finds out which one this torch takes. The
-// compiler must not fuse by itself, hence:
+// Every pixel must be bit-identical to PyTorch's grid_sample, because rounding across the threshold
+// changes the result. The result of grid_sample depends on whether its compiler fused products and
+// sums. GCC's x86 builds for AVX2 and AVX-512 do (torch 2.14.1: both the location and all but the
+// first product of the sum); those for plain x86-64 cannot. This file has both versions. `fused`
+// selects one, and ops/masks.py finds out which one this torch uses. The compiler must not fuse
+// products and sums on its own.
 #if defined(__clang__)
 #pragma clang fp contract(off)
 #endif
@@ -36,9 +36,10 @@ namespace {
 
 static_assert(std::endian::native == std::endian::little, "Writer reads eight pixels as one word");
 
-// The lengths of alternating runs, the first of zeros, as COCO's text: each as its difference to
-// the run of its kind before (the first three as they are), in digits of five bits, lowest first,
-// until only the sign would repeat. A digit's sixth bit says that another follows; 48 is added.
+// Encodes the lengths of alternating runs, starting with zeros, as COCO's text. From the fourth run
+// on, the text has the difference to the run before the previous one. A number is split into digits
+// of five bits, lowest first, until the rest is only the sign. A digit's sixth bit is set if
+// another digit follows. Each character is the digit plus 48.
 std::string text(const std::vector<std::int64_t>& runs) {
   std::string written;
   written.reserve(2 * runs.size());
@@ -55,13 +56,13 @@ std::string text(const std::vector<std::int64_t>& runs) {
   return written;
 }
 
-// Turns pixels into runs; those never mentioned are zero.
+// Converts pixels into runs. Pixels that are not passed are zero.
 class Writer {
  public:
   Writer(std::int64_t height, std::int64_t width) : height_(height), width_(width) {}
 
-  // The pixels top..top+rows-1 of column x, after all columns before it. `pixels` is 0 or 1, with
-  // room for one byte before it and eight behind.
+  // Adds the pixels top..top+rows-1 of column x. Columns must come in order. `pixels` are 0 or 1,
+  // and there must be one writable byte before them and eight after them.
   void add(std::int64_t x, std::int64_t top, std::int64_t rows, std::uint8_t* pixels) {
     if (top > 0) end_run(x * height_);
     pixels[-1] = inside_;
@@ -101,16 +102,17 @@ class Writer {
   std::vector<std::int64_t> runs_;
 };
 
-// A range of pixels along one axis of the image and what they are sampled from: the pixel `begin +
-// i` lies between the cells `cell[i] - 1` and `cell[i]` of the map, with these weights. Cells count
-// from one, among zeros: cell 0, and two behind the map for all that is further away.
+// A range of pixels along one axis of the image, with the cells that they are sampled from. The
+// pixel `begin + i` is between the cells `cell[i] - 1` and `cell[i]` of the map, with these
+// weights. Cells of the map count from one. Cell 0 and the two cells after the map are zeros, for
+// pixels outside of the map.
 struct Axis {
   std::int64_t begin = 0, count = 0;
   std::vector<std::int32_t> cell;
   std::vector<float> low_weight, high_weight;
 
   Axis(float low, float high, std::int64_t pixels, std::int64_t cells, bool fused) {
-    const float limit = float(pixels);  // in this order a NaN ends as 0
+    const float limit = float(pixels);  // the order of the comparisons turns a NaN into 0
     begin = std::int64_t(std::min(std::max(0.0f, std::floor(low) - 1), limit));
     const std::int64_t end = std::int64_t(std::min(std::max(0.0f, std::ceil(high) + 1), limit));
     count = std::max<std::int64_t>(std::min(end, pixels) - begin, 0);
@@ -132,7 +134,7 @@ struct Axis {
   }
 };
 
-// One column of the map for every row of the region: the values above and below it.
+// The values of one column of the map above and below each row of the region.
 struct Values {
   std::int32_t column = -1;
   std::vector<float> above, below;
@@ -191,7 +193,7 @@ struct Image {
   std::int64_t height, width;
 };
 
-// A thread's work: everything is used again for its next mask.
+// The buffers of a thread, which reuses them for its next mask.
 class Paster {
  public:
   Paster(Image image, std::int64_t map_height, std::int64_t map_width, float threshold, bool fused)
@@ -226,15 +228,15 @@ class Paster {
   }
 
  private:
-  // The map by columns, with the zeros around it that Axis counts on.
+  // The map in column-major order, with the surrounding zeros that Axis needs.
   void transpose(const float* map) {
     for (std::int64_t row = 0; row < map_height_; ++row)
       for (std::int64_t column = 0; column < map_width_; ++column)
         columns_[(column + 1) * (map_height_ + 3) + row + 1] = map[row * map_width_ + column];
   }
 
-  // Neighbouring pixels mostly lie between the same columns, and neighbouring columns, one odd and
-  // one even, do not take each other's place.
+  // Consecutive pixels are mostly between the same two columns. Of two adjacent columns one is odd
+  // and one is even, so they have separate places in this cache.
   const Values& values(std::int32_t column, const Axis& rows) {
     Values& found = values_[column & 1];
     if (found.column != column) {
@@ -258,7 +260,7 @@ class Paster {
   Values values_[2];
 };
 
-// The texts one after the other as bytes, and where each of them ends.
+// Returns the concatenated texts as bytes, and the end of each text.
 std::tuple<Tensor, Tensor> paste_rle(
     const Tensor& probabilities, const Tensor& boxes, std::int64_t height, std::int64_t width,
     double threshold, bool fused) {
@@ -295,7 +297,7 @@ std::tuple<Tensor, Tensor> paste_rle(
 }  // namespace
 }  // namespace vitadapter_zoo
 
-// Declared in Python (ops/masks.py).
+// Python declares this operator (ops/masks.py).
 STABLE_TORCH_LIBRARY_IMPL(vitadapter_zoo, CPU, m) {
   m.impl("_paste_rle", TORCH_BOX(&vitadapter_zoo::paste_rle));
 }

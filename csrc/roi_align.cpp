@@ -1,8 +1,8 @@
 // RoIAlign over maps in channels-last order, forward and backward.
 //
-// A bin's samples lie on a grid, so the weight of a cell is the product of one weight along x and one
-// along y, and neighbouring samples share cells. The weights along both axes are computed once for a
-// region; a bin is then a short sum over all channels of a few cells.
+// A bin's samples form a grid, so the weight of a cell is the product of a weight along x and a
+// weight along y, and adjacent samples share cells. The weights along both axes are computed once
+// per region. A bin is then a sum over a few cells, computed for all channels at once.
 
 #include <algorithm>
 #include <cmath>
@@ -15,10 +15,10 @@ namespace vitadapter_zoo {
 namespace {
 
 constexpr char NAME[] = "roi_align";
-constexpr float MOST_SAMPLES = 1 << 14;  // of a bin along one axis; more is no box of an image
-constexpr std::int64_t GROUP = 16;       // channels that no two threads share: a cache line
+constexpr float MOST_SAMPLES = 1 << 14;  // per bin and axis; no box of an image needs more
+constexpr std::int64_t GROUP = 16;       // channels in a cache line, which threads must not share
 
-// The bins of all regions along one axis, in one piece of memory each.
+// The bins of all regions along one axis, with one array per property.
 class Axes {
  public:
   Axes(std::int64_t regions, int size) : size_(size), places_(regions), bins_(regions) {
@@ -26,10 +26,10 @@ class Axes {
     count_.reserve(regions * size);
   }
 
-  // Of the next region, from `begin` to `end` in cells, where a map has `cells` of them.
+  // Adds the bins of the next region, from `begin` to `end` in cells, on a map of `cells` cells.
   void add(float begin, float end, int cells) {
     const float bin = (end - begin) / float(size_);
-    // A box without length has no samples; NaN neither.
+    // A box without length, or of NaN, has no samples.
     const float wanted = bin > 0 ? std::ceil(bin) : 0.0f;
     require(wanted <= MOST_SAMPLES, "a box is too large for its map", NAME);
     const int samples = int(wanted), most = samples + 2;
@@ -55,7 +55,7 @@ class Axes {
     }
   }
 
-  // All regions', once they are added.
+  // Returns the bins of all regions. Call it after the last `add`.
   const Bins* bins() {
     for (std::size_t r = 0; r < places_.size(); ++r)
       bins_[r] = {
@@ -85,7 +85,7 @@ void with_shape(
   require(
       rois.dim() == 2 && rois.size(1) == 5 && rois.scalar_type() == ScalarType::Float,
       "rois must be float32 [R, 5]", NAME);
-  constexpr std::int64_t MOST = 1 << 20;  // cells that float32 tells apart with room to spare
+  constexpr std::int64_t MOST = 1 << 20;  // float32 represents positions of this size well enough
   require(
       size > 0 && size <= 1024 && height > 0 && height < MOST && width > 0 && width < MOST,
       "the maps or the bins have no size", NAME);
@@ -139,8 +139,8 @@ Tensor backward(
   with_shape(
       rois, images, height, width, channels, grad.size(1), scale, [&](const RoiShape& shape) {
         const std::int64_t groups = (channels + GROUP - 1) / GROUP;
-        // A cell's sum is made by one thread in the order of the regions, so it does not depend on
-        // the number of threads.
+        // A single thread adds up a cell in the order of the regions, so sums do not depend on the
+        // number of threads.
         torch::stable::parallel_for(0, groups, 1, [&](std::int64_t begin, std::int64_t end) {
           instruction_set().roi_align.backward(
               shape, data<float>(grad), mutable_data<float>(result), begin * GROUP,
@@ -153,7 +153,7 @@ Tensor backward(
 }  // namespace
 }  // namespace vitadapter_zoo
 
-// Declared in Python (ops/roi_align.py).
+// Python declares these operators (ops/roi_align.py).
 STABLE_TORCH_LIBRARY_IMPL(vitadapter_zoo, CPU, m) {
   m.impl("_roi_align", TORCH_BOX(&vitadapter_zoo::forward));
   m.impl("_roi_align_backward", TORCH_BOX(&vitadapter_zoo::backward));

@@ -1,6 +1,6 @@
 // RoIAlign's kernels, included by cpu_kernels.inl into its anonymous namespace.
 
-// Channels c to c + N vectors of one bin: the sum over its cells.
+// Computes N vectors of channels of a bin, starting at channel c: the sum over its cells.
 template <int N>
 ZOO_INLINE void pool_bin(
     const RoiShape& s, const Bins& x, const Bins& y, int column, int row, const float* image,
@@ -19,7 +19,7 @@ ZOO_INLINE void pool_bin(
   for (int n = 0; n < N; ++n) store(output + n * lanes<float>, sum[n]);
 }
 
-// The same for a single channel.
+// Computes the same for a single channel.
 ZOO_INLINE void pool_bin_channel(
     const RoiShape& s, const Bins& x, const Bins& y, int column, int row, const float* image,
     float* output) {
@@ -53,7 +53,7 @@ void roi_align(
   }
 }
 
-// Adds the gradient of N vectors of channels of one bin to those of its cells.
+// Adds the gradient of N vectors of channels of a bin to the gradients of its cells.
 template <int N>
 ZOO_INLINE void spread_bin(
     const RoiShape& s, const Bins& x, const Bins& y, int column, int row, const float* grad,

@@ -1,5 +1,5 @@
-// Where a sampling location falls, and what each pixel around it counts: the arithmetic that the
-// CPU and the CUDA kernels share, forward and backward.
+// The arithmetic of bilinear sampling, forward and backward: the pixels around a location and their
+// weights. The CPU and the CUDA kernels share it.
 #pragma once
 
 #include <type_traits>
@@ -7,13 +7,13 @@
 #if defined(__CUDACC__)
 #define ZOO_INLINE __host__ __device__ __forceinline__
 #else
-// Inlined by force: the translation units for different instruction sets must not share a copy.
+// Always inlined, because translation units for different instruction sets must not share a copy.
 #define ZOO_INLINE inline __attribute__((always_inline))
 #endif
 
 namespace vitadapter_zoo {
 
-// T(value), lane by lane where they are vectors.
+// Computes T(value), lane by lane for vectors.
 template <typename T, typename From>
 ZOO_INLINE T convert(From value) {
 #if !defined(__CUDACC__)
@@ -23,18 +23,18 @@ ZOO_INLINE T convert(From value) {
     return static_cast<T>(value);
 }
 
-// One coordinate of a sampling location on a level of `size` pixels, between two pixels; F is a
-// floating-point type or a vector of one, I an integer type or a vector of as many.
+// One coordinate of a sampling location on a level of `size` pixels, with the two nearest pixels.
+// F is a floating-point type or a vector type. I is an integer type with the same number of lanes.
 //
-// Location 0..1 lies at pixel `location * size - 0.5`. A neighbour beyond the border counts as
-// zero: its weight and slope are 0, and its index is that of the other neighbour, which may be
-// read safely. Beyond both borders, and for NaN, `inside` is false and nothing else means anything,
-// but the indices are still those of pixels.
+// Location 0..1 is at pixel `location * size - 0.5`. A neighbour outside of the border counts as
+// zero: its weight and slope are 0. Its index is that of the other neighbour, which is safe
+// to read. If both neighbours are outside, or for NaN, `inside` is false. Weights and slopes are
+// then undefined, but the indices are still valid.
 template <typename F, typename I>
 struct Axis {
   I near_index, far_index;
   F near_weight, far_weight;  // 1 - distance to the pixel
-  F near_slope, far_slope;    // what a weight gains for each pixel that the location moves
+  F near_slope, far_slope;    // derivative of the weight by the location in pixels
   decltype(F() < F()) inside;
 };
 
@@ -45,9 +45,9 @@ ZOO_INLINE Axis<F, I> axis_at(F pixel, I size) {
   const F extent = convert<F>(size);
   Axis<F, I> a;
   a.inside = (pixel > -one) & (pixel < extent);  // false for NaN
-  pixel = a.inside ? pixel : zero;               // now it converts to an integer without overflow
+  pixel = a.inside ? pixel : zero;               // the conversion to an integer cannot overflow
   I floor = convert<I>(pixel);
-  floor = pixel < convert<F>(floor) ? floor - next : floor;  // converted towards zero
+  floor = pixel < convert<F>(floor) ? floor - next : floor;  // the conversion rounds towards zero
   const F fraction = pixel - convert<F>(floor);
   const auto has_near = floor >= first;
   const auto has_far = floor + next < size;
@@ -60,14 +60,14 @@ ZOO_INLINE Axis<F, I> axis_at(F pixel, I size) {
   return a;
 }
 
-// `axis_at` of a location in 0..1.
+// Calls `axis_at` for a location in 0..1.
 template <typename F, typename I>
 ZOO_INLINE Axis<F, I> axis(F location, I size) {
   return axis_at<F, I>(location * convert<F>(size) - 0.5f, size);
 }
 
-// The gradients that one sampling point passes on, from the sums `dot[corner]` of output gradient
-// times value at its four corners (top left, top right, bottom left, bottom right).
+// The gradients of a sampling point. They are computed from `dot[corner]`, the sums of output
+// gradient times value at its four corners (top left, top right, bottom left, bottom right).
 template <typename T>
 struct PointGradient {
   T weight, x, y;  // x and y per unit of location, 0..1

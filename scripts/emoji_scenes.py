@@ -241,8 +241,8 @@ def _transformed(rng: np.random.Generator, levels: list[Image], size: float) -> 
     warped = cv2.warpAffine(
         glyph, np.column_stack([matrix, shift]), (width, height), flags=cv2.INTER_LINEAR
     )
-    warped = np.asarray(warped, np.float32)
-    return Layer(warped[..., :3], warped[..., 3:] / 255, 0, 0)
+    colours = np.asarray(warped[..., :3], np.float32)
+    return Layer(colours, np.asarray(warped[..., 3:] / 255, np.float32), 0, 0)
 
 
 def _recoloured(rng: np.random.Generator, layer: Layer, any_hue: bool) -> Layer:

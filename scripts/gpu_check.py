@@ -1,11 +1,11 @@
-"""Check and measure the package on a GPU; every section says so where there is none.
+"""Check and measure the package on a GPU.
 
     python scripts/gpu_check.py [--out gpu-check.json] [SECTION ...]
 
-Needs torch, torchvision, timm, safetensors, huggingface_hub, opencv and nvcc, and no network. Each
-section runs in a process of its own with a time limit, so a crash or a hang costs one section. The
-JSON is written again after every section; the table comes last. The exit status is 1 where a
-section failed, and 0 otherwise.
+The script needs torch, torchvision, timm, safetensors, huggingface_hub, opencv and nvcc, but no
+network. Without a GPU every section is skipped. Each section runs in its own process with a time
+limit, so a crash or a hang affects only that section. The JSON file is updated after every section,
+and a table is printed at the end. The exit status is 1 if a section failed, otherwise 0.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from typing import Any
 SCRIPTS = Path(__file__).resolve().parent
 PROJECT = SCRIPTS.parent
 
-# Section and seconds that it may take.
+# Each section with its time limit in seconds.
 LIMITS = {
     "device": 60,
     "build": 240,
@@ -44,7 +44,7 @@ def run_section(name: str, limit: int) -> dict[str, Any]:
         limit: seconds.
 
     Returns:
-        What the section found, with ``seconds``; ``error`` where it failed.
+        The section's results and ``seconds``; ``error`` if it failed.
     """
     paths = [PROJECT, PROJECT / "tests" / "support", PROJECT / "benchmarks"]
     environment = os.environ | {
@@ -71,7 +71,7 @@ def run_section(name: str, limit: int) -> dict[str, Any]:
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
-    """The results as lines of text: a section, then its values."""
+    """Format the results as lines of text: each section, then its values."""
     lines = []
     for name, found in results.items():
         state = "FAILED" if "error" in found else found.get("skipped", "ok")
@@ -87,7 +87,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 
 
 def main() -> int:
-    """Run the sections that the command line names, or all."""
+    """Run the sections on the command line, or all sections."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=", ".join(LIMITS))
     parser.add_argument("--out", type=Path, default=Path("gpu-check.json"))

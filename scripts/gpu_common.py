@@ -1,4 +1,4 @@
-"""What the sections of ``gpu_check.py`` share: timing, precision, detectors."""
+"""Helpers for the sections of ``gpu_check.py``: timing, precision and detectors."""
 
 import statistics
 from collections.abc import Callable
@@ -16,14 +16,14 @@ PHOTO = Path(__file__).resolve().parents[1] / "tests" / "data" / "rocket.jpg"
 
 
 def set_tf32(allowed: bool) -> None:
-    """Switch TF32 in convolutions and matrix products."""
+    """Turn TF32 on or off in convolutions and matrix products."""
     precision = "tf32" if allowed else "ieee"
     torch.backends.cuda.matmul.fp32_precision = precision
     torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]
 
 
 def milliseconds(call: Callable[[], object], runs: int = 20, warm_up: int = 3) -> float:
-    """The median time of a call between two CUDA events, in ms."""
+    """Measure the median time of a call between two CUDA events, in ms."""
     for _ in range(warm_up):
         call()
     torch.cuda.synchronize()
@@ -39,7 +39,7 @@ def milliseconds(call: Callable[[], object], runs: int = 20, warm_up: int = 3) -
 
 
 def in_turn(calls: dict[str, Callable[[], object]], runs: int = 15) -> dict[str, float]:
-    """The median time in ms of each call; every round measures all of them."""
+    """Measure the median time of each call in ms; every round measures all calls."""
     taken: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         milliseconds(call, runs=1, warm_up=2)
@@ -50,13 +50,13 @@ def in_turn(calls: dict[str, Callable[[], object]], runs: int = 15) -> dict[str,
 
 
 def random_model(name: str, dtype: torch.dtype = torch.float32) -> MaskRCNN:
-    """A detector of a row with fresh weights, on the GPU."""
+    """Build a row's detector with random weights on the GPU."""
     torch.manual_seed(0)
     return vitadapter_zoo.load(name, pretrained=False, device="cuda", dtype=dtype)
 
 
 def standin_model(name: str, dtype: torch.dtype = torch.float32) -> MaskRCNN:
-    """A detector of a row with the stand-in weights of the reference outputs, on the GPU."""
+    """Build a row's detector on the GPU with the stand-in weights of the reference outputs."""
     import standins
 
     model = build(vitadapter_zoo.get_row(name))

@@ -1,4 +1,4 @@
-"""The sections of ``gpu_check.py`` that check, and the program that runs one section."""
+"""The sections of ``gpu_check.py`` that check results, and the program that runs a section."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ ROWS = (
     "adapter-s-deit-3x-nofpn",
     "adapter-b-uniperceiver-3x",
 )
-# Largest errors that rounding explains, relative to the largest value of the output.
+# The largest errors that rounding can cause, relative to the largest value of the output.
 TOLERANCES = {
     torch.float64: 1e-10,
     torch.float32: 2e-5,
@@ -40,7 +40,7 @@ LEVELS = {
 
 
 def device() -> Found:
-    """What the GPU is and how fast it copies and multiplies."""
+    """Identify the GPU and measure how fast it copies memory and multiplies matrices."""
     properties = torch.cuda.get_device_properties(0)
     source = torch.empty(2**30, device="cuda")
     target = torch.empty_like(source)
@@ -75,7 +75,7 @@ def build() -> Found:
 
 
 def operator() -> Found:
-    """The operator against float64 on the CPU, forward and backward, plain and fused."""
+    """Compare the operators, plain and fused, with float64 on the CPU, forward and backward."""
     where = implementation("cuda")
     if not where.compiled:
         raise RuntimeError(where.why)
@@ -99,7 +99,7 @@ def operator() -> Found:
 
 
 def _operator_errors() -> Iterator[tuple[str, float, float]]:
-    """Name, relative error and limit of every output of every case."""
+    """Yield the name, relative error and limit of every output of every case."""
     for dtype, limit in TOLERANCES.items():
         for channels in CHANNELS:
             for levels, points in ((1, 4), (2, 3), (3, 4), (4, 4)):
@@ -130,10 +130,10 @@ def _fused_reference(
 def _case(
     dtype: torch.dtype, channels: int, levels: int, points: int
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Arguments of the plain and the fused operator on the CPU.
+    """Create arguments of the plain and the fused operator on the CPU.
 
-    Gradients jump where a location crosses a pixel's centre. Every location lies a quarter of a
-    pixel away from all centres, so that rounding does not decide on which side.
+    Gradients are discontinuous at a pixel's centre. Every location is at least a quarter of a pixel
+    away from all centres, so rounding cannot move it to the other side.
     """
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     shapes = torch.tensor(LEVELS[levels])
@@ -153,7 +153,7 @@ def _case(
 def _with_gradients(
     function: Callable[..., Tensor], arguments: list[Tensor], grad: Tensor
 ) -> list[Tensor]:
-    """The output and the gradients of value and of the last two arguments."""
+    """Return the output and the gradients of value and of the last two arguments."""
     last = len(arguments) - 1
     leaves = [
         x.detach().requires_grad_() if index in (0, last - 1, last) else x
@@ -184,11 +184,11 @@ def _deterministic_mode() -> str:
         return "alerts"
     finally:
         torch.use_deterministic_algorithms(False)
-    raise AssertionError("deterministic mode did not alert")
+    raise AssertionError("the backward pass did not raise in deterministic mode")
 
 
 def sanitizer() -> Found:
-    """The kernels' own check under compute-sanitizer."""
+    """Run the kernels' own check under compute-sanitizer."""
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not Path(tool).exists():
         return {"skipped": "compute-sanitizer is not installed"}
@@ -207,7 +207,7 @@ def sanitizer() -> Found:
 
 
 def parity() -> Found:
-    """Four rows against the stored outputs of the original, with TF32 off."""
+    """Compare four rows with the stored outputs of the original, with TF32 off."""
     from parity import compare
 
     set_tf32(False)
@@ -226,7 +226,7 @@ def parity() -> Found:
 
 
 def precision() -> Found:
-    """What TF32, bfloat16 and float16 do to the detections of T with stand-in weights."""
+    """Measure how TF32, bfloat16 and float16 change T's detections with stand-in weights."""
     set_tf32(False)
     right = standin_model(ROWS[0]).predict(str(PHOTO))[0]
     found: Found = {"detections": len(right)}
@@ -244,7 +244,7 @@ def precision() -> Found:
 
 
 def predict() -> Found:
-    """Predict as a user does; the masks equal those that the CPU pastes."""
+    """Predict as a user does, and check that the masks equal those pasted on the CPU."""
     set_tf32(False)
     model = standin_model(ROWS[0])
     with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""The sections of ``gpu_check.py`` that measure."""
+"""The sections of ``gpu_check.py`` that measure speed."""
 
 from collections.abc import Callable
 from functools import partial
@@ -28,10 +28,10 @@ Call = Callable[[], object]
 
 
 def operator_speed() -> Found:
-    """The operator beside its composition of grid_sample, eager and by torch.compile.
+    """Compare the operator with grid_sample, in eager mode and with torch.compile.
 
-    Forward and backward are times between two events around one call, Python's part included.
-    ``kernel`` is one call's share of a CUDA graph of 20, which leaves the kernels alone.
+    Forward and backward times are between two events around a call, including Python's overhead.
+    ``kernel`` is the time per call in a CUDA graph of 20 calls, without Python's overhead.
     """
     found: Found = {"forward": [], "kernel": [], "backward": []}
     for dtype in (torch.float32, torch.bfloat16):
@@ -53,7 +53,7 @@ def operator_speed() -> Found:
 def _operator_arguments(
     size: str, kind: str, dtype: torch.dtype
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Arguments of the plain and of the fused operator."""
+    """Create arguments of the plain and of the fused operator."""
     import ms_deform_attn as benchmark
 
     value, shapes, locations, weights = (
@@ -73,7 +73,7 @@ def _forward_calls(
         locations, weights = locate(shapes, *rest)
         return ms_deform_attn(value, shapes, locations, weights.to(value.dtype))
 
-    # spatial_shapes.tolist() waits for the device, which a graph cannot hold.
+    # spatial_shapes.tolist() waits for the device, which is not possible in a CUDA graph.
     on_cpu = (plain[0], plain[1].cpu(), *plain[2:])
     calls: dict[str, Call] = {
         "fused": partial(ms_deform_attn_fused, *fused),
@@ -106,7 +106,7 @@ def _backward_calls(plain: tuple[Tensor, ...], fused: tuple[Tensor, ...]) -> dic
 
 
 def _in_graph(call: Call, times: int = 20) -> float:
-    """Milliseconds of one call among ``times`` in a CUDA graph."""
+    """Measure the milliseconds per call in a CUDA graph of ``times`` calls."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         call()
@@ -123,7 +123,7 @@ def _line(label: str, taken: dict[str, float]) -> str:
 
 
 def image_speed() -> Found:
-    """Images per second of whole detectors, alone and in batches; the original arrangement."""
+    """Measure images per second of whole detectors, single images and batches, and the original."""
     found: Found = {"images_per_second": []}
     for size, name in SIZES.items():
         for label, (dtype, tf32) in PRECISIONS.items():
@@ -145,7 +145,7 @@ def _rate(model: MaskRCNN, item: NetworkInput, batch: int, runs: int) -> str:
 
 
 def _feature_times(model: MaskRCNN, pixels: Tensor) -> list[str]:
-    """Milliseconds of backbone and neck, ours and in the original arrangement."""
+    """Measure the milliseconds of backbone and neck, ours and in the original arrangement."""
     import original
 
     def ours() -> object:
@@ -161,7 +161,7 @@ def _feature_times(model: MaskRCNN, pixels: Tensor) -> list[str]:
 
 
 def training_speed() -> Found:
-    """Forward and backward of T's backbone and neck on two 512 x 512 images, bfloat16 autocast."""
+    """Measure forward and backward of T's backbone and neck: 2 images, 512 x 512, bfloat16."""
     set_tf32(True)
     model = random_model("adapter-t-deit-3x").train()
     image = torch.randn(2, 3, 512, 512, device="cuda")
@@ -180,7 +180,7 @@ def training_speed() -> Found:
 
 
 def profile() -> Found:
-    """Kernels, synchronizations and the busy share of one image of T in bfloat16."""
+    """Count kernels and synchronizations of T on an image in bfloat16; measure the busy share."""
     model = random_model("adapter-t-deit-3x", torch.bfloat16)
     item = model.preprocess(str(PHOTO))
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Sets up .venv-mmdet: mmdet 2.x on current PyTorch, for the mmdet backend and its tests. The
-# Makefile says on which Python and PyTorch.
+# Makefile selects the versions of Python and PyTorch.
 #
-#   scripts/mmdet_env.sh          builds what is missing; compiling mmcv-full takes 20 minutes
+#   scripts/mmdet_env.sh          builds the environment; compiling mmcv-full takes 20 minutes
 #   scripts/mmdet_env.sh --ready  builds nothing: exit status 0 if mmcv-full is compiled already
 #
-# The compiled mmcv-full stays in the user's cache, by the versions that it fits: another checkout
-# then needs only the minutes that installing torch takes.
+# The user's cache stores the compiled mmcv-full for each combination of versions. Another checkout
+# then only takes the minutes of installing torch.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -15,7 +15,7 @@ MMCV=1.7.2
 MMDET=2.28.2
 VENV=.venv-mmdet
 
-# Where mmcv-full compiled for that version of torch is kept.
+# Prints the cache folder of the mmcv-full that was compiled for a version of torch.
 wheels() {
     "$PYTHON" - "$1" "$MMCV" <<'CODE'
 import os, pathlib, platform, sys
@@ -36,12 +36,12 @@ fi
 
 pip() { "$VENV/bin/python" -m pip --quiet --disable-pip-version-check "$@"; }
 
-# mmcv-full asks for C++14, the headers of torch 2.14 for C++20, as which it compiles. Without the
-# debugging symbols that Python's own flags ask for, it does so in less time and memory.
+# mmcv-full passes -std=c++14, but the headers of torch 2.14 need C++20, and mmcv-full compiles as
+# C++20. Without debugging symbols, which Python's own flags enable, it takes less time and memory.
 compile() {
     local work wheel
     work=$(mktemp -d)
-    # shellcheck disable=SC2064  # the folder of now
+    # shellcheck disable=SC2064  # the folder's name is expanded now on purpose
     trap "rm -rf '$work'" EXIT
     cat >"$work/c++" <<WRAPPER
 #!/usr/bin/env bash
@@ -49,7 +49,7 @@ exec ${CXX:-c++} "\${@/#-std=c++1[47]/-std=c++20}" -g0
 WRAPPER
     chmod +x "$work/c++"
     echo "compiling mmcv-full $MMCV, about 20 minutes on 2 cores"
-    # With a GPU in sight mmcv would compile its CUDA sources too.
+    # If a GPU were visible, mmcv would compile its CUDA sources too.
     CXX="$work/c++" MMCV_WITH_OPS=1 FORCE_CUDA=0 CUDA_VISIBLE_DEVICES='' \
         pip wheel --no-build-isolation --no-deps --no-binary mmcv-full \
         --wheel-dir "$work/wheels" "mmcv-full==$MMCV"
@@ -62,7 +62,7 @@ WRAPPER
 rm -f "$VENV/.current"
 "$PYTHON" -m venv "$VENV"
 # mmcv's setup.py imports pkg_resources, which setuptools 82 dropped.
-# shellcheck disable=SC2086  # two requirements
+# shellcheck disable=SC2086  # TORCH has two requirements
 pip install $TORCH 'setuptools<82' wheel ninja opencv-python-headless
 version=$("$VENV/bin/python" -c 'from importlib import metadata; print(metadata.version("torch"))')
 cache=$(wheels "$version")

@@ -28,7 +28,7 @@ from emoji_scenes import FONT
 from make_emoji_coco import make_split
 
 from vitadapter_zoo import get_row, load, verify
-from vitadapter_zoo.evaluation.dataset import Dataset, read_dataset
+from vitadapter_zoo.evaluation.dataset import Dataset, row_dataset
 from vitadapter_zoo.weights.convert import write_safetensors
 from vitadapter_zoo.weights.source import LocalFile, parse
 
@@ -67,8 +67,7 @@ def packaged_weights() -> Path:
 
 def validation() -> Dataset:
     """The 200 validation images that the package carries."""
-    folder = packaged_weights().parent
-    return read_dataset(folder / "annotations" / "instances_val.json", folder / "val")
+    return row_dataset(get_row(NAME))
 
 
 def _options() -> argparse.Namespace:
@@ -84,6 +83,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--precision", default="no", choices=("no", "bf16"))
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--seed", type=int, default=0, help="of the weights, order and samples")
+    parser.add_argument("--data-seed", type=int, default=0, help="of the training images")
+    parser.add_argument(
+        "--from", dest="start", default="scratch", help="scratch, or weights to go on from"
+    )
     parser.add_argument("--font", type=Path, default=FONT, help="NotoColorEmoji.ttf")
     parser.add_argument("--no-install", dest="install", action="store_false")
     return parser.parse_args()
@@ -92,7 +95,11 @@ def _options() -> argparse.Namespace:
 def _render(out: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Render the training images, unless the same ones are there; what they are."""
     record = out / "data" / "data.json"
-    wanted = {"script": "scripts/make_emoji_coco.py", "images": options.images, "seed": 0}
+    wanted = {
+        "script": "scripts/make_emoji_coco.py",
+        "images": options.images,
+        "seed": options.data_seed,
+    }
     if record.is_file():
         found: dict[str, Any] = json.loads(record.read_text())
         if {key: found.get(key) for key in wanted} == wanted:
@@ -103,7 +110,7 @@ def _render(out: Path, options: argparse.Namespace) -> dict[str, Any]:
         out / "data",
         "train",
         options.images,
-        seed=0,
+        seed=options.data_seed,
         workers=options.workers,
         font=options.font,
     )
@@ -121,7 +128,7 @@ def arguments(out: Path, options: argparse.Namespace) -> list[str]:
         "train", NAME,
         "--train", str(data / "annotations" / "instances_train.json"), str(data / "train"),
         "--val", str(packaged / "annotations" / "instances_val.json"), str(packaged / "val"),
-        "--out", str(out / "run"), "--from", "scratch", "--keep-empty", "--resume",
+        "--out", str(out / "run"), "--from", options.start, "--keep-empty", "--resume",
         "--epochs", str(options.epochs), "--batch-size", str(options.batch_size),
         "--lr", str(options.lr), "--schedule", "cosine", "--augment", "flip", "--clip", "5",
         "--ema", str(options.ema), "--max-minutes", str(options.max_minutes),

@@ -72,3 +72,11 @@ def test_an_unknown_name_offers_the_nearest() -> None:
         get_row("adapter-l-augreg")
     with pytest.raises(UnknownModelError, match="`vitadapter-zoo list`"):
         get_row("")
+
+
+def test_lists_of_patterns_and_exclusion() -> None:
+    assert list_models(["vit-t-*", "adapter-l-*"]) == ["vit-t-deit-3x", "adapter-l-augreg-3x"]
+    assert list_models(("vit-*",), exclude_filters="*-deit-*") == ["vit-l-augreg-3x"]
+    assert list_models("adapter-s-*", exclude_filters=["*nofpn", "x*"]) == ["adapter-s-deit-3x"]
+    assert list_models([]) == []
+    assert list_models(exclude_filters="*") == []

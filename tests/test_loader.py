@@ -66,7 +66,7 @@ def test_a_changed_local_file_is_converted_again(published_file: MakeFile, tmp_p
     assert torch.equal(loaded["rpn_head.rpn_cls.bias"], state["rpn_head.rpn_cls.bias"])
 
 
-def test_a_damaged_cache_entry_is_made_anew(published_file: MakeFile, zoo_home: Path) -> None:
+def test_a_damaged_cache_entry_is_converted_again(published_file: MakeFile, zoo_home: Path) -> None:
     vitadapter_zoo.load(NAME, checkpoint=published_file(NAME))
     (weights,) = zoo_home.rglob("*.safetensors")
     weights.write_bytes(weights.read_bytes()[:1000])
@@ -270,14 +270,14 @@ def test_missing_files_and_unknown_names(tmp_path: Path) -> None:
         vitadapter_zoo.load("adapter-t-deit-2x")
 
 
-def test_an_unwritable_cache_is_said(published_file: MakeFile, tmp_path: Path) -> None:
+def test_an_unwritable_cache_is_an_error(published_file: MakeFile, tmp_path: Path) -> None:
     blocked = tmp_path / "a-file"
     blocked.write_text("")
     with pytest.raises(ZooError, match=r"cannot write to .*VITADAPTER_ZOO_HOME"):
         vitadapter_zoo.load(NAME, checkpoint=published_file(NAME), cache_dir=blocked / "cache")
 
 
-def test_a_full_disk_is_said(published_file: MakeFile, zoo_home: Path) -> None:
+def test_a_full_disk_is_an_error(published_file: MakeFile, zoo_home: Path) -> None:
     # A file-size limit makes the write fail as a full disk does, in a process of its own.
     script = (
         "import resource, signal, sys, vitadapter_zoo as zoo\n"

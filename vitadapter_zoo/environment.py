@@ -1,4 +1,4 @@
-"""What computes here: versions, the machine, and the operator on each kind of device."""
+"""What `vitadapter-zoo env` shows: versions, the machine, and what computes the operators."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _version(package: str) -> str | None:
 
 
 def _processor() -> str:
-    """The processor's name, which Python's own function leaves out on Linux."""
+    """The processor's name; `platform.processor` does not give it on Linux."""
     information = Path("/proc/cpuinfo")
     if information.is_file():
         for line in information.read_text().splitlines():

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from pathlib import Path
+from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, TypedDict, overload
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vitadapter_zoo import settings
-from vitadapter_zoo.catalog import Row, get_row, list_models
-from vitadapter_zoo.errors import CheckpointError
+from vitadapter_zoo.errors import CheckpointError, ConfigError
+from vitadapter_zoo.finder import Found as Found
+from vitadapter_zoo.finder import find as find
+from vitadapter_zoo.finder import place_of
 from vitadapter_zoo.models import MaskRCNN, build
+from vitadapter_zoo.text import quoted, shown
 from vitadapter_zoo.weights import checkpoint as containers
-from vitadapter_zoo.weights import convert, resolve
+from vitadapter_zoo.weights import convert, heads, resolve
+from vitadapter_zoo.weights.fit import check_finite
 from vitadapter_zoo.weights.progress import bars
+from vitadapter_zoo.weights.shards import MOST_CLASSES
 from vitadapter_zoo.weights.source import HubFile, parse
 
 if TYPE_CHECKING:
@@ -26,12 +33,17 @@ class _Options(TypedDict, total=False):
     """The arguments of ``load`` that both of its overloads take."""
 
     checkpoint: str | os.PathLike[str] | None
+    classes: Sequence[str] | None
     pretrained: bool
     device: str | torch.device
     dtype: torch.dtype | None
     cache_dir: settings.Home
     offline: bool | None
     progress: bool
+    allow_nonfinite: bool
+
+
+logger = logging.getLogger(__name__)
 
 
 @overload
@@ -53,34 +65,41 @@ def load(
     name: str | os.PathLike[str],
     *,
     checkpoint: str | os.PathLike[str] | None = None,
+    classes: Sequence[str] | None = None,
     pretrained: bool = True,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     offline: bool | None = None,
     progress: bool = True,
+    allow_nonfinite: bool = False,
     backend: Literal["native", "mmdet"] = "native",
 ) -> MaskRCNN | nn.Module:
     """Load a detector in evaluation mode.
 
-    The first call downloads the row's published file, converts it to safetensors and keeps that in
-    the cache; later calls map the converted file into memory.
+    The first call downloads the row's published file, converts it to safetensors and stores that
+    in the cache; later calls map the converted file into memory.
 
     Args:
         name: load name, see ``vitadapter_zoo.list_models()``; or a folder that ``save_pretrained``
-            wrote, or a repository of the Hub that ``push_to_hub`` made: ``user/repo`` or
+            wrote, or a repository of the Hub that ``push_to_hub`` wrote: ``user/repo`` or
             ``hf://user/repo[@revision]``.
         checkpoint: a local ``.pth``, ``.pth.tar`` or ``.safetensors`` file, an http(s) URL, or a
-            place on the Hub: ``hf://user/repo[@revision][/file]`` or ``user/repo``; the row's own
+            file on the Hub: ``hf://user/repo[@revision][/file]`` or ``user/repo``; the row's own
             source by default. Local files are never altered.
+        classes: names of the classes that the detector shall have. A checkpoint of your own with
+            as many classes gets these names. Otherwise the heads keep the classes of the same
+            name, and the others are fresh, to be trained. By default the classes are the
+            checkpoint's: COCO's, a folder's, or those that mmdet wrote into the file.
         pretrained: False gives fresh weights (training from scratch) and reads no file.
-        device: where the detector lives.
+        device: where the parameters are stored.
         dtype: floating-point type of the weights; float32, as stored, by default.
-        cache_dir: where converted weights are kept; ``$VITADAPTER_ZOO_HOME`` or the platform's
+        cache_dir: where converted weights are stored; ``$VITADAPTER_ZOO_HOME`` or the platform's
             cache directory by default.
-        offline: True never uses the network, and says what is missing; by default that is what
-            ``VITADAPTER_ZOO_OFFLINE`` says.
+        offline: True never uses the network; the error says what is missing. By default the
+            environment variable ``VITADAPTER_ZOO_OFFLINE`` decides.
         progress: False shows no progress bar on a terminal either.
+        allow_nonfinite: accept weights that are NaN or infinite.
         backend: ``"mmdet"`` gives a ``mmdet.models.MaskRCNN`` with the same weights, for
             ``mmdet.apis.inference_detector`` and mmdet's tools; see
             ``vitadapter_zoo.backends.mmdet``.
@@ -88,92 +107,154 @@ def load(
     Raises:
         UnknownModelError: no such name; the message offers the nearest.
         DownloadError: the file cannot be fetched, or is not the published one.
-        CheckpointError: the file is damaged, unsafe, or not a checkpoint of this model.
-        BackendError: mmdet is asked for, and is missing, broken, or cannot run this ``dtype``.
+        CheckpointError: the file is damaged, unsafe, not a checkpoint of this model, or holds
+            weights that are not finite.
+        BackendError: mmdet is missing, broken, or cannot run this ``dtype``.
         ZooError: the cache cannot be written to.
-        ValueError: ``checkpoint`` together with ``pretrained=False``, or no such ``backend``.
+        ConfigError: ``checkpoint`` together with ``pretrained=False`` or a folder, no such
+            ``backend``, or ``classes`` that are not distinct names.
     """
     if backend not in ("native", "mmdet"):
-        raise ValueError(f"backend={backend!r}: there are 'native' and 'mmdet'")
+        raise ConfigError(f"backend={quoted(backend)}: it must be 'native' or 'mmdet'")
     if backend == "mmdet":
-        from vitadapter_zoo.backends.mmdet import from_native  # before a long download
+        from vitadapter_zoo.backends.mmdet import from_native  # fails before a long download
 
         return from_native(
             load(
                 name,
                 checkpoint=checkpoint,
+                classes=classes,
                 pretrained=pretrained,
                 device=device,
                 dtype=dtype,
                 cache_dir=cache_dir,
                 offline=offline,
                 progress=progress,
+                allow_nonfinite=allow_nonfinite,
             )
         )
-    folder = _folder(name)
-    if folder is not None:
-        if checkpoint is not None or not pretrained:
-            raise ValueError(
-                f"{name!r} has weights of its own: leave checkpoint and pretrained out"
-            )
-        model = _published(folder, cache_dir, offline, progress)
-        return model.to(device=device, dtype=dtype).eval()
-    row = get_row(os.fspath(name))
+    wanted = None if classes is None else _distinct(classes)
+    _check_combination(name, checkpoint, pretrained)
+    found = find(name, cache_dir=cache_dir, offline=offline, progress=progress)
     if not pretrained:
-        if checkpoint is not None:
-            raise ValueError("pretrained=False takes no checkpoint: leave one of them out")
         with torch.device(device):
-            model = build(row)
-    else:
-        # Built without memory; the file's tensors then become the parameters themselves.
-        with torch.device("meta"):
-            model = build(row)
-        tensors = _weights(row, model, checkpoint, cache_dir, offline, progress)
-        model.load_state_dict(tensors, assign=True)
-    return model.to(device=device, dtype=dtype).eval()
+            model = build(found.row, wanted or found.categories)
+        return model.to(device=device, dtype=dtype).eval()
+    loaded, origin = _weights(found, checkpoint, cache_dir, offline, progress, allow_nonfinite)
+    model = _assembled(found, loaded, origin, checkpoint is not None, wanted, allow_nonfinite)
+    if dtype is None and found.place is not None:
+        dtype = getattr(torch, found.dtype)
+    model.to(device=device, dtype=dtype)
+    if dtype in (torch.float16, torch.bfloat16) and not allow_nonfinite:
+        check_finite(model.state_dict(), f"{origin}, converted to {dtype},")
+    return model.eval()
 
 
-def _folder(name: str | os.PathLike[str]) -> Path | HubFile | None:
-    """The folder or repository that a name stands for; None for the catalog's names."""
-    text = os.fspath(name)
-    if text in list_models():
-        return None  # whatever folders lie about; ./NAME is one of them
-    if not isinstance(name, str) or Path(text).expanduser().is_dir():
-        return Path(text).expanduser().absolute()
-    if "/" in text:
-        source = parse(text)
-        if isinstance(source, HubFile) and source.file is None:
-            return source
-        raise CheckpointError(
-            f"{text!r} names a file: give it as the checkpoint of a model, "
-            "load(NAME, checkpoint=...)"
+def _check_combination(
+    name: str | os.PathLike[str], checkpoint: str | os.PathLike[str] | None, pretrained: bool
+) -> None:
+    if place_of(name) is not None and (checkpoint is not None or not pretrained):
+        raise ConfigError(
+            f"{quoted(os.fspath(name), 200)} has weights of its own: leave checkpoint and "
+            "pretrained out"
         )
-    return None
+    if not pretrained and checkpoint is not None:
+        raise ConfigError("pretrained=False takes no checkpoint: leave one of them out")
 
 
-def _published(
-    folder: Path | HubFile, cache_dir: settings.Home, offline: bool | None, progress: bool
-) -> MaskRCNN:
-    from vitadapter_zoo.publishing.pretrained import fetch_folder, read_folder
+def _distinct(classes: Sequence[str]) -> tuple[str, ...]:
+    """The class names as a tuple.
 
-    if isinstance(folder, HubFile):
-        with bars(progress) as lines:
-            home, without_network = settings.home(cache_dir), settings.is_offline(offline)
-            folder = fetch_folder(folder, home, lines(str(folder)), offline=without_network)
-    return read_folder(folder)
+    Raises:
+        ConfigError: none, a single text, something that is no text, or the same name twice.
+    """
+    if isinstance(classes, str) or not classes or len(classes) > MOST_CLASSES:
+        raise ConfigError(f"classes must be a list of 1 to {MOST_CLASSES:,} names")
+    names = tuple(classes)
+    for index, name in enumerate(names):
+        if not isinstance(name, str) or not name.strip():
+            raise ConfigError(f"classes[{index}] is {quoted(name)}; it must be a name")
+    counts = Counter(names)
+    twice = next((name for name in names if counts[name] > 1), None)
+    if twice is not None:
+        raise ConfigError(f"classes holds {quoted(twice)} twice; each class needs its own name")
+    return names
 
 
 def _weights(
-    row: Row,
-    model: MaskRCNN,
+    found: Found,
     checkpoint: str | os.PathLike[str] | None,
     cache_dir: settings.Home,
     offline: bool | None,
     progress: bool,
-) -> dict[str, Tensor]:
-    """The tensors for ``model``, float32, from ``checkpoint`` or the row's own source."""
-    source = resolve.published(row) if checkpoint is None else parse(checkpoint)
+    allow_nonfinite: bool,
+) -> tuple[containers.Checkpoint, str]:
+    """The checkpoint behind a name, and what errors call it."""
+    if found.place is not None:
+        from vitadapter_zoo.publishing.pretrained import fetch_folder, weights_files
+
+        folder = found.place
+        if isinstance(folder, HubFile):
+            home, without_network = settings.home(cache_dir), settings.is_offline(offline)
+            with bars(progress) as lines:
+                folder = fetch_folder(folder, home, lines(str(folder)), offline=without_network)
+        return containers.read_all(weights_files(folder), shown(folder, 200)), shown(folder, 200)
+    source = resolve.published(found.row) if checkpoint is None else parse(checkpoint)
     with bars(progress) as lines:
-        paths = resolve.obtain(row, source, lines, cache_dir=cache_dir, offline=offline)
-    origin = str(source) if len(paths) > 1 else str(paths[0])
-    return convert.fit(containers.read_all(paths, origin), row, model, origin).tensors
+        paths = resolve.obtain(
+            found.row, source, lines, cache_dir=cache_dir, offline=offline,
+            allow_nonfinite=allow_nonfinite,
+        )  # fmt: skip
+    origin = shown(source if len(paths) > 1 else paths[0], 200)
+    return containers.read_all(paths, origin), origin
+
+
+def _assembled(
+    found: Found,
+    loaded: containers.Checkpoint,
+    origin: str,
+    is_own: bool,
+    wanted: tuple[str, ...] | None,
+    allow_nonfinite: bool,
+) -> MaskRCNN:
+    """The network with the weights, and with the classes that are wanted."""
+    has = found.categories if found.place is not None else convert.class_names(loaded)
+    if isinstance(has, int) and has == len(found.row.classes):
+        has = found.row.classes
+    if is_own and wanted is not None and len(wanted) == (has if isinstance(has, int) else len(has)):
+        has = wanted
+    if isinstance(has, int):
+        raise CheckpointError(
+            f"{origin} has {has} classes and does not hold their names: give them, "
+            f"load({found.name!r}, checkpoint=..., classes=[...])"
+        )
+    model = _fitted(found, loaded, origin, has, allow_nonfinite)
+    if wanted is None or wanted == has:
+        return model
+    with torch.device("meta"):
+        other = build(found.row, wanted)
+    other.load_state_dict(heads.for_classes(model.state_dict(), has, wanted), assign=True)
+    kept = [name for name in wanted if name in has]
+    fresh = [name for name in wanted if name not in has]
+    logger.warning("%s: heads kept for %s; fresh heads for %s", origin, _few(kept), _few(fresh))
+    return other
+
+
+def _fitted(
+    found: Found,
+    loaded: containers.Checkpoint,
+    origin: str,
+    categories: tuple[str, ...],
+    allow_nonfinite: bool,
+) -> MaskRCNN:
+    # Built without memory; the file's tensors then become the parameters themselves.
+    with torch.device("meta"):
+        model = build(found.row, categories)
+    fitted = convert.fit(loaded, found.row, model, origin, allow_nonfinite=allow_nonfinite)
+    model.load_state_dict(fitted.tensors, assign=True)
+    return model
+
+
+def _few(names: list[str]) -> str:
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(shown(name, 30) for name in names[:4]) + more if names else "none"

@@ -1,6 +1,6 @@
-"""The environment variables that the package reads when it runs, and the folder of its cache.
+"""The package's environment variables, the folder of its cache, and users' paths.
 
-``setup.py`` imports this module where only Python's standard library may be installed.
+``setup.py`` imports this module, so it needs only Python's standard library.
 """
 
 import os
@@ -12,25 +12,48 @@ from vitadapter_zoo.errors import ZooError
 Home: TypeAlias = str | os.PathLike[str] | None
 
 
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """The path with a leading ``~`` or ``~user`` replaced by that user's home folder.
+
+    A shell leaves ``~`` in place in ``--out=~/x``, in quotes and in environment variables. Every
+    path that a user can give passes through this function once, where it enters the package.
+
+    Raises:
+        ZooError: there is no such user, or the path holds a null character.
+    """
+    text = os.fspath(path)
+    if "\0" in text:
+        raise ZooError(f"the path {text[:80]!r} holds a null character")
+    # Path.expanduser would drop the dot of "./~" and expand that too.
+    result = os.path.expanduser(text)  # noqa: PTH111
+    user, slash, _ = text.partition("/")
+    if slash and result == text and user.startswith("~") and not Path(user).exists():
+        raise ZooError(
+            f"the path {text[:80]!r} begins with {user[:80]!r}, and there is no such user; write "
+            "the home folder's full path"
+        )
+    return Path(result)
+
+
 def home(cache_dir: Home = None) -> Path:
-    """The cache's directory: the argument, else ``$VITADAPTER_ZOO_HOME``, else the platform's."""
+    """The cache folder: the argument, else ``$VITADAPTER_ZOO_HOME``, else the platform's."""
     chosen = cache_dir or os.environ.get("VITADAPTER_ZOO_HOME")
     if not chosen:
         import platformdirs
 
         chosen = platformdirs.user_cache_dir("vitadapter-zoo", appauthor=False)
-    return Path(chosen).resolve()
+    return expanded(chosen).resolve()
 
 
 def is_offline(offline: bool | None = None) -> bool:
-    """The argument, else whether ``VITADAPTER_ZOO_OFFLINE`` is set to 1, true, yes or on."""
+    """The argument, else whether ``VITADAPTER_ZOO_OFFLINE`` is 1, true, yes or on."""
     if offline is not None:
         return offline
     return os.environ.get("VITADAPTER_ZOO_OFFLINE", "").lower() in ("1", "true", "yes", "on")
 
 
 def operator() -> str:
-    """What ``VITADAPTER_ZOO_OP`` asks for: ``compiled``, ``reference`` or nothing (``""``).
+    """The value of ``VITADAPTER_ZOO_OP``: ``compiled``, ``reference`` or empty.
 
     Raises:
         ZooError: the variable has another value.
@@ -42,7 +65,7 @@ def operator() -> str:
 
 
 def build_for_cuda() -> bool | None:
-    """What ``VITADAPTER_ZOO_CUDA`` says of compiling for CUDA; None where it is not set.
+    """Whether ``VITADAPTER_ZOO_CUDA`` asks for a CUDA build; None if it is not set.
 
     Raises:
         ZooError: the variable is neither 0 nor 1.

@@ -24,7 +24,7 @@ def test_the_same_detections_do_not_differ() -> None:
     assert [stage.measured for stage in found] == [0, 0, 0, 0]
 
 
-def test_each_kind_of_difference_is_told() -> None:
+def test_every_kind_of_difference_is_reported() -> None:
     reference = detections()
     assert failing(detection_differences(detections(shift=0.3), reference)) == ["detections"]
     assert failing(detection_differences(detections(score=0.01), reference)) == ["detections"]

@@ -33,12 +33,12 @@ def test_command_prints_the_whole_configuration() -> None:
     assert test["transforms"][2]["mean"] == (127.5, 127.5, 127.5)
     assert found["model"]["backbone"]["pretrained"].endswith(".pth")
     unknown = subprocess.run([COMMAND, "config", "vit-x"], capture_output=True, text=True)
-    assert unknown.returncode == 1
+    assert unknown.returncode == 2
     assert "unknown model 'vit-x'" in unknown.stderr
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
-def test_recipes_are_the_original_s(row: vitadapter_zoo.Row) -> None:
+def test_recipes_match_the_original(row: vitadapter_zoo.Row) -> None:
     config = mmdet_config(row)
     short = row.name == "adapter-t-deit-1x"
     assert config["runner"]["max_epochs"] == (12 if short else 36)
@@ -64,11 +64,11 @@ def test_unknown_backend_is_refused() -> None:
         vitadapter_zoo.load("vit-t-deit-3x", backend="mmdet3")  # type: ignore[call-overload]
 
 
-def test_missing_mmdet_is_one_error_with_the_remedy() -> None:
+def test_missing_mmdet_is_one_error_with_advice() -> None:
     with pytest.raises(BackendError, match="make mmdet-env"):
         vitadapter_zoo.load("vit-t-deit-3x", backend="mmdet")
     command = [COMMAND, "compare", "vit-t-deit-3x", "--images", str(standins.PHOTO)]
     result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert "No module named 'mmcv'" in result.stderr
     assert "Traceback" not in result.stderr

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vitadapter_zoo import ConfigError, get_row
 from vitadapter_zoo.backends.mmdet import modules as modules
 from vitadapter_zoo.backends.mmdet.config import mmdet_config
-from vitadapter_zoo.catalog import ROWS
+from vitadapter_zoo.catalog import MADE_HERE, ROWS
 from vitadapter_zoo.errors import CheckpointError
 from vitadapter_zoo.models.build import build_backbone
 
@@ -36,8 +36,8 @@ def standin_backbone(row: str, **changes: Any) -> nn.Module:
     return network.eval()
 
 
-@pytest.mark.parametrize("name", [row.name for row in ROWS if row.size != "L"])
-def test_configuration_gives_the_catalog_s_backbone(name: str) -> None:
+@pytest.mark.parametrize("name", [row.name for row in (*ROWS, *MADE_HERE) if row.size != "L"])
+def test_configuration_builds_the_backbone_of_the_catalog(name: str) -> None:
     with torch.device("meta"):
         ours, native = backbone(name), build_backbone(get_row(name))
     assert type(native) in type(ours).__mro__
@@ -59,7 +59,6 @@ WRONG = {
     "drop_rate": 0.1,
     "attn_drop_rate": 0.1,
     "img_size": 384,
-    "conv_inplane": 32,
     "n_points": 8,
     "with_cffn": False,
     "cffn_ratio": 0.5,
@@ -72,7 +71,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("name", "value"), WRONG.items())
-def test_what_is_not_supported_is_refused_by_name(name: str, value: object) -> None:
+def test_unsupported_arguments_are_refused_by_name(name: str, value: object) -> None:
     with torch.device("meta"), pytest.raises(ConfigError, match=name):
         backbone("adapter-t-deit-3x", **{name: value})
 
@@ -84,7 +83,7 @@ def test_out_indices_and_unknown_arguments_are_refused() -> None:
         backbone("adapter-t-deit-3x", interact_indexes=[])
 
 
-def test_channel_mapper_takes_the_original_s_arguments() -> None:
+def test_channel_mapper_accepts_the_original_arguments() -> None:
     published: dict[str, Any] = {"in_channels": [96] * 4, "out_channels": 256, "num_outs": 5}
     neck = modules.ChannelMapperWithPooling(**published)
     maps = [torch.randn(1, 96, side, side) for side in (16, 8, 4, 2)]
@@ -98,7 +97,7 @@ def test_channel_mapper_takes_the_original_s_arguments() -> None:
 
 
 @torch.inference_mode()
-def test_without_layer_scale_it_computes_as_with_ones() -> None:
+def test_no_layer_scale_equals_layer_scale_of_ones() -> None:
     without = standin_backbone("vit-t-deit-3x", layer_scale=False)
     assert not any("gamma" in name for name in without.state_dict())
     with_ones = standin_backbone("vit-t-deit-3x")
@@ -108,7 +107,7 @@ def test_without_layer_scale_it_computes_as_with_ones() -> None:
         assert torch.equal(a, b)
 
 
-def test_recomputing_gives_the_same_gradients() -> None:
+def test_gradient_checkpointing_gives_the_same_gradients() -> None:
     def gradients(network: nn.Module) -> list[Tensor]:
         sum(level.square().mean() for level in network(IMAGE)).backward()
         return [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
@@ -127,7 +126,7 @@ def test_recomputing_gives_the_same_gradients() -> None:
     assert len(calls) == 2 * 2 * 4  # forward and again in the backward pass, in both
 
 
-def test_adapter_s_training_arguments_have_their_meaning() -> None:
+def test_training_arguments_of_the_adapter_have_an_effect() -> None:
     network = modules.ViTAdapter(
         **TINY, deform_num_heads=3, init_values=0.5, use_extra_extractor=False, drop_path_rate=0.3
     )

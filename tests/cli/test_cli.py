@@ -1,16 +1,14 @@
 import csv
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import standins
 from forked import failure, run
-from PIL import Image
 
 import vitadapter_zoo
 
@@ -48,8 +46,67 @@ def test_info() -> None:
     text = run("info", "adapter-b-uniperceiver-3x").stdout
     assert "51.2" in text
     assert "Uni-Perceiver-B" in text
+    assert "COCO's 80" in text
+    assert "7.9 s on 2 CPU cores" in text
     assert json.loads(run("info", "vit-t-deit-3x", "--json").stdout)["mask_ap"] == 37.0
     assert "did you mean vit-t-deit-3x" in failure("info", "vit-t-deit")
+    words = run("info", "vit-s-deit-3x").stdout.split()
+    assert "adapter-s-deit-3x is more accurate" in " ".join(words)
+
+
+def test_every_row_has_advice() -> None:
+    for name in vitadapter_zoo.list_models():
+        assert "  advice " in run("info", name).stdout
+
+
+def test_info_of_a_saved_model(folder: Path, tmp_path: Path) -> None:
+    text = run("info", str(folder)).stdout
+    assert text.startswith(f"{folder}, a saved adapter-t-deit-3x\n")
+    assert "longest side 64, shortest 40" in text
+    assert "46.0" not in text  # the published figures are not this model's
+    record = json.loads(run("info", str(folder), "--json").stdout)
+    assert (record["base"], record["dtype"]) == ("adapter-t-deit-3x", "float32")
+    assert record["box_ap"] is None
+    assert len(record["classes"]) == 80
+    own = tmp_path / "own"
+    shutil.copytree(folder, own)
+    config = json.loads((own / "config.json").read_text())
+    config["id2label"]["0"] = "a\x1b[2Jb"
+    (own / "config.json").write_text(json.dumps(config))
+    done = run("info", "own", cwd=tmp_path)
+    assert "\x1b" not in done.stdout + done.stderr
+    assert r"a\x1b[2Jb" in done.stdout + done.stderr
+    assert "config.json" in failure("info", str(tmp_path))
+
+
+def test_list_fits_80_columns_and_takes_patterns() -> None:
+    lines = run("list").stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    names = run("list", "--filter", "vit-t-*", "--filter", "adapter-l-*", "--exclude", "x*").stdout
+    assert "vit-t-deit-3x" in names
+    assert "adapter-l-augreg-3x" in names
+    assert "adapter-t-deit-3x" not in names
+    assert "no model fits 'a*' or 'b'" in failure(
+        "list", "--filter", "a*", "--filter", "b", "--exclude", "*"
+    )
+
+
+@pytest.mark.parametrize("module", ["vitadapter_zoo", "vitadapter_zoo.cli"])
+def test_python_m(module: str) -> None:
+    command = [sys.executable, "-m", module, "list", "--csv"]
+    assert "adapter-t-deit-1x" in subprocess.check_output(command, text=True)
+
+
+def test_shells_complete_model_names() -> None:
+    for words in ("info adapter-l", "predict x.jpg --model adapter-l"):
+        environment = {
+            **os.environ,
+            "_VITADAPTER_ZOO_COMPLETE": "bash_complete",
+            "COMP_WORDS": f"vitadapter-zoo {words}",
+            "COMP_CWORD": str(len(words.split())),
+        }
+        completed = subprocess.check_output([INSTALLED], env=environment, text=True)
+        assert completed == "plain,adapter-l-augreg-3x\n"
 
 
 LIST = "from vitadapter_zoo.cli import main; main(['list'], standalone_mode=False)"
@@ -62,40 +119,3 @@ def test_neither_import_nor_list_imports_torch(code: str) -> None:
     names = {line.rpartition("|")[2].strip() for line in imported.splitlines()}
     assert "vitadapter_zoo.catalog" in names
     assert not names & {"torch", "torchvision", "numpy", "cv2", "requests", "huggingface_hub"}
-
-
-def test_predict_writes_overlays_and_json(
-    published_file: Callable[[str], Path], tmp_path: Path
-) -> None:
-    other = tmp_path / "other" / "rocket.jpg"
-    other.parent.mkdir()
-    shutil.copy(standins.PHOTO, other)
-    weights = str(published_file("adapter-t-deit-3x"))
-    arguments = [
-        *("--model", "adapter-t-deit-3x"),
-        *("--checkpoint", weights),
-        *("--out", str(tmp_path / "out")),
-    ]
-    result = run("predict", str(standins.PHOTO), str(other), *arguments, "--json")
-    assert result.returncode == 0, result.stderr
-    first, second = json.loads(result.stdout)
-    overlays = [Path(item["overlay"]).name for item in (first, second)]
-    assert overlays == ["rocket.png", "rocket-2.png"]
-    assert first["detections"]
-    assert {found["score"] >= 0.3 for found in first["detections"]} == {True}
-    drawn = Image.open(first["overlay"])
-    assert drawn.size == (640, 427)
-    assert drawn.tobytes() != Image.open(standins.PHOTO).tobytes()
-    listed = run("predict", str(standins.PHOTO), *arguments, "--score", "0.99").stdout
-    assert f"{standins.PHOTO}: " in listed
-
-
-def test_predict_errors_are_one_line_without_traceback(tmp_path: Path) -> None:
-    photo = str(standins.PHOTO)
-    assert "did you mean vit-s-deit-3x" in failure("predict", photo, "--model", "vit-s-deit")
-    text = tmp_path / "notes.txt"
-    text.write_text("hello")
-    assert "is not an image" in failure("predict", str(text), "--model", "vit-t-deit-3x")
-    missing = ["--model", "vit-t-deit-3x", "--checkpoint", str(tmp_path / "none.pth")]
-    assert "there is no checkpoint file" in failure("predict", photo, *missing)
-    assert "cannot be used here" in failure("predict", photo, *missing, "--device", "nonsense")

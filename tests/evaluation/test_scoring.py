@@ -5,8 +5,18 @@ import pytest
 from coco_oracle import by_pycocotools, random_data, written
 
 from vitadapter_zoo.evaluation.bootstrap import average_precision, bootstrap
+from vitadapter_zoo.evaluation.dataset import Dataset, read_dataset
 from vitadapter_zoo.evaluation.run import ImageResult
-from vitadapter_zoo.evaluation.scoring import FIGURES, KINDS, Annotations, Kind, Matches, tabulate
+from vitadapter_zoo.evaluation.scoring import FIGURES, KINDS, Annotations, Kind, Matches, Scores
+
+
+def read(path: Path) -> Dataset:
+    return read_dataset(path, path.parent)
+
+
+def score(path: Path, results: list[ImageResult], kind: Kind) -> Scores:
+    annotations = Annotations(read(path))
+    return annotations.score(annotations.tabulate(results), kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -16,7 +26,7 @@ def test_every_figure_is_the_one_of_pycocotools(
 ) -> None:
     content, results = random_data(seed, crowded=crowded, images=12 if crowded else 30)
     path = written(content, tmp_path)
-    scores = Annotations(path).score(tabulate(results), kind)
+    scores = score(path, results, kind)
     expected = by_pycocotools(path, results, kind)
     np.testing.assert_allclose(
         [scores.figures[name] for name in FIGURES], expected.stats, rtol=0, atol=1e-9
@@ -35,7 +45,7 @@ def test_a_part_is_scored_on_its_own_images(tmp_path: Path, kind: Kind) -> None:
     content, results = random_data(4)
     path = written(content, tmp_path)
     part = results[::3]
-    scores = Annotations(path).score(tabulate(part), kind)
+    scores = score(path, part, kind)
     expected = by_pycocotools(path, part, kind, [one.image_id for one in part])
     np.testing.assert_allclose(list(scores.figures.values()), expected.stats, rtol=0, atol=1e-9)
 
@@ -45,7 +55,7 @@ def test_no_detection_at_all_is_ap_zero(tmp_path: Path, kind: Kind) -> None:
     content, results = random_data(5)
     path = written(content, tmp_path)
     nothing = [ImageResult(one.image_id, one.size) for one in results]
-    scores = Annotations(path).score(tabulate(nothing), kind)
+    scores = score(path, nothing, kind)
     assert scores.ap == 0
     assert scores.figures["AR100"] == 0
 
@@ -53,34 +63,34 @@ def test_no_detection_at_all_is_ap_zero(tmp_path: Path, kind: Kind) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_order_of_images_changes_no_digit(tmp_path: Path, kind: Kind) -> None:
     content, results = random_data(6)
-    annotations = Annotations(written(content, tmp_path))
-    one_way, other_way = tabulate(results), tabulate(results[::-1])
+    annotations = Annotations(read(written(content, tmp_path)))
+    one_way, other_way = annotations.tabulate(results), annotations.tabulate(results[::-1])
     assert annotations.score(one_way, kind).figures == annotations.score(other_way, kind).figures
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_matches_give_the_ap_again(tmp_path: Path, kind: Kind) -> None:
     content, results = random_data(7)
-    annotations = Annotations(written(content, tmp_path))
-    matches = annotations.matches(tabulate(results), kind)
+    annotations = Annotations(read(written(content, tmp_path)))
+    matches = annotations.matches(annotations.tabulate(results), kind)
     ones = np.ones((1, len(results)))
     assert average_precision(matches, ones)[0] == pytest.approx(
-        annotations.score(tabulate(results), kind).ap, abs=1e-6
+        annotations.score(annotations.tabulate(results), kind).ap, abs=1e-6
     )
 
 
 def test_a_weighed_image_counts_as_often_as_its_weight(tmp_path: Path) -> None:
     content, results = random_data(8, images=15)
     results.sort(key=lambda result: result.image_id)
-    annotations = Annotations(written(content, tmp_path))
+    annotations = Annotations(read(written(content, tmp_path)))
     weights = np.random.default_rng(0).integers(0, 3, len(results))
     weighed = average_precision(
-        annotations.matches(tabulate(results), "mask"), weights[None].astype(float)
+        annotations.matches(annotations.tabulate(results), "mask"), weights[None].astype(float)
     )
     repeated, more = {**content, "images": [], "annotations": []}, []
     for place, result in enumerate(results):
         for copy in range(weights[place]):
-            key = result.image_id * 10 + copy
+            key = int(result.image_id) * 10 + copy
             image = next(one for one in content["images"] if one["id"] == result.image_id)
             repeated["images"].append({**image, "id": key})
             repeated["annotations"] += [
@@ -91,7 +101,7 @@ def test_a_weighed_image_counts_as_often_as_its_weight(tmp_path: Path) -> None:
             values = {**vars(result), "image_id": key}
             more.append(ImageResult(**values))
     # Copies lie next to each other among equal scores in one, image by image in the other.
-    expected = Annotations(written(repeated, tmp_path)).score(tabulate(more), "mask").ap
+    expected = score(written(repeated, tmp_path), more, "mask").ap
     assert weighed[0] == pytest.approx(expected, abs=0.02)
 
 

@@ -3,6 +3,7 @@ import dataclasses
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import pytest
 import scenes
 import standins
@@ -22,7 +24,14 @@ from coco_oracle import by_pycocotools, random_data, written
 from forked import heed_interrupts
 
 import vitadapter_zoo
-from vitadapter_zoo import DatasetError, ImageError, MaskRCNN, Verification, ZooError
+from vitadapter_zoo import (
+    DatasetError,
+    ImageError,
+    MaskRCNN,
+    Verification,
+    ZooError,
+    get_row,
+)
 from vitadapter_zoo.backends.comparison import matches
 from vitadapter_zoo.cli import main
 from vitadapter_zoo.evaluation.dataset import Image, read_dataset, sampling_order
@@ -30,6 +39,7 @@ from vitadapter_zoo.evaluation.evaluator import Evaluator, Prepared, read
 from vitadapter_zoo.evaluation.run import PREDICTIONS, ImageResult, open_run
 from vitadapter_zoo.evaluation.scoring import FIGURES, KINDS
 from vitadapter_zoo.evaluation.verdict import judge
+from vitadapter_zoo.reports import report
 
 COMMAND = [sys.executable, "-m", "vitadapter_zoo.cli", "verify"]
 PICTURES = 6
@@ -254,7 +264,7 @@ def test_a_torn_record_is_done_again(tmp_path: Path) -> None:
         with open_run(tmp_path, {"a": 1}) as run:
             assert len(run.results) == 2
     with open_run(tmp_path, {"a": 1}) as run:
-        assert run.results == {key: results[key] for key in run.results}
+        assert run.results == {key: results[int(key)] for key in run.results}
 
 
 def test_results_of_another_run_are_not_mixed(
@@ -423,18 +433,122 @@ def test_the_command(folder: Path, coco: Path, undisturbed: Verification, tmp_pa
     assert "confirmed" in confirmed.stdout
     assert box in confirmed.stdout
     assert command(*base, "--expect", 1, 1).exit_code == 1
-    assert command(*base, "--images", "3", "--expect", box, mask).exit_code == 3
+    assert command(*base, "--limit", "3", "--expect", box, mask).exit_code == 3
     absent = command("verify", folder, "--coco", tmp_path)
     assert absent.exit_code == 2
     assert "instances_val2017.json is not there" in absent.stderr
     assert "Traceback" not in absent.stderr
     both = command(
         "verify", folder, "--annotations", annotation_file(coco), "--images", coco / "val2017",
-        "--images", "2", "--run", run, "--json",
+        "--limit", "2", "--run", run, "--json",
     )  # fmt: skip
     assert json.loads(both.stdout)["images"]["evaluated"] == 2
-    assert command("verify", folder, "--images", "3").exit_code == 2
+    assert command("verify", folder, "--limit", "3").exit_code == 2
     assert command("verify", "adapter-x", "--coco", coco).exit_code == 2
+
+
+def test_a_row_with_data_in_the_package_needs_no_option(tmp_path: Path) -> None:
+    found = command("verify", "adapter-n-emoji", "--limit", "2", "--run", tmp_path, "--json")
+    assert found.exit_code == 3, found.output
+    record = json.loads(found.stdout)
+    row = get_row("adapter-n-emoji")
+    assert record["annotations"].endswith("data/emoji/annotations/instances_val.json")
+    assert record["comparisons"]["box"]["published"] == row.box_ap
+    assert record["comparisons"]["mask"]["published"] == row.mask_ap
+    assert (record["images"]["evaluated"], record["images"]["total"]) == (2, 200)
+    assert "give either --coco DIR" in command("verify", "vit-t-deit-3x").stderr
+
+
+def test_the_old_meaning_of_images_is_refused(folder: Path, coco: Path) -> None:
+    """``--images 200`` was the number of images before ``--limit``."""
+    own: list[str | Path] = ["--annotations", annotation_file(coco), "--images", coco]
+    for arguments in (["--coco", coco], own):
+        found = command("verify", folder, *arguments, "--images", "200")
+        assert found.exit_code == 2
+        assert "write --limit 200" in found.stderr
+    assert command("verify", folder, "--coco", coco, "--limit", "0").exit_code == 2
+    for values in (("nan", "nan"), ("41", "101"), ("-1", "41"), ("inf", "41")):
+        found = command("verify", folder, "--coco", coco, "--expect", *values)
+        assert found.exit_code == 2
+        assert "0..100" in found.stderr
+    assert "goes with --annotations" in command(
+        "verify", folder, "--coco", coco, "--images", coco
+    ).stderr  # fmt: skip
+
+
+def test_with_expect_nothing_is_called_published(
+    folder: Path, coco: Path, undisturbed: Verification, tmp_path: Path
+) -> None:
+    run = undisturbed.details["run"]
+    box, mask = (round(one.measured, 1) for one in undisturbed.comparisons)
+    found = command(
+        *("verify", folder, "--coco", coco, "--expect", box + 30, round(mask - 0.5, 1)),
+        *("--report", tmp_path / "report", "--run", run),
+    )
+    assert found.exit_code == 1
+    reason = (
+        f"box AP is 30.0 below the expected {box + 30:.1f} and mask AP is 0.5 above the expected "
+        f"{mask - 0.5:.1f}"
+    )
+    assert reason in found.stdout
+    assert "expected" in found.stdout.splitlines()[2]
+    page = (tmp_path / "report" / "report.html").read_text()
+    text = page.partition("</h1>")[2].partition("<h2>To repeat this</h2>")[0]
+    text = re.sub("<[^>]*>", "", text)
+    assert reason in text
+    assert "published" not in found.stdout + text
+    equal = command("verify", folder, "--coco", coco, "--run", run, "--expect", box, mask)
+    assert "both are within 0.1 of the expected values" in equal.stdout
+    assert "published" not in equal.stdout
+    part = command(
+        "verify", folder, "--coco", coco, "--run", run, "--expect", box, mask, "--limit", "4"
+    )
+    assert part.exit_code == 3
+    assert "published" not in part.stdout
+
+
+def test_images_annotated_without_their_exif_rotation(
+    small: MaskRCNN, coco: Path, undisturbed: Verification, tmp_path: Path
+) -> None:
+    """Stored on its side and annotated that way, with EXIF data that would turn it upright."""
+    root = tmp_path / "coco"
+    shutil.copytree(coco, root)
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6  # orientation: to show it, rotate it by 90 degrees
+    content = exif.tobytes()
+    segment = b"\xff\xe1" + (len(content) + 2).to_bytes(2, "big") + content
+    for path in (root / "val2017").iterdir():
+        jpeg = path.read_bytes()
+        path.write_bytes(jpeg[:2] + segment + jpeg[2:])
+    with pytest.raises(ImageError, match=r"EXIF data rotate it.*--ignore-exif"):
+        vitadapter_zoo.verify(small, root)
+    data = read_dataset(annotation_file(root), root / "val2017", ignore_exif=True)
+    found = vitadapter_zoo.verify(small, data)
+    assert figures(found) == figures(undisturbed)
+    assert found.details["identity"]["exif"] == "ignored"
+    report.write(found, tmp_path / "report")
+    content = json.loads((tmp_path / "report" / "report.json").read_text())
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert content["worst_images"]
+    assert "No picture" not in page
+    with pytest.raises(ValueError, match="mmdet"):
+        vitadapter_zoo.verify(small, data, backend="mmdet")
+
+
+def test_exchanged_sides_without_exif_are_told_apart(
+    small: MaskRCNN, changed: Callable[[Callable[[dict[str, Any]], None]], Path]
+) -> None:
+    def exchange(content: dict[str, Any]) -> None:
+        for image in content["images"]:
+            image["width"], image["height"] = image["height"], image["width"]
+        del content["annotations"][1:]
+        image = next(
+            one for one in content["images"] if one["id"] == content["annotations"][0]["image_id"]
+        )
+        content["annotations"][0]["segmentation"] = [[0, 0, 9, 0, 9, 9]]
+
+    with pytest.raises(ImageError, match="height and width are exchanged"):
+        vitadapter_zoo.verify(small, changed(exchange))
 
 
 def test_results_from_elsewhere_are_judged(
@@ -491,7 +605,7 @@ def test_every_beginning_of_the_sampling_order_is_stratified(coco: Path) -> None
     times = np.zeros(100)
     for seed in range(2000):
         for one in sampling_order(many, seed)[:10]:
-            times[one.image_id] += 1
+            times[int(one.image_id)] += 1
     assert np.abs(times / 2000 - 0.1).max() < 0.03
 
 

@@ -23,7 +23,7 @@ WITH_OUTPUTS = [
     "adapter-s-deit-3x-nofpn",
     "adapter-b-uniperceiver-3x",
 ]
-# Millions of numbers in a file's state dict, from ../shared/design/published-files.md.
+# Millions of values in each file's state dict, from ../shared/design/published-files.md.
 MILLIONS = {
     "vit-t-deit-3x": 26.08,
     "adapter-t-deit-1x": 28.07,
@@ -44,7 +44,7 @@ def on_meta(name: str) -> MaskRCNN:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_state_dict_is_the_contract(name: str) -> None:
+def test_state_dict_names_and_shapes_are_the_original_s(name: str) -> None:
     state = {key: list(value.shape) for key, value in on_meta(name).state_dict().items()}
     assert state == standins.contract(name)
 
@@ -56,35 +56,33 @@ def test_parameter_counts(name: str, millions: float) -> None:
 
 
 @pytest.mark.parametrize("name", WITH_OUTPUTS)
-def test_computes_what_the_original_computed(
-    name: str, standin_model: Callable[[str], MaskRCNN]
-) -> None:
+def test_agrees_with_the_original(name: str, standin_model: Callable[[str], MaskRCNN]) -> None:
     assert parity.compare(standin_model(name)).failures() == []
 
 
 @pytest.mark.parametrize("name", WITH_OUTPUTS)
-def test_pieces_of_an_image_compute_what_the_whole_computes(
+def test_chunks_give_the_same_result_as_whole_images(
     name: str, standin_model: Callable[[str], MaskRCNN], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backbone = standin_model(name).backbone
     images = torch.randn(2, 3, 256, 320)
-    with torch.enable_grad():  # where nothing is cut, and linear layers are PyTorch's own
+    with torch.enable_grad():  # with gradients there are no chunks and no replaced linear layers
         expected = [level.detach() for level in backbone(images)]
-    for size in (2**20, 2**22):  # one row of windows, one of the map, few tokens; and more
-        monkeypatch.setattr(tokens, "PIECE", size)
+    for size in (2**20, 2**22):  # the smaller size gives chunks of a single row and of few tokens
+        monkeypatch.setattr(tokens, "CHUNK_BYTES", size)
         with torch.inference_mode():
             for ours, whole in zip(backbone(images), expected, strict=True):
                 torch.testing.assert_close(ours, whole, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
-def test_batch_statistics_are_those_of_whole_maps(
+def test_batch_statistics_are_computed_over_whole_maps(
     tiny: MaskRCNN, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     image = torch.randn(1, 3, 128, 128)
     means = []
-    for size in (tokens.PIECE, 2**17):
-        monkeypatch.setattr(tokens, "PIECE", size)
+    for size in (tokens.CHUNK_BYTES, 2**17):
+        monkeypatch.setattr(tokens, "CHUNK_BYTES", size)
         backbone = copy.deepcopy(tiny.backbone)
         backbone.get_submodule("norm1").train()
         backbone(image)
@@ -94,7 +92,7 @@ def test_batch_statistics_are_those_of_whole_maps(
 
 @torch.inference_mode()
 @pytest.mark.parametrize(("batch", "length"), [(3, 196), (2, 500), (1, 2500)])
-def test_attention_in_bfloat16_is_attention(batch: int, length: int) -> None:
+def test_bfloat16_attention_agrees_with_float32(batch: int, length: int) -> None:
     torch.manual_seed(0)
     qkv = torch.randn(batch, length, 3 * 2 * 64)
     rounded = vit.self_attention(qkv.bfloat16(), 2)
@@ -103,14 +101,14 @@ def test_attention_in_bfloat16_is_attention(batch: int, length: int) -> None:
     assert (rounded - exact).norm() < 0.02 * exact.norm()
 
 
-def test_computes_what_the_original_computed_without_the_compiled_operator(
+def test_agrees_with_the_original_without_the_compiled_operator(
     standin_model: Callable[[str], MaskRCNN], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with switched_to("reference", monkeypatch):
         assert parity.compare(standin_model("adapter-t-deit-3x")).failures() == []
 
 
-def test_parity_notices_a_wrong_network(standin_model: Callable[[str], MaskRCNN]) -> None:
+def test_parity_check_detects_a_wrong_network(standin_model: Callable[[str], MaskRCNN]) -> None:
     model = standin_model("vit-t-deit-3x")
     with torch.no_grad():
         model.get_parameter("neck.fpn_convs.2.conv.bias").add_(0.01)
@@ -120,8 +118,8 @@ def test_parity_notices_a_wrong_network(standin_model: Callable[[str], MaskRCNN]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_layer_norms_have_the_trunk_s_epsilon(name: str) -> None:
-    # 1e-5 instead of 1e-6 hides below the features' tolerance, yet it is another network.
+def test_layer_norms_have_the_original_s_epsilon(name: str) -> None:
+    # A wrong epsilon (1e-5 for 1e-6) changes features by less than the tolerance of other tests.
     found = {module.eps for module in on_meta(name).modules() if isinstance(module, nn.LayerNorm)}
     assert found == {1e-5 if name == "adapter-b-uniperceiver-3x" else 1e-6}
 
@@ -129,7 +127,7 @@ def test_layer_norms_have_the_trunk_s_epsilon(name: str) -> None:
 def windowed_by_loops(
     project: nn.Module, heads: int, x: Tensor, size: int, project_first: bool
 ) -> Tensor:
-    """14x14 windowed attention with explicit softmax, one window at a time."""
+    """Compute 14x14 windowed attention with an explicit softmax, one window at a time."""
     height, width = x.shape[1:3]
     dim = x.shape[3]
     padded_shape = (-(-height // size) * size, -(-width // size) * size)
@@ -152,7 +150,7 @@ def windowed_by_loops(
 
 
 @pytest.mark.parametrize(("height", "width"), [(5, 30), (14, 14), (29, 3)])
-def test_padded_tokens_take_part_in_windowed_attention(height: int, width: int) -> None:
+def test_padded_tokens_are_part_of_windowed_attention(height: int, width: int) -> None:
     torch.manual_seed(0)
     x = torch.randn(2, height, width, 12)
     plain = vit.Attention(12, 3, windowed=True)
@@ -196,7 +194,7 @@ def test_autocast_finds_the_same_objects(tiny: MaskRCNN) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         rounded = tiny.predict(standins.PHOTO)[0]
     assert rounded.boxes.dtype == rounded.scores.dtype == torch.float32
-    # Stand-in weights know no objects, so scores are volatile: most, not all, must survive.
+    # With stand-in weights many scores are close to the threshold, so some detections differ.
     ious = box_iou(exact.boxes, rounded.boxes)
     ious[exact.labels[:, None] != rounded.labels] = 0
     assert (ious.max(dim=1).values > 0.8).double().mean() > 0.5
@@ -213,7 +211,7 @@ def test_bfloat16_weights_find_the_same_objects(tiny: MaskRCNN) -> None:
 
 
 @torch.inference_mode()
-def test_compiling_in_place_keeps_results_and_names() -> None:
+def test_compile_keeps_results_and_state_dict_names() -> None:
     torch._dynamo.reset()
     model = build(get_row("adapter-t-deit-3x")).eval()
     image = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
@@ -230,15 +228,15 @@ def test_compiling_in_place_keeps_results_and_names() -> None:
     model.compile(backend=noted)
     found = model.detect([prepared], score_threshold=0.0)[0]
     assert list(model.state_dict()) == names
-    assert len(graphs) == 3  # backbone, neck, proposal head: one graph each, without breaks
+    assert len(graphs) == 3  # one graph each for backbone, neck and proposal head
     torch.testing.assert_close(found.scores, expected.scores, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found.boxes, expected.boxes, rtol=1e-4, atol=1e-2)
 
 
 @torch.inference_mode()
 @pytest.mark.parametrize("name", WITH_OUTPUTS)
-def test_maps_stay_in_the_order_of_tokens(name: str) -> None:
-    # Any other order costs copies and slower kernels, yet changes no result.
+def test_maps_stay_channels_last(name: str) -> None:
+    # Another memory order gives the same results but needs copies and slower kernels.
     model = build(get_row(name)).eval()
     maps = model.backbone(torch.randn(1, 3, 64, 96))
     ordered = [
@@ -248,7 +246,7 @@ def test_maps_stay_in_the_order_of_tokens(name: str) -> None:
 
 
 @torch.inference_mode()
-def test_a_norm_in_the_convolution_s_weights_computes_the_same() -> None:
+def test_folding_batch_norm_into_the_convolution_gives_the_same_result() -> None:
     torch.manual_seed(0)
     layers = adapter.Convolutions(3, 8, 16, strides=(2, 1))
     for layer in layers:
@@ -262,7 +260,7 @@ def test_a_norm_in_the_convolution_s_weights_computes_the_same() -> None:
 
 
 @torch.inference_mode()
-def test_masks_of_single_classes_are_those_of_all() -> None:
+def test_masks_of_given_classes_equal_those_computed_for_all_classes() -> None:
     torch.manual_seed(0)
     head = heads.MaskHead(80).eval()
     pooled, labels = torch.randn(5, 256, 14, 14), torch.tensor([0, 79, 3, 3, 40])
@@ -272,12 +270,12 @@ def test_masks_of_single_classes_are_those_of_all() -> None:
 @torch.inference_mode()
 @pytest.mark.parametrize("operator", ["compiled", "reference"])
 @pytest.mark.parametrize("size", [7, 14])
-def test_regions_are_pooled_as_torchvision_does(
+def test_roi_align_agrees_with_torchvision(
     size: int, operator: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generator = torch.Generator().manual_seed(size)
     x = torch.randn(2, 16, 30, 40, generator=generator)
-    # Far outside of the map, long and thin, tiny, without area, inside out.
+    # Boxes far outside of the map, long and thin, tiny, without area, and with negative sides.
     corners = torch.rand(300, 2, generator=generator) * torch.tensor([420.0, 340.0]) - 50
     sides = torch.rand(300, 2, generator=generator) ** 3 * 300 - 1
     images = torch.randint(0, 2, (300, 1), generator=generator).float()
@@ -289,7 +287,7 @@ def test_regions_are_pooled_as_torchvision_does(
             torch.testing.assert_close(boxes.roi_align(ordered, rois, size, 1 / 8), expected)
 
 
-def test_training_mode_has_gradients_everywhere() -> None:
+def test_every_parameter_has_a_gradient_in_training_mode() -> None:
     model = build(get_row("adapter-t-deit-3x")).train()
     levels = model.neck(model.backbone(torch.randn(2, 3, 64, 64)))
     sum(level.square().mean() for level in levels).backward()

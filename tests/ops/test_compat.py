@@ -1,6 +1,7 @@
 """Code written for the extension of 2020 runs on our operator."""
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,18 +14,17 @@ from vitadapter_zoo.ops import compat, ms_deform_attn
 
 @pytest.fixture(autouse=True)
 def unregistered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, compat.NAME, raising=False)
-    monkeypatch.setitem(sys.modules, compat.NAME, sys.modules[compat.__name__])
-    monkeypatch.delitem(sys.modules, compat.NAME)
+    for name in compat.NAMES:
+        monkeypatch.setitem(sys.modules, name, sys.modules[compat.__name__])
+        monkeypatch.delitem(sys.modules, name)
 
 
 def starts(shapes: Tensor) -> Tensor:
     return torch.cat((shapes.new_zeros(1), shapes.prod(1).cumsum(0)[:-1]))
 
 
-def test_a_function_in_the_extension_s_shape_gets_our_results() -> None:
-    compat.register()
-    import MultiScaleDeformableAttention as extension  # type: ignore[import-not-found] # noqa: N813
+def attention(extension: Any) -> Any:
+    """An autograd function around the extension, as those projects write it."""
 
     class Attention(torch.autograd.Function):
         @staticmethod
@@ -34,16 +34,48 @@ def test_a_function_in_the_extension_s_shape_gets_our_results() -> None:
             return extension.ms_deform_attn_forward(*tensors, ctx.step)
 
         @staticmethod
+        @torch.autograd.function.once_differentiable
         def backward(ctx: Any, *grads: Tensor) -> Any:
             value, locations, weights = extension.ms_deform_attn_backward(
                 *ctx.saved_tensors, grads[0], ctx.step
             )
             return value, None, None, locations, weights, None
 
+    return Attention
+
+
+# How each project imports the extension. Only the import and the two calls were taken from them;
+# the projects themselves were not run.
+IMPORTS = {
+    "Deformable DETR": "import MultiScaleDeformableAttention as MSDA",
+    "Mask2Former": "try:\n    import MultiScaleDeformableAttention as MSDA\n"
+    "except ModuleNotFoundError as e:\n    raise ModuleNotFoundError('Please compile') from e",
+    "GroundingDINO": "from groundingdino import _C as MSDA",
+}
+
+
+@pytest.fixture
+def groundingdino(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package of that name without its compiled part."""
+    (tmp_path / "groundingdino").mkdir()
+    (tmp_path / "groundingdino" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "groundingdino", sys)
+    monkeypatch.delitem(sys.modules, "groundingdino")
+
+
+@pytest.mark.usefixtures("groundingdino")
+@pytest.mark.parametrize("project", IMPORTS)
+def test_a_function_in_the_extension_s_shape_gets_our_results(project: str) -> None:
+    compat.register()
+    compat.register()  # again: nothing changes
+    found: dict[str, Any] = {}
+    exec(IMPORTS[project], found)  # noqa: S102
     value, shapes, locations, weights = requiring_gradients(
         random_arguments(0, [(6, 8), (3, 4)], batch=3, dtype=torch.float64)
     )
-    theirs = Attention.apply(value, shapes, starts(shapes), locations, weights, 64)
+    function = attention(found["MSDA"])
+    theirs = function.apply(value, shapes, starts(shapes), locations, weights, 64)
     ours = ms_deform_attn(value, shapes, locations, weights)
     assert torch.equal(theirs, ours)
     inputs = (value, locations, weights)
@@ -53,6 +85,26 @@ def test_a_function_in_the_extension_s_shape_gets_our_results() -> None:
         strict=True,
     ):
         assert torch.equal(mine, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_compiles_into_one_graph(dtype: torch.dtype) -> None:
+    function = attention(compat)
+
+    def run(value: Tensor, shapes: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+        return function.apply(value * 2, shapes, starts(shapes), locations, weights, 64).float()
+
+    arguments = requiring_gradients(random_arguments(0, [(6, 8), (3, 4)], batch=3, dtype=dtype))
+    inputs = [tensor for tensor in arguments if tensor.requires_grad]
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    expected, got = run(*arguments), compiled(*arguments)
+    assert torch.equal(got, expected)
+    for mine, right in zip(
+        torch.autograd.grad(got.sum(), inputs),
+        torch.autograd.grad(expected.sum(), inputs),
+        strict=True,
+    ):
+        assert torch.equal(mine, right)
 
 
 def test_half_precision_comes_back_as_it_came() -> None:
@@ -72,9 +124,12 @@ def test_levels_with_gaps_are_refused() -> None:
         compat.ms_deform_attn_forward(value, shapes, torch.tensor([0, 40]), locations, weights, 64)
 
 
+@pytest.mark.parametrize("name", compat.NAMES)
 def test_registering_does_not_replace_an_imported_extension(
-    monkeypatch: pytest.MonkeyPatch,
+    name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, compat.NAME, sys.modules["json"])
-    with pytest.raises(RuntimeError, match="has been imported already"):
+    monkeypatch.setitem(sys.modules, name, sys.modules["json"])
+    with pytest.raises(RuntimeError, match=f"{name} has been imported already"):
         compat.register()
+    others = [other for other in compat.NAMES if other != name]
+    assert not any(other in sys.modules for other in others)

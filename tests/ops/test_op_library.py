@@ -1,6 +1,7 @@
-"""The compiled operator as a library: how it is built, found, checked and kept in bounds."""
+"""Tests of the compiled libraries: building, finding and checking them, and their input checks."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -12,7 +13,8 @@ import torch
 from operators import Arguments, random_arguments
 
 from vitadapter_zoo.ops import build, paths
-from vitadapter_zoo.ops.library import TOLERANCE, check, find, implementation
+from vitadapter_zoo.ops.deform_attn import alert_nondeterministic
+from vitadapter_zoo.ops.library import TOLERANCE, check, find, implementation, worst
 
 PROJECT = Path(__file__).parents[2]
 
@@ -20,7 +22,7 @@ PROJECT = Path(__file__).parents[2]
 def run(
     *arguments: str | Path, package: Path = PROJECT, **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    """Python in a new process, with the package that lies in ``package``."""
+    """Run Python in a new process with the package in the folder ``package``."""
     support = PROJECT / "tests" / "support"
     environment = os.environ | {"PYTHONPATH": f"{package}:{support}"} | variables
     return subprocess.run(
@@ -28,13 +30,44 @@ def run(
     )
 
 
-def test_the_compiled_operator_is_in_use_here() -> None:
+def test_the_compiled_operator_is_used_here() -> None:
     found = implementation("cpu")
     assert found.compiled, found.why
     assert check(torch.device("cpu")) < TOLERANCE / 100
 
 
-def test_kernels_refuse_what_would_lead_out_of_bounds() -> None:
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_the_check_rejects_a_kernel_that_returns_nan(place: int) -> None:
+    errors = [1e-7, 2e-7]
+    assert worst(errors) == 2e-7
+    errors.insert(place, math.nan)
+    assert not worst(errors) <= TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_the_check_does_not_depend_on_the_default_dtype(dtype: torch.dtype) -> None:
+    torch.set_default_dtype(dtype)
+    try:
+        assert check(torch.device("cpu")) < TOLERANCE / 100
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_gradients_on_cuda_raise_or_warn_in_deterministic_mode() -> None:
+    torch.use_deterministic_algorithms(True)
+    try:
+        alert_nondeterministic(torch.device("cpu"))
+        with pytest.raises(RuntimeError, match="on CUDA is not deterministic"):
+            alert_nondeterministic(torch.device("cuda", 0))
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        with pytest.warns(UserWarning, match="on CUDA is not deterministic"):
+            alert_nondeterministic(torch.device("cuda", 0))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    alert_nondeterministic(torch.device("cuda", 0))
+
+
+def test_kernels_reject_inputs_that_would_read_out_of_bounds() -> None:
     value, shapes, locations, weights = random_arguments(0, [(4, 6)])
     wrong: dict[str, Arguments] = {
         "do not add up": (value, shapes + 1, locations, weights),
@@ -76,14 +109,14 @@ for channels in (5, 32, 64):
 
 
 @pytest.mark.parametrize("name", ["portable", "avx2", "avx512"])
-def test_every_instruction_set_computes_the_same(name: str) -> None:
+def test_every_instruction_set_gives_the_same_result(name: str) -> None:
     done = run("-c", EACH_SET, VITADAPTER_ZOO_CPU=name)
     assert done.returncode == 0, done.stderr
     assert f"({name})" in done.stdout
 
 
 @pytest.mark.parametrize("name", [paths.CPU_LIBRARY, paths.CUDA_LIBRARY])
-def test_library_imports_nothing_of_torch_but_its_stable_interface(name: str) -> None:
+def test_libraries_use_only_torch_s_stable_abi(name: str) -> None:
     path = find(name)
     if path is None and name == paths.CUDA_LIBRARY:
         assert not build.cuda_wanted()
@@ -93,14 +126,14 @@ def test_library_imports_nothing_of_torch_but_its_stable_interface(name: str) ->
         ["nm", "-D", "--undefined-only", path], capture_output=True, text=True, check=True
     ).stdout.split()
     assert any(symbol.startswith("aoti_torch_") for symbol in symbols)
-    # Mangled names carry the length of each part: 2at, 3c10, 5torch.
+    # Mangled names contain the length of each part: 2at, 3c10, 5torch.
     assert [symbol for symbol in symbols if "2at" in symbol[:6] or "3c10" in symbol[:7]] == []
     assert [symbol for symbol in symbols if symbol.startswith("_Z") and "5torch" in symbol] == []
 
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    """A copy of the package and its sources without anything compiled."""
+    """A copy of the package and its sources without compiled libraries."""
     folder = tmp_path / "copy"
     ignored = shutil.ignore_patterns("*.so", "__pycache__")
     shutil.copytree(PROJECT / "vitadapter_zoo", folder / "vitadapter_zoo", ignore=ignored)
@@ -118,8 +151,10 @@ print(result.sum().item())
 """  # noqa: E501
 
 
-def test_build_op_replaces_the_fallback_and_a_wrong_build_is_refused(copy: Path) -> None:
-    """First nothing is compiled, then the right thing, then, from wrong sources, a wrong one."""
+COMMAND = ("-c", "from vitadapter_zoo.cli import main; main()")
+
+
+def test_without_a_library_the_fallback_is_used_with_one_warning(copy: Path) -> None:
     without = run("-c", COMPUTE, package=copy)
     assert without.stdout == "8.0\n", without.stderr
     assert without.stderr.count("UserWarning") == 1
@@ -127,19 +162,13 @@ def test_build_op_replaces_the_fallback_and_a_wrong_build_is_refused(copy: Path)
     refused = run("-c", COMPUTE, package=copy, VITADAPTER_ZOO_OP="compiled")
     assert "VITADAPTER_ZOO_OP=compiled, but the compiled operator" in refused.stderr
 
-    command = ("-c", "from vitadapter_zoo.cli import main; main()")
-    built = run(*command, "build-op", package=copy, VITADAPTER_ZOO_CUDA="0")
-    assert built.returncode == 0, built.stderr
-    compiled = run("-c", COMPUTE, package=copy)
-    assert (compiled.stdout, compiled.stderr) == ("8.0\n", "")
-    report = run(*command, "env", "--json", package=copy)
-    cpu = json.loads(report.stdout)["operator"]["cpu"]
-    assert cpu["compiled"] is True
-    assert cpu["why"].startswith(built.stdout.strip())
 
+def test_a_library_with_wrong_results_is_rejected(copy: Path) -> None:
     header = copy / "csrc" / "sampling.h"
-    header.write_text(header.read_text().replace("extent - 0.5f", "extent - 0.25f"))
-    assert run(*command, "build-op", package=copy, VITADAPTER_ZOO_CUDA="0").returncode == 0
+    right, wrong_offset = "convert<F>(size) - 0.5f", "convert<F>(size) - 0.25f"
+    assert right in header.read_text()
+    header.write_text(header.read_text().replace(right, wrong_offset))
+    assert run(*COMMAND, "build-op", package=copy, VITADAPTER_ZOO_CUDA="0").returncode == 0
     wrong = run("-c", COMPUTE, package=copy)
     assert wrong.stdout == "8.0\n"
     assert "gives wrong results here" in wrong.stderr
@@ -154,33 +183,37 @@ print(masks.implementation().compiled)
 """
 
 
-def test_a_build_that_pastes_masks_otherwise_is_refused(copy: Path) -> None:
-    """Deformable attention is right in it, and stays compiled."""
+def test_build_op_replaces_the_fallback_and_only_wrong_masks_are_rejected(
+    copy: Path,
+) -> None:
+    """Compile sources with a wrong mask kernel and correct deformable attention."""
     source = copy / "csrc" / "masks.cpp"
     written = source.read_text().replace(
         "sum = __builtin_fmaf(se[y], se_weight, sum);", "sum = se[y] * se_weight + sum;"
     )
     written = written.replace("sum += se[y] * se_weight;", "sum += se[y] * se_weight * 1.0000001f;")
     source.write_text(written)
-    command = ("-c", "from vitadapter_zoo.cli import main; main()")
-    built = run(*command, "build-op", package=copy, VITADAPTER_ZOO_CUDA="0")
+    built = run(*COMMAND, "build-op", package=copy, VITADAPTER_ZOO_CUDA="0")
     assert built.returncode == 0, built.stderr
+    compiled = run("-c", COMPUTE, package=copy)
+    assert (compiled.stdout, compiled.stderr) == ("8.0\n", "")
+    assert run("-c", COMPUTE, package=copy, VITADAPTER_ZOO_OP="compiled").stdout == "8.0\n"
+
     done = run("-c", PASTE, package=copy)
     assert done.stdout == "['5220003']\n" * 2 + "False\n", done.stderr
     assert done.stderr.count("UserWarning") == 1
     assert "does not give their results here" in done.stderr
-    assert run("-c", COMPUTE, package=copy, VITADAPTER_ZOO_OP="compiled").stdout == "8.0\n"
     refused = run("-c", PASTE, package=copy, VITADAPTER_ZOO_OP="compiled")
     assert "pastes masks unlike this torch's grid_sample" in refused.stderr
-    report = json.loads(run(*command, "env", "--json", package=copy).stdout)["operator"]
+    report = json.loads(run(*COMMAND, "env", "--json", package=copy).stdout)["operator"]
     assert report["cpu"]["compiled"] is True
+    assert report["cpu"]["why"].startswith(built.stdout.strip())
     assert report["masks"]["compiled"] is False
 
 
-def test_build_op_says_what_the_compiler_said(copy: Path, zoo_home: Path) -> None:
+def test_build_op_shows_the_compiler_s_error(copy: Path, zoo_home: Path) -> None:
     (copy / "csrc" / "cpu.cpp").write_text("int broken(\n")
-    command = ("-c", "from vitadapter_zoo.cli import main; main()")
-    done = run(*command, "build-op", package=copy, VITADAPTER_ZOO_CUDA="0")
+    done = run(*COMMAND, "build-op", package=copy, VITADAPTER_ZOO_CUDA="0")
     assert done.returncode == 1
     assert "cpu.cpp:1:12: error: expected" in done.stderr
     assert "Traceback" not in done.stderr
@@ -188,8 +221,8 @@ def test_build_op_says_what_the_compiler_said(copy: Path, zoo_home: Path) -> Non
     assert left == ["build-op.log"]
 
 
-def test_environment_is_printed_for_people_and_programs() -> None:
-    command = ("-c", "from vitadapter_zoo.cli import main; main()", "env")
+def test_env_prints_text_and_json() -> None:
+    command = (*COMMAND, "env")
     text = run(*command).stdout
     assert f"torch                    {torch.__version__.split('+')[0]}" in text
     assert "compiled: " in text
@@ -199,7 +232,7 @@ def test_environment_is_printed_for_people_and_programs() -> None:
     assert found["machine"]["threads of torch"] >= 1
 
 
-def test_switches_of_other_values_are_refused(tmp_path: Path) -> None:
+def test_invalid_values_of_environment_variables_are_rejected(tmp_path: Path) -> None:
     done = run("-c", COMPUTE, VITADAPTER_ZOO_OP="fast")
     assert "VITADAPTER_ZOO_OP is 'fast'; it may be 'compiled' or 'reference'" in done.stderr
     done = run("-m", "vitadapter_zoo.ops.build", tmp_path, VITADAPTER_ZOO_CUDA="yes")

@@ -1,4 +1,4 @@
-"""What the operator computes, by the compiled kernels and by PyTorch's own operators."""
+"""Tests of deformable attention, computed by the compiled kernels and by PyTorch's operators."""
 
 from collections.abc import Callable, Iterator
 
@@ -14,7 +14,7 @@ from torch.profiler import profile
 from vitadapter_zoo.ops import ms_deform_attn, ms_deform_attn_fused
 from vitadapter_zoo.ops.reference import locate
 
-# What a result may be off by, relative to the largest one, for each dtype of the values.
+# Largest error of a result for each dtype of the values, relative to the largest result.
 TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-13, torch.bfloat16: 1e-2}
 
 
@@ -26,8 +26,8 @@ def implementation(
         yield request.param
 
 
-def by_hand(value: Tensor, shapes: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
-    """Equation 3 of Deformable DETR as plain loops in float64."""
+def formula(value: Tensor, shapes: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+    """Compute equation 3 of Deformable DETR with plain loops in float64."""
     n, _, heads, channels = value.shape
     queries = locations.shape[1]
     result = np.zeros((n, queries, heads, channels))
@@ -46,8 +46,8 @@ def by_hand(value: Tensor, shapes: Tensor, locations: Tensor, weights: Tensor) -
     return torch.from_numpy(result.reshape(n, queries, heads * channels))
 
 
-def furthest(result: Tensor, expected: Tensor) -> float:
-    """The largest difference, relative to the largest expected number."""
+def relative_error(result: Tensor, expected: Tensor) -> float:
+    """Return the largest difference, relative to the largest expected value."""
     if expected.numel() == 0:
         return 0.0
     off = (result.double() - expected.double()).abs().max()
@@ -71,7 +71,7 @@ sizes = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 5)), min_size=1, ma
     points=st.integers(1, 3),
     dtype=st.sampled_from(list(TOLERANCES)),
 )
-def test_equals_the_formula(
+def test_result_agrees_with_the_formula(
     seed: int,
     shapes: list[tuple[int, int]],
     batch: int,
@@ -88,7 +88,7 @@ def test_equals_the_formula(
     result = ms_deform_attn(*arguments)
     assert result.dtype == dtype
     assert result.shape == (batch, queries, heads * channels)
-    assert furthest(result, by_hand(*arguments)) < TOLERANCES[dtype]
+    assert relative_error(result, formula(*arguments)) < TOLERANCES[dtype]
 
 
 @random_cases
@@ -98,18 +98,18 @@ def test_equals_the_formula(
     batch=st.integers(1, 2),
     channels=st.sampled_from([3, 16, 32, 37, 64]),
 )
-def test_gradients_in_half_precision_are_near_those_in_double(
+def test_half_precision_gradients_agree_with_double_precision(
     seed: int, shapes: list[tuple[int, int]], batch: int, channels: int
 ) -> None:
     arguments = random_arguments(seed, shapes, batch=batch, channels=channels, dtype=torch.bfloat16)
-    # A location on the line between two cells may be rounded to either, with another slope.
+    # A location on the border of two cells may be rounded to either, and the slope changes there.
     value, sizes, locations, weights = arguments
     locations.copy_((locations * 64).round() / 64 + 1e-3)
     grad = torch.randn(batch, 5, 2 * channels, generator=torch.Generator().manual_seed(seed))
     found = _gradients(arguments, grad.bfloat16())
     right = _gradients((value.double(), sizes, locations.double(), weights.double()), grad.double())
     for mine, expected in zip(found, right, strict=True):
-        assert furthest(mine, expected) < 0.03
+        assert relative_error(mine, expected) < 0.03
 
 
 def _gradients(arguments: Arguments, grad: Tensor) -> tuple[Tensor, ...]:
@@ -119,15 +119,15 @@ def _gradients(arguments: Arguments, grad: Tensor) -> tuple[Tensor, ...]:
 
 
 @pytest.mark.parametrize("channels", [1, 3, 8, 9, 32, 64])
-def test_gradients_are_those_of_the_function(channels: int) -> None:
+def test_gradients_pass_gradcheck(channels: int) -> None:
     value, shapes, locations, weights = requiring_gradients(
         random_arguments(
             channels, [(3, 4), (2, 1), (1, 1)], batch=2, queries=2, channels=channels, points=2,
             dtype=torch.float64,
         )
     )  # fmt: skip
-    # gradcheck takes steps of 1e-6: none may cross from one cell into the next, where the slope
-    # changes (pixel + 0.5 = location * size; 0.0037 keeps away from whole and half numbers).
+    # gradcheck takes steps of 1e-6. No step may cross from one cell into the next, where the slope
+    # changes. Pixel + 0.5 = location * size; 0.0037 keeps it away from whole and half numbers.
     with torch.no_grad():
         locations.copy_((locations * 24).round() / 24 + 0.0037)
     assert torch.autograd.gradcheck(
@@ -137,8 +137,8 @@ def test_gradients_are_those_of_the_function(channels: int) -> None:
     )
 
 
-def test_half_precision_values_keep_exact_locations() -> None:
-    # One row of 400 pixels: bfloat16 locations near 1.0 would be off by a pixel and more.
+def test_half_precision_values_do_not_round_locations() -> None:
+    # In a row of 400 pixels, bfloat16 locations near 1.0 would be wrong by more than a pixel.
     value = torch.arange(400.0).view(1, 400, 1, 1).bfloat16()
     locations = torch.tensor([0.9 + 0.5 / 400, 0.5]).view(1, 1, 1, 1, 1, 2)
     shapes = torch.tensor([[1, 400]])
@@ -149,7 +149,7 @@ def test_half_precision_values_keep_exact_locations() -> None:
 
 @pytest.mark.parametrize("odd", [float("nan"), float("inf"), float("-inf"), 1e30, -1e30])
 @pytest.mark.parametrize("channels", [5, 32])
-def test_a_location_that_is_nowhere_counts_as_zero(odd: float, channels: int) -> None:
+def test_a_location_that_is_nan_or_infinite_counts_as_zero(odd: float, channels: int) -> None:
     value, shapes, locations, weights = random_arguments(0, [(3, 5), (2, 2)], channels=channels)
     broken = locations.clone()
     broken[0, 2, :, :, 1, 1] = odd
@@ -164,8 +164,9 @@ def test_a_location_that_is_nowhere_counts_as_zero(odd: float, channels: int) ->
     assert (gradients[1][0, 2, :, :, 1] == 0).all()
 
 
-def test_a_pixel_of_infinity_stays_where_it_is() -> None:
-    # Corners beyond the border, and points outside, are read from a pixel that must not count.
+def test_an_infinite_pixel_affects_only_adjacent_samples() -> None:
+    # For corners and points outside of the map the kernel reads some valid pixel. It must not
+    # contribute, not even as 0 * infinity, which is NaN.
     value, shapes, locations, weights = random_arguments(0, [(4, 4)], queries=64, points=1)
     value[0, 0] = float("inf")
     pixel = locations * 4 - 0.5
@@ -190,7 +191,7 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-def test_forward_allocates_its_output_and_nothing_else(implementation: str) -> None:
+def test_forward_allocates_only_its_output(implementation: str) -> None:
     arguments = random_arguments(0, [(20, 30), (10, 15)], queries=700)
     with profile(profile_memory=True) as record:
         result = ms_deform_attn(*arguments)
@@ -202,7 +203,7 @@ def test_forward_allocates_its_output_and_nothing_else(implementation: str) -> N
     assert (sum(allocated) == result.numel() * 4) == (implementation == "compiled")
 
 
-def test_arguments_that_are_not_contiguous_are_taken() -> None:
+def test_noncontiguous_arguments_are_accepted() -> None:
     value, shapes, locations, weights = random_arguments(0, [(4, 6)])
     apart = [tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in (value, weights)]
     assert not apart[0].is_contiguous()
@@ -219,7 +220,7 @@ def test_operator_passes_opcheck() -> None:
 def fused_arguments(
     seed: int, shapes: list[tuple[int, int]], dtype: torch.dtype, channels: int = 32
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Value, shapes, reference points, offsets and logits of two images."""
+    """Create value, shapes, reference points, offsets and logits of two images."""
     value, sizes, locations, weights = random_arguments(
         seed, shapes, batch=2, queries=11, channels=channels, dtype=dtype
     )
@@ -234,19 +235,19 @@ def fused_arguments(
     channels=st.sampled_from([3, 32, 64]),
     dtype=st.sampled_from(list(TOLERANCES)),
 )
-def test_fused_operator_is_the_plain_one_after_its_softmax_and_scaling(
+def test_fused_operator_agrees_with_softmax_scaling_and_the_plain_operator(
     seed: int, shapes: list[tuple[int, int]], channels: int, dtype: torch.dtype
 ) -> None:
     value, sizes, points, offsets, logits = fused_arguments(seed, shapes, dtype, channels)
     result = ms_deform_attn_fused(value, sizes, points, offsets, logits)
     assert result.dtype == dtype
     exact = locate(sizes, points.double(), offsets.double(), logits.double())
-    expected = by_hand(value, sizes, *exact)
-    assert furthest(result, expected) < TOLERANCES[dtype]
+    expected = formula(value, sizes, *exact)
+    assert relative_error(result, expected) < TOLERANCES[dtype]
 
 
 @pytest.mark.parametrize("logit", [300.0, -300.0, float("-inf")])
-def test_fused_softmax_stands_extreme_logits(logit: float) -> None:
+def test_fused_softmax_handles_extreme_logits(logit: float) -> None:
     value, sizes, points, offsets, logits = fused_arguments(0, [(3, 4)], torch.float32)
     logits[:, :, :, :, 1] = logit
     locations, weights = locate(sizes, points, offsets, logits)
@@ -256,9 +257,9 @@ def test_fused_softmax_stands_extreme_logits(logit: float) -> None:
     )
 
 
-def test_fused_gradients_are_those_of_the_function() -> None:
+def test_fused_gradients_pass_gradcheck() -> None:
     value, shapes, points, offsets, logits = fused_arguments(3, [(3, 4), (2, 1)], torch.float64, 3)
-    # As above: no step of gradcheck may cross from one cell into the next.
+    # As above, no step of gradcheck may cross from one cell into the next.
     points = (points * 24).round() / 24 + 0.0037
     sizes = shapes.flip(-1)[:, None]
     offsets = (offsets / sizes * 24).round() / 24 * sizes
@@ -274,7 +275,7 @@ def test_fused_gradients_are_those_of_the_function() -> None:
     )
 
 
-def test_wrong_fused_arguments_are_named() -> None:
+def test_invalid_fused_arguments_are_reported() -> None:
     value, shapes, points, offsets, logits = fused_arguments(0, [(3, 4)], torch.float32)
     with pytest.raises(ValueError, match=r"reference_points must be \[11, 2\], got \[10, 2\]"):
         ms_deform_attn_fused(value, shapes, points[1:], offsets, logits)
@@ -282,7 +283,7 @@ def test_wrong_fused_arguments_are_named() -> None:
         ms_deform_attn_fused(value, shapes, points, offsets, logits.double())
     with pytest.raises(TypeError, match=r"reference_points must be torch\.float32"):
         ms_deform_attn_fused(value.bfloat16(), shapes, points.bfloat16(), offsets, logits)
-    with pytest.raises(NotImplementedError, match="does not go through vmap"):
+    with pytest.raises(NotImplementedError, match="does not support vmap"):
         torch.vmap(lambda v: ms_deform_attn_fused(v, shapes, points, offsets, logits))(value[None])
 
 
@@ -308,7 +309,7 @@ def test_compiles_and_exports_without_graph_breaks() -> None:
     torch.testing.assert_close(value.grad, grad)
 
 
-def test_autocast_leaves_locations_wide() -> None:
+def test_autocast_does_not_narrow_locations() -> None:
     value, shapes, locations, weights = random_arguments(0, [(4, 6)], dtype=torch.bfloat16)
     expected = ms_deform_attn(value, shapes, locations, weights)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -318,9 +319,9 @@ def test_autocast_leaves_locations_wide() -> None:
     torch.testing.assert_close(mixed, expected)
 
 
-def test_vmap_and_second_derivatives_are_refused() -> None:
+def test_vmap_and_second_derivatives_raise() -> None:
     value, shapes, locations, weights = requiring_gradients(random_arguments(0, [(4, 6)]))
-    with pytest.raises(NotImplementedError, match="does not go through vmap"):
+    with pytest.raises(NotImplementedError, match="does not support vmap"):
         torch.vmap(lambda v: ms_deform_attn(v, shapes, locations, weights))(value[None])
     total = ms_deform_attn(value, shapes, locations, weights).sum()
     with pytest.raises(NotImplementedError, match="no second derivatives"):
@@ -335,7 +336,7 @@ WRONG: dict[str, tuple[type[Exception], Change]] = {
     r"takes value \[N, S, heads, channels\].*got \[24, 2, 32\]": (
         ValueError, lambda v, s, loc, w: (v[0], s, loc, w)),
     r"and \[1, 5, 2, 1, 3\]": (ValueError, lambda v, s, loc, w: (v, s, loc, w[..., :3])),
-    "tensors of one device, got cpu, meta": (
+    "tensors on the same device, got cpu, meta": (
         ValueError, lambda v, s, loc, w: (v, s, loc.to("meta"), w)),
     "value must be a floating-point tensor, got torch.int64": (
         TypeError, lambda v, s, loc, w: (v.long(), s, loc, w)),
@@ -350,7 +351,7 @@ WRONG: dict[str, tuple[type[Exception], Change]] = {
 
 
 @pytest.mark.parametrize("message", WRONG)
-def test_wrong_arguments_are_named(message: str) -> None:
+def test_invalid_arguments_are_reported(message: str) -> None:
     error, change = WRONG[message]
     with pytest.raises(error, match=message):
         ms_deform_attn(*change(*random_arguments(0, [(4, 6)])))

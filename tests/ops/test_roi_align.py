@@ -1,4 +1,4 @@
-"""The compiled RoIAlign beside torchvision's."""
+"""Tests of the compiled RoIAlign against torchvision's."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ PROJECT = Path(__file__).parents[2]
 
 
 def random_rois(count: int, images: int, extent: float, seed: int = 0) -> Tensor:
-    """Boxes inside and outside of an image of ``extent`` pixels, some without area."""
+    """Create boxes inside and outside of an image of ``extent`` pixels, some without area."""
     generator = torch.Generator().manual_seed(seed)
     corners = torch.rand(count, 2, generator=generator) * extent * 1.2 - extent * 0.1
     sides = torch.rand(count, 2, generator=generator) ** 2 * extent
@@ -27,7 +27,7 @@ def random_rois(count: int, images: int, extent: float, seed: int = 0) -> Tensor
 
 
 def compare(channels: int, size: int) -> None:
-    """Results and gradients beside torchvision's."""
+    """Compare results and gradients with torchvision's."""
     torch.manual_seed(channels)
     x = torch.randn(2, channels, 13, 21)
     rois = random_rois(60, 2, 80)
@@ -44,18 +44,18 @@ def compare(channels: int, size: int) -> None:
         torch.testing.assert_close(mine, right, rtol=1e-4, atol=1e-5)
 
 
-def test_the_compiled_kernel_is_in_use_here() -> None:
+def test_the_compiled_kernel_is_used_here() -> None:
     assert usable()
 
 
 @pytest.mark.parametrize("channels", [1, 5, 16, 64, 80, 131])
 @pytest.mark.parametrize("size", [1, 7, 14])
-def test_computes_what_torchvision_computes(channels: int, size: int) -> None:
+def test_agrees_with_torchvision(channels: int, size: int) -> None:
     compare(channels, size)
 
 
 @pytest.mark.parametrize("name", ["portable", "avx2", "avx512"])
-def test_every_instruction_set_computes_the_same(name: str) -> None:
+def test_every_instruction_set_gives_the_same_result(name: str) -> None:
     code = (
         "from test_roi_align import compare\n"
         "from vitadapter_zoo.ops.library import implementation\n"
@@ -97,12 +97,12 @@ def test_results_are_in_channels_last_order() -> None:
     assert roi_align(x, rois[:0], 7, 0.25).shape == (0, 16, 7, 7)
 
 
-def test_a_box_that_is_nan_pools_nothing() -> None:
+def test_a_box_of_nan_pools_zeros() -> None:
     rois = torch.tensor([[0, float("nan"), 1, 9, 9], [0, 1, 1, 9, float("nan")]])
     assert not roi_align(torch.ones(1, 4, 9, 9), rois, 3, 0.25).any()
 
 
-def test_refuses_what_would_lead_out_of_bounds() -> None:
+def test_rejects_inputs_that_would_read_out_of_bounds() -> None:
     x, rois = torch.ones(2, 4, 9, 9), torch.tensor([[1.0, 1, 1, 9, 9]])
     infinite = torch.tensor([[0, 1, 1, float("inf"), 9]])
     wrong = {

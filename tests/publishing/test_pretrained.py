@@ -10,6 +10,7 @@ from huggingface_hub.utils._validators import validate_repo_id
 
 import vitadapter_zoo
 from vitadapter_zoo import CheckpointError, MaskRCNN, get_row, list_models
+from vitadapter_zoo.catalog import ROWS
 from vitadapter_zoo.publishing.cards import card
 
 NAME = "adapter-t-deit-3x"
@@ -53,7 +54,7 @@ def test_an_index_may_not_name_files_elsewhere(tiny: MaskRCNN, tmp_path: Path) -
         vitadapter_zoo.load(folder)
 
 
-def test_bad_folders_are_said(tiny: MaskRCNN, tmp_path: Path) -> None:
+def test_bad_folders_are_errors(tiny: MaskRCNN, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"config\.json cannot be read"):
         vitadapter_zoo.load(tmp_path)
     folder = vitadapter_zoo.save_pretrained(tiny, tmp_path / "mine")
@@ -72,14 +73,24 @@ def test_half_precision_is_kept(standin_model: Callable[[str], MaskRCNN], tmp_pa
                        half.neck.state_dict()["fpn_convs.0.conv.weight"])  # fmt: skip
 
 
-def test_the_committed_cards_are_what_the_generator_writes() -> None:
+def test_committed_cards_match_the_generator() -> None:
     assert sorted(path.stem for path in CARDS.iterdir()) == sorted(list_models())
     for name in list_models():
         written = (CARDS / f"{name}.md").read_text(encoding="utf-8")
         assert written == str(card(get_row(name))).rstrip() + "\n"
 
 
-@pytest.mark.parametrize("name", list_models())
+def test_the_card_of_the_row_made_here_claims_nothing_about_coco() -> None:
+    row = get_row("adapter-n-emoji")
+    data = ModelCard.load(CARDS / f"{row.name}.md").data
+    assert data.eval_results
+    assert [result.metric_value for result in data.eval_results] == [row.box_ap, row.mask_ap]
+    assert {result.dataset_type for result in data.eval_results} == {"emoji"}
+    assert "coco" not in data.tags
+    assert (data.datasets, data.base_model) == (None, None)
+
+
+@pytest.mark.parametrize("name", [row.name for row in ROWS])
 def test_card_metadata_holds_the_published_results(name: str) -> None:
     row, data = get_row(name), ModelCard.load(CARDS / f"{name}.md").data
     assert data.eval_results

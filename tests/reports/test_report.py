@@ -33,7 +33,7 @@ from vitadapter_zoo.evaluation.evaluator import Evaluator, read
 from vitadapter_zoo.evaluation.identity import run_directory, run_identity
 from vitadapter_zoo.evaluation.results_file import read_results
 from vitadapter_zoo.evaluation.run import ImageResult, Run, open_run
-from vitadapter_zoo.evaluation.scoring import FIGURES, KINDS, Annotations, tabulate
+from vitadapter_zoo.evaluation.scoring import FIGURES, KINDS, Annotations
 from vitadapter_zoo.evaluation.verdict import Verification, judge
 from vitadapter_zoo.reports import live, overview, report, worst_images
 from vitadapter_zoo.weights import atomic, cache, convert, resolve
@@ -179,6 +179,35 @@ def test_the_page_needs_nothing_else_and_has_the_figures_of_the_json(
     assert page.tags.count("polyline") == 6
 
 
+def test_the_terminal_shows_every_figure(
+    scene: Scene, found: Verification, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lone = judge(NAME, scene.data, scene.results[2:], (46.0, 41.0))  # the image without objects
+    for one in (found, lone):
+        report.print_table(one)
+        lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+        for name in FIGURES:
+            values = [scores.figures[name] for scores in (one.box, one.mask)]
+            shown = ["-" if value == -1 else f"{100 * value:.2f}" for value in values]
+            assert [name, *shown] in [line[:3] for line in lines]
+    assert lone.verdict == "inconclusive"
+    assert lone.comparisons[0].difference is None
+
+
+def test_the_index_sorts_by_every_column(found: Verification, tmp_path: Path) -> None:
+    overview.verify_all(lambda row: found, found.annotations, tmp_path, rows=ROWS[:2])
+    source = (tmp_path / "index.html").read_text()
+    assert re.findall('data-column="([0-9])"', source) == list("01234567")
+    first = source.partition("<tbody>")[2].partition("</tbody>")[0]
+    values = re.findall('data-sort="([^"]*)"', first)
+    assert values[0] == ROWS[0].name
+    assert [float(value) for value in values[2:]] == [
+        value
+        for one in found.comparisons
+        for value in (one.published, one.measured, one.difference)
+    ]
+
+
 def test_the_mean_of_each_curve_is_the_ap(found: Verification) -> None:
     for scores in (found.box, found.mask):
         curves = report.curves(scores)
@@ -196,7 +225,7 @@ def test_a_part_says_why_its_ap_is_not_the_published_one(scene: Scene, tmp_path:
     assert page.values["low-box"] == 100 * interval.low
     assert page.values["high-box"] == 100 * interval.high
     text = " ".join(page.text.split())
-    assert "the AP of a part is not to be set beside them: it is biased" in text
+    assert "The AP of a part cannot be compared with them: it is biased" in text
     assert "images which were not evaluated count there as images without detections" in text
     # No folder of images was given.
     assert "No picture: the images were not given." in text
@@ -225,18 +254,17 @@ def test_hostile_names_stay_text(scene: Scene, tmp_path: Path) -> None:
 
 def as_found(scene: Scene) -> list[ImageResult]:
     """Detections that are the annotations themselves, each once, with sure scores."""
-    annotations = Annotations(scene.data.annotations)
     results = []
     for image in scene.data.images:
-        objects = annotations.objects(image.image_id)
+        objects = [one for one in scene.data.objects if one.image_id == image.image_id]
         results.append(
             ImageResult(
                 image_id=image.image_id,
                 size=image.size,
-                boxes=[one["bbox"] for one in objects],
+                boxes=[one.box for one in objects],
                 scores=[0.9] * len(objects),
-                category_ids=[one["category_id"] for one in objects],
-                masks=[one["segmentation"]["counts"] for one in objects],
+                category_ids=[one.category_id for one in objects],
+                masks=[one.mask.decode() for one in objects],
             )
         )
     return results
@@ -274,7 +302,7 @@ def test_the_worst_images_are_those_with_the_most_mistakes(scene: Scene) -> None
 
 def test_unmatched_names_annotations_and_detections(scene: Scene) -> None:
     first, second, empty = as_found(scene)
-    annotations = Annotations(scene.data.annotations)
+    annotations = Annotations(scene.data)
     doubled = replace(  # its first object a second time, as the third detection
         second,
         boxes=[*second.boxes[:2], second.boxes[0], *second.boxes[2:]],
@@ -289,7 +317,7 @@ def test_unmatched_names_annotations_and_detections(scene: Scene) -> None:
         category_ids=first.category_ids[1:],
         masks=first.masks[1:],
     )
-    lost = annotations.objects(first.image_id)[0]["id"]
+    lost = next(one for one in scene.data.objects if one.image_id == first.image_id).annotation_id
     found = annotations.unmatched([empty, doubled, short], "mask")
     assert [one.missed for one in found] == [(), (), (lost,)]
     assert [one.false for one in found] == [(), (2,), ()]
@@ -478,7 +506,7 @@ def watched(scene: Scene, directory: Path, shown: bool) -> str:
     directory.mkdir()
     run.append(first)
     with os.fdopen(follower, "w") as terminal, contextlib.redirect_stderr(terminal):
-        with live.evaluation(scene.data.annotations, shown) as watch:
+        with live.evaluation(scene.data, shown) as watch:
             assert (watch is not None) == shown
             for result in others:
                 run.append(result)
@@ -496,19 +524,20 @@ def test_the_line_counts_images_and_says_what_was_there_already(
     scene: Scene, tmp_path: Path
 ) -> None:
     output = watched(scene, tmp_path / "run", True)
-    assert "1 of 3 images were there already" in output
+    assert "1 of 3 images were evaluated in an earlier call" in output
     assert "3/3" in output
     assert re.search(r"AP of 2: box \d+\.\d, mask \d+\.\d", output)
     assert watched(scene, tmp_path / "quiet", False) == ""
-    with live.evaluation(scene.data.annotations) as watch:
+    with live.evaluation(scene.data) as watch:
         assert watch is None  # pytest's stderr is no terminal
 
 
 def test_the_running_ap_is_scored_seldom(scene: Scene) -> None:
     run = Run(Path(), {result.image_id: result for result in scene.results[:2]})
-    expected = Annotations(scene.data.annotations).score(tabulate(scene.results[:2]), "mask").ap
+    annotations = Annotations(scene.data)
+    expected = annotations.score(annotations.tabulate(scene.results[:2]), "mask").ap
     with ThreadPoolExecutor(1) as scorer:
-        running = live.RunningAP(scene.data.annotations, scorer)
+        running = live.RunningAP(scene.data, scorer)
         assert running.text(run, scene.data.images) == ""
         scorer.submit(int).result()  # after the scoring
         text = running.text(run, scene.data.images)

@@ -12,6 +12,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from scenes import text
 
+from vitadapter_zoo.evaluation.ids import Id, order
 from vitadapter_zoo.evaluation.run import ImageResult
 from vitadapter_zoo.evaluation.scoring import Kind
 
@@ -107,17 +108,32 @@ def written(content: dict[str, Any], folder: Path) -> Path:
 
 
 def by_pycocotools(
-    path: Path, results: list[ImageResult], kind: Kind, image_ids: list[int] | None = None
+    path: Path, results: list[ImageResult], kind: Kind, image_ids: list[Id] | None = None
 ) -> Any:
+    """What pycocotools computes for an annotation file, on all images or on some."""
+    detections = [one for result in results for one in result.to_coco()]
+    return evaluated(json.loads(path.read_bytes()), detections, kind, image_ids)
+
+
+def evaluated(
+    content: dict[str, Any],
+    detections: list[dict[str, Any]],
+    kind: Kind,
+    image_ids: list[Id] | None = None,
+) -> Any:
+    """What pycocotools computes for parsed files; masks are scored without boxes, by their size.
+
+    It changes the dictionaries, as pycocotools does.
+    """
     with contextlib.redirect_stdout(io.StringIO()):
-        coco = COCO(str(path))
-        detections = [one for result in results for one in result.to_coco()]
+        coco = COCO()
+        coco.dataset = content
+        coco.createIndex()
         if kind == "mask":
-            for one in detections:
-                del one["bbox"]
+            detections = [{k: v for k, v in one.items() if k != "bbox"} for one in detections]
         evaluation = COCOeval(coco, coco.loadRes(detections), "bbox" if kind == "box" else "segm")
         if image_ids is not None:
-            evaluation.params.imgIds = sorted(image_ids)
+            evaluation.params.imgIds = sorted(image_ids, key=order)
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()

@@ -1,4 +1,4 @@
-"""Inputs of the deformable-attention operator for tests, and switching what computes it."""
+"""Inputs of the deformable-attention operator for tests, and selecting its implementation."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +23,10 @@ def random_arguments(
     points: int = 4,
     dtype: torch.dtype = torch.float32,
 ) -> Arguments:
-    """Value, spatial shapes, locations and weights; locations also lie on and beyond borders."""
+    """Create value, spatial shapes, locations and weights.
+
+    Some locations are on the border of the map or outside of it.
+    """
     generator = torch.Generator().manual_seed(seed)
     pixels = sum(height * width for height, width in shapes)
     value = torch.randn(batch, pixels, heads, channels, generator=generator).to(dtype)
@@ -49,11 +52,11 @@ def requiring_gradients(arguments: Arguments) -> Arguments:
 
 
 @contextmanager
-def switched_to(wish: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """``VITADAPTER_ZOO_OP`` as a new process would see it: "compiled" or "reference"."""
+def switched_to(choice: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Set ``VITADAPTER_ZOO_OP`` to "compiled" or "reference", as for a new process."""
     with monkeypatch.context() as patch:
-        patch.setenv("VITADAPTER_ZOO_OP", wish)
+        patch.setenv("VITADAPTER_ZOO_OP", choice)
         implementation.cache_clear()
-        assert implementation("cpu").compiled == (wish == "compiled")
+        assert implementation("cpu").compiled == (choice == "compiled")
         yield
     implementation.cache_clear()

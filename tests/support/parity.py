@@ -1,4 +1,4 @@
-"""How far this network is from the original's stored outputs, stage by stage."""
+"""Comparing a network with the original's stored outputs, stage by stage."""
 
 from dataclasses import dataclass
 
@@ -15,15 +15,16 @@ class Parity:
     """Differences on the reference photo.
 
     Attributes:
-        shapes: whether every shape, size and scale factor is the original's.
+        shapes: whether every shape, size and scale factor equals the original's.
         input: largest difference of the sampled input values.
-        features: per map, the largest sampled difference relative to the tensor's largest
+        features: for each map, the largest sampled difference relative to the tensor's largest
             magnitude.
-        moments: per map, the largest difference of mean and standard deviation, likewise.
+        moments: for each map, the largest difference of mean and standard deviation, relative to
+            the tensor's largest magnitude.
         proposals: share of the original's proposals with a counterpart.
-        unmatched: detections on either side without a counterpart.
+        unmatched: number of detections of either network without a counterpart.
         mask_iou: smallest mask IoU over the matched detections.
-        rle_equal: share of the matched masks whose RLE is the original's to the byte.
+        rle_equal: share of the matched masks whose RLE is byte-identical to the original's.
     """
 
     shapes: bool
@@ -36,7 +37,7 @@ class Parity:
     rle_equal: float
 
     def failures(self) -> list[str]:
-        """What lies outside the tolerances of the project; empty when the networks are equal."""
+        """List the differences beyond the project's tolerances; empty if the networks agree."""
         checks = {
             "shapes, sizes and scale factors differ": self.shapes,
             f"input differs by {self.input:.1e}": self.input < 1e-6,
@@ -51,12 +52,12 @@ class Parity:
 
 
 def compare(model: MaskRCNN) -> Parity:
-    """Run the model on the reference photo beside the original's stored outputs."""
+    """Run the model on the reference photo and compare it with the original's stored outputs."""
     return compare_stages(native_stages(model, PHOTO), model.row.name)
 
 
 def compare_stages(stages: Stages, row: str) -> Parity:
-    """What any implementation computed on the reference photo beside the stored outputs."""
+    """Compare an implementation's results on the reference photo with the stored outputs."""
     from hotcoco import mask as coco_mask
 
     stored = np.load(DATA / "outputs" / f"{row}.npz")
@@ -87,7 +88,7 @@ def compare_stages(stages: Stages, row: str) -> Parity:
     proposal_matches = matches(
         stages.proposals, stages.proposal_scores, reference[:, :4], reference[:, 4]
     )
-    # Matched within the class: shifting each class far away keeps classes apart.
+    # Boxes of each class are shifted far away, so that only boxes of the same class match.
     apart = 1e4
     found = matches(
         detections.boxes + apart * detections.labels[:, None],

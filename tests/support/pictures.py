@@ -1,7 +1,7 @@
-"""Five pictures that differ in what image code gets wrong, made from the reference photo.
+"""Five test images that cover common errors of image code, made from the reference photo.
 
-They are elongated, three to one: enlarged to the network's size they have half the pixels that a
-photo has, and the tests take half the time.
+Their aspect ratio is three to one. At the network's size they have half the pixels of a photo, so
+the tests take half the time.
 """
 
 from pathlib import Path
@@ -10,11 +10,11 @@ import standins
 from PIL import Image
 
 ORIENTATION = 0x0112  # the EXIF tag
-TURNED_RIGHT = 6  # to be shown, turn the stored picture by 90 degrees clockwise
+TURNED_RIGHT = 6  # viewers rotate the stored image by 90 degrees clockwise
 
 
 def make(folder: Path) -> dict[str, Path]:
-    """Write them; by name."""
+    """Write the images into ``folder`` and return their paths by name."""
     photo = Image.open(standins.PHOTO)
     wide = photo.crop((60, 150, 360, 250))
     turned = wide.rotate(90, expand=True)

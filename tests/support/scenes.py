@@ -1,4 +1,4 @@
-"""Small data sets in COCO's format, made here: pictures, objects, and detectors to find them."""
+"""Generating small data sets in COCO's format, and detectors that find objects in them."""
 
 import json
 from collections.abc import Sequence
@@ -15,29 +15,29 @@ from vitadapter_zoo import MaskRCNN
 from vitadapter_zoo.catalog import COCO_CATEGORY_IDS, COCO_CLASSES
 from vitadapter_zoo.models import build
 
-SMALL = (64, 40)  # (longest, shortest) side in the network: few proposals, so quick
+SMALL = (64, 40)  # (longest, shortest) side in the network; few proposals make it fast
 
 
 def small(model: MaskRCNN, input_size: tuple[int, int] = SMALL) -> MaskRCNN:
-    """The detector with its stand-in weights for small inputs, and with fewer detections."""
+    """Copy a detector with stand-in weights, for small inputs and with fewer detections."""
     with torch.device("meta"):
         copy = build(replace(model.row, input_size=input_size), model.categories)
     weights = {**model.state_dict()}
     bias = weights["roi_head.bbox_head.fc_cls.bias"].clone()
-    bias[-1] += 7  # the background's
+    bias[-1] += 7  # the last class is the background
     copy.load_state_dict(weights | {"roi_head.bbox_head.fc_cls.bias": bias}, assign=True)
     return copy.eval()
 
 
 def text(counts: bytes | str) -> str:
-    """Run lengths as JSON can hold them."""
+    """Convert RLE counts to text for JSON."""
     return counts.decode() if isinstance(counts, bytes) else counts
 
 
 def draw_pictures(
     folder: Path, count: int, seed: int = 0, size: tuple[int, int] | None = None
 ) -> list[Path]:
-    """JPEG files with coloured ellipses, of one (height, width) or of differing sizes."""
+    """Write JPEG files with coloured ellipses, all of one (height, width) or of several."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     paths = []
@@ -56,10 +56,20 @@ def draw_pictures(
     return paths
 
 
-def annotate(model: MaskRCNN, pictures: Sequence[Path], seed: int = 0) -> dict[str, Any]:
-    """Annotations of which the model finds a part: its own detections, some left out or moved.
+def make_video(path: Path, frames: int, size: tuple[int, int] = (48, 64)) -> Path:
+    """A video whose frames differ in brightness."""
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), 10, size[::-1])
+    assert writer.isOpened()
+    for number in range(frames):
+        writer.write(np.full((*size, 3), 20 * number + 10, np.uint8))
+    writer.release()
+    return path
 
-    Image ids are the files' numbers; the last picture has no objects.
+
+def annotate(model: MaskRCNN, pictures: Sequence[Path], seed: int = 0) -> dict[str, Any]:
+    """Create annotations from the model's own detections, some of them removed or moved.
+
+    Image ids are the numbers in the file names. The last image has no objects.
     """
     rng = np.random.default_rng(seed)
     images: list[dict[str, Any]] = []
@@ -76,7 +86,7 @@ def annotate(model: MaskRCNN, pictures: Sequence[Path], seed: int = 0) -> dict[s
         for found in detections.to_coco(image_id):
             if rng.random() < 0.5 or coco_mask.area(found["segmentation"]) == 0:
                 continue
-            if rng.random() < 0.3:  # found at the lower thresholds only
+            if rng.random() < 0.3:  # matches only at the lower IoU thresholds
                 pixels = np.asarray(coco_mask.decode(found["segmentation"]))
                 moved = np.asfortranarray(np.roll(pixels, int(rng.integers(1, 6)), axis=1))
                 found["segmentation"]["counts"] = text(coco_mask.encode(moved)["counts"])
@@ -98,7 +108,7 @@ def annotate(model: MaskRCNN, pictures: Sequence[Path], seed: int = 0) -> dict[s
 
 
 def write_coco(root: Path, model: MaskRCNN, count: int, seed: int = 0) -> Path:
-    """A folder in COCO's layout with as many pictures; the folder."""
+    """Create a folder in COCO's layout with ``count`` images and return it."""
     pictures = draw_pictures(root / "val2017", count, seed)
     annotations = root / "annotations" / "instances_val2017.json"
     annotations.parent.mkdir(parents=True, exist_ok=True)

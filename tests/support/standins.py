@@ -1,7 +1,8 @@
-"""Stand-in weights: a function of each parameter's name and shape, the same everywhere.
+"""Stand-in weights for tests: pseudorandom values that depend only on a parameter's name and shape.
 
-The published files cannot be fetched offline, so parity with the original is measured on weights
-that both sides generate (MT19937 through numpy.random.RandomState, frozen by NEP 19).
+The published weights cannot be downloaded offline. The tests therefore compare this package with
+the original on weights that both can generate. NEP 19 guarantees that numpy.random.RandomState
+(MT19937) generates the same values in every release.
 """
 
 import json
@@ -15,7 +16,7 @@ from torch import Tensor
 DATA = Path(__file__).parents[1] / "data"
 PHOTO = DATA / "rocket.jpg"
 
-# Chosen so that activations stay O(1) and scores spread over (0, 1).
+# These values keep activations at O(1) and spread scores over (0, 1).
 _GAINS = {
     "rpn_head.rpn_cls.weight": 0.5,
     "rpn_head.rpn_reg.weight": 0.1,
@@ -26,13 +27,13 @@ _LAYER_SCALES = ("gamma", "gamma1", "gamma2", "gamma_1", "gamma_2")
 
 
 def contract(row: str) -> dict[str, list[int]]:
-    """Every state-dict name of a row with its shape, in the original's order."""
+    """Return every state-dict name of a row with its shape, in the original's order."""
     names: dict[str, list[int]] = json.loads((DATA / "contracts" / f"{row}.json").read_text())
     return names
 
 
 def tensor(name: str, shape: list[int]) -> Tensor:
-    """The stand-in for one parameter: float32, or int64 for BatchNorm counters."""
+    """Return the stand-in for a parameter: float32, or int64 for BatchNorm counters."""
     rng = np.random.RandomState(zlib.crc32(name.encode()))
     leaf = name.rsplit(".", 1)[-1]
     if leaf == "num_batches_tracked":
@@ -56,12 +57,12 @@ def tensor(name: str, shape: list[int]) -> Tensor:
 
 
 def state_dict(row: str) -> dict[str, Tensor]:
-    """Stand-in weights for every parameter of a row."""
+    """Return stand-in weights for every parameter of a row."""
     return {name: tensor(name, shape) for name, shape in contract(row).items()}
 
 
 def checkpoint(row: str) -> dict[str, object]:
-    """A checkpoint in the published files' form: mmcv 1.x metadata around the weights."""
+    """Return a checkpoint in the format of the published files: weights with mmcv 1.x metadata."""
     return {
         "meta": {
             "env_info": "sys.platform: linux",

@@ -1,4 +1,4 @@
-"""The losses: beside the original's, beside rules written out, beside finite differences."""
+"""Tests of the losses: against the original's outputs, plain-loop rules and finite differences."""
 
 import copy
 import io
@@ -50,7 +50,7 @@ NAMES = ["loss_rpn_cls", "loss_rpn_bbox", "loss_cls", "loss_bbox", "loss_mask"]
 
 
 def ellipses(boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """Masks ``[n, *size]`` of the ellipses inscribed in ``boxes``."""
+    """Draw the ellipses inscribed in ``boxes`` as masks ``[n, *size]``."""
     y = torch.arange(size[0])[:, None] + 0.5
     x = torch.arange(size[1])[None] + 0.5
     x1, y1, x2, y2 = (side[:, None, None] for side in boxes.unbind(1))
@@ -69,7 +69,7 @@ def target(boxes: list[list[float]], labels: list[int], size: tuple[int, int]) -
 
 
 def prepared(height: int, width: int, seed: int = 0) -> NetworkInput:
-    """An input of a padded size with 10 columns of padding."""
+    """Create a random network input of the given padded size with 10 columns of padding."""
     generator = torch.Generator().manual_seed(seed)
     tensor = torch.zeros(1, 3, height, width)
     tensor[..., : width - 10] = torch.randn(1, 3, height, width - 10, generator=generator)
@@ -79,30 +79,30 @@ def prepared(height: int, width: int, seed: int = 0) -> NetworkInput:
 
 @pytest.fixture(scope="module")
 def nano() -> MaskRCNN:
-    """A narrow detector with fresh weights for small images; tests must not change it."""
+    """A narrow detector with random weights for small images; tests must not change it."""
     torch.manual_seed(0)
     row = replace(get_row("adapter-n-emoji"), input_size=(64, 40))
     model = build(row, COCO_CLASSES)
     with torch.no_grad():
-        model.get_parameter("roi_head.bbox_head.fc_cls.bias")[0] += 3  # some detections
+        model.get_parameter("roi_head.bbox_head.fc_cls.bias")[0] += 3  # to have some detections
     return model.eval()
 
 
 @pytest.fixture
 def trainable(nano: MaskRCNN) -> MaskRCNN:
-    """The same, to be changed."""
+    """A copy of the detector that a test may change."""
     return copy.deepcopy(nano)
 
 
-def everything(assigned: Tensor, sampling: Sampling) -> Sample:
+def choose_all(assigned: Tensor, sampling: Sampling) -> Sample:
     return take_all(assigned)
 
 
-# The original's numbers
+# Comparison with the original's stored values
 
 
 @pytest.mark.parametrize("operator", ["compiled", "reference"])
-def test_losses_and_gradients_are_the_original_s(
+def test_losses_and_gradients_agree_with_the_original(
     operator: str, standin_model: Callable[[str], MaskRCNN], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stored = np.load(DATA / "training" / "adapter-t-deit-3x.npz")
@@ -140,7 +140,7 @@ def test_losses_and_gradients_are_the_original_s(
 def assigned_by_loops(
     boxes: list[list[float]], objects: list[list[float]], matching: Matching
 ) -> list[int]:
-    """The rules of mmdet's ``MaxIoUAssigner``, word by word."""
+    """Assign boxes by the rules of mmdet's ``MaxIoUAssigner`` in plain loops."""
 
     def overlap(a: list[float], b: list[float]) -> np.float32:
         width = max(0.0, min(a[2], b[2]) - max(a[0], b[0]))
@@ -173,7 +173,7 @@ def test_boxes_are_assigned_by_the_rules(matching: Matching, count: int) -> None
     rng = np.random.default_rng(count)
     seen = set()
     for _ in range(20):
-        # Whole numbers on a small grid: equal overlaps are frequent, and exact in float32.
+        # With integers on a small grid, equal overlaps are frequent and exact in float32.
         corners = rng.integers(0, 8, (60 + count, 2))
         sides = rng.integers(1, 9, (60 + count, 2))
         places = np.concatenate([corners, corners + sides], axis=1).astype(float).tolist()
@@ -187,13 +187,13 @@ def test_boxes_are_assigned_by_the_rules(matching: Matching, count: int) -> None
         assert (IGNORED in seen) == (matching is RPN_MATCHING)
 
 
-def test_the_last_of_several_objects_takes_a_low_quality_match() -> None:
+def test_the_last_object_gets_a_contested_low_quality_match() -> None:
     objects = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 12]])
-    # It overlaps the first object more, and is the best box of both.
+    # The box overlaps the first object more, and is the best box of both objects.
     assert assign(torch.tensor([[0.0, 0, 10, 10]]), objects, ROI_MATCHING).tolist() == [1]
 
 
-def test_invalid_anchors_are_ignored_and_nobody_s_best() -> None:
+def test_invalid_anchors_are_ignored_and_are_no_object_s_best_box() -> None:
     boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 6], [50, 50, 60, 60]])
     objects = torch.tensor([[0.0, 0, 10, 10]])
     assert assign(boxes, objects, RPN_MATCHING).tolist() == [0, IGNORED, BACKGROUND]
@@ -208,7 +208,7 @@ def test_invalid_anchors_are_ignored_and_nobody_s_best() -> None:
 @pytest.mark.parametrize(
     ("positives", "background"), [(500, 5000), (20, 5000), (0, 5000), (500, 60), (3, 4), (0, 0)]
 )
-def test_samples_have_the_original_s_numbers(
+def test_sample_sizes_are_the_original_s(
     sampling: Sampling, positives: int, background: int
 ) -> None:
     torch.manual_seed(positives)
@@ -225,14 +225,14 @@ def test_samples_have_the_original_s_numbers(
     assert (assigned[others] == BACKGROUND).all()
 
 
-def test_the_numbers_are_those_of_the_configuration() -> None:
+def test_constants_are_those_of_the_original_configuration() -> None:
     assert RPN_MATCHING == (0.7, 0.3, 0.3)
     assert ROI_MATCHING == (0.5, 0.5, 0.5)
     assert RPN_SAMPLING == (256, 128)
     assert ROI_SAMPLING == (512, 128)
 
 
-def test_every_box_is_as_likely_as_the_others() -> None:
+def test_sampling_is_uniform() -> None:
     torch.manual_seed(0)
     assigned = torch.tensor([0] * 20 + [BACKGROUND] * 30)
     counts = torch.zeros(50)
@@ -244,19 +244,19 @@ def test_every_box_is_as_likely_as_the_others() -> None:
     torch.testing.assert_close(counts[20:], torch.full((30,), 2000 / 3), rtol=0.15, atol=0)
 
 
-def test_all_that_is_not_ignored_is_taken() -> None:
+def test_take_all_chooses_every_box_that_is_not_ignored() -> None:
     chosen = take_all(torch.tensor([IGNORED, BACKGROUND, 0, 3]))
     assert chosen.taken.tolist() == [False, True, True, True]
     assert chosen.positive.tolist() == [False, False, True, True]
 
 
-def test_the_objects_own_boxes_are_proposals() -> None:
+def test_ground_truth_boxes_are_added_to_the_proposals() -> None:
     size = (64, 64)
     first = Objects(*target([[0, 0, 30, 30]], [1], size).values())
     second = Objects(*target([[9, 9, 40, 40], [20, 20, 60, 60]], [1, 2], size).values())
     nothing = torch.zeros(0, 4)
     far = torch.tensor([[50.0, 0, 60, 10]])
-    rois, owners = sample_regions([far, nothing], [first, second], everything)
+    rois, owners = sample_regions([far, nothing], [first, second], choose_all)
     assert owners.tolist() == [0, BACKGROUND, 1, 2]
     assert rois[:, 0].tolist() == [0, 0, 1, 1]
     assert torch.equal(rois[2:, 1:], second.boxes)
@@ -265,7 +265,7 @@ def test_the_objects_own_boxes_are_proposals() -> None:
 # Geometry of the targets
 
 
-def test_encoding_is_the_inverse_of_decoding() -> None:
+def test_encode_is_the_inverse_of_decode() -> None:
     torch.manual_seed(0)
     boxes, wanted = (
         torch.cat([corner, corner + sides], dim=1)
@@ -275,14 +275,14 @@ def test_encoding_is_the_inverse_of_decoding() -> None:
     torch.testing.assert_close(decode(boxes, deltas, BOX_STDS, (100, 100)), wanted)
 
 
-def test_mask_targets_are_the_mask_inside_the_box() -> None:
+def test_mask_targets_are_cropped_to_the_box() -> None:
     boxes = torch.tensor([[8.0, 8, 36, 36], [4, 20, 60, 48]])
     masks = ellipses(boxes, (64, 64))
     inner = torch.tensor([[8.0, 8, 36, 36], [4, 20, 60, 48], [50, 50, 63, 63], [8, -9, 36, 36]])
     found = mask_targets(masks, torch.tensor([0, 1, 0, 0]), inner)
     assert found.shape == (4, 28, 28)
     assert torch.equal(found[0].bool(), masks[0, 8:36, 8:36])  # one pixel per bin
-    # Two pixels per bin along x: the mean of two, where 0.5 belongs to the object.
+    # With two pixels per bin along x, a bin is their mean; 0.5 belongs to the object.
     pairs = masks[1, 20:48, 4:60].float().view(28, 28, 2).mean(2)
     assert torch.equal(found[1], (pairs >= 0.5).float())
     assert not found[2].any()
@@ -291,7 +291,7 @@ def test_mask_targets_are_the_mask_inside_the_box() -> None:
     assert mask_targets(masks, torch.zeros(0).long(), torch.zeros(0, 4)).shape == (0, 28, 28)
 
 
-# Gradients beside finite differences
+# Gradients compared with finite differences
 
 
 def double_objects(boxes: list[list[float]], labels: list[int]) -> Objects:
@@ -312,7 +312,7 @@ def test_gradients_of_the_proposal_losses(loss: str) -> None:
 
     def compute(*parts: Tensor) -> Tensor:
         pairs = list(zip(parts[::2], parts[1::2], strict=True))
-        return rpn_losses(pairs, objects, [(64, 64), (64, 32)], everything)[loss]
+        return rpn_losses(pairs, objects, [(64, 64), (64, 32)], choose_all)[loss]
 
     assert compute(*outputs) > 0
     assert torch.autograd.gradcheck(compute, outputs, fast_mode=True)
@@ -351,7 +351,7 @@ def test_gradients_of_the_region_losses(loss: str) -> None:
 
 
 def assert_gradients(model: nn.Module, found: dict[str, Tensor]) -> None:
-    """Every parameter has a finite gradient."""
+    """Assert that every parameter has a finite gradient."""
     torch.stack(list(found.values())).sum().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
@@ -392,15 +392,15 @@ def test_images_of_several_sizes_are_padded_at_the_bottom_and_right(trainable: M
     assert_gradients(trainable, losses(trainable, items, objects))
 
 
-def test_anchors_beyond_an_image_s_own_padded_size_do_not_count() -> None:
+def test_anchors_outside_the_image_s_padded_size_are_ignored() -> None:
     torch.manual_seed(0)
-    size = (64, 96)  # of the image; the batch is 128 x 128
+    size = (64, 96)  # padded size of the image; the batch is 128 x 128
     grids = [(-(-128 // stride), -(-128 // stride)) for stride in RPN_STRIDES]
     outputs = [(torch.randn(1, 3, *grid), torch.randn(1, 12, *grid)) for grid in grids]
     objects = Objects(*target([[10, 10, 60, 60], [50, 20, 94, 50]], [0, 1], size).values())
-    found = rpn_losses(outputs, [objects], [size], everything)
+    found = rpn_losses(outputs, [objects], [size], choose_all)
 
-    # The original's rule: a level's cells up to the padded size divided by the stride, rounded up.
+    # The original's rule: a cell counts if its index is below the padded size / stride, rounded up.
     logits, deltas, boxes = [], [], []
     for (height, width), stride, (scores, offsets) in zip(grids, RPN_STRIDES, outputs, strict=True):
         rows, columns = -(-size[0] // stride), -(-size[1] // stride)
@@ -422,11 +422,11 @@ def test_anchors_beyond_an_image_s_own_padded_size_do_not_count() -> None:
     torch.testing.assert_close(found["loss_rpn_bbox"], distance / number)
 
 
-def test_an_image_without_positive_anchors_counts_one() -> None:
+def test_an_image_without_positive_anchors_counts_as_if_it_had_one() -> None:
     grids = [(64 // stride, 64 // stride) for stride in RPN_STRIDES]
     outputs = [(torch.zeros(2, 3, *grid), torch.zeros(2, 12, *grid)) for grid in grids]
     objects = [Objects(*target([], [], (64, 64)).values())] * 2
-    found = rpn_losses(outputs, objects, [(64, 64)] * 2, everything)
+    found = rpn_losses(outputs, objects, [(64, 64)] * 2, choose_all)
     number = sum(3 * height * width for height, width in grids)
     expected = np.log(2) * number / (number + 1)
     assert found["loss_rpn_cls"].item() == pytest.approx(expected, rel=1e-6)
@@ -458,10 +458,10 @@ def test_a_batch_s_region_losses_are_those_of_its_images() -> None:
         torch.testing.assert_close(both[name], expected)
 
 
-# Randomness, precision, distributed parts
+# Randomness, precision and synchronised BatchNorm
 
 
-def test_samples_follow_the_seed_or_the_generator(nano: MaskRCNN) -> None:
+def test_sampling_is_reproducible_by_seed_or_generator(nano: MaskRCNN) -> None:
     items = [prepared(64, 96)]
     objects = [target([[5, 5, 40, 40]], [3], (64, 96))]
 
@@ -499,14 +499,14 @@ def test_batch_norms_can_be_synchronised(trainable: MaskRCNN) -> None:
         for module in model.modules():  # stochastic depth is random
             if type(module).__name__ == "DropPath":
                 module.eval()
-        # In a single process they compute what ordinary ones do, if they find their convolutions.
+        # In a single process they compute the same as ordinary BatchNorm layers.
         torch.manual_seed(0)
         both.append(losses(model, items, objects))
         assert_gradients(model, both[-1])
     assert both[0] == both[1]
 
 
-# The detector's own call
+# Calling the detector
 
 
 def picture() -> bytes:
@@ -527,9 +527,9 @@ def test_the_detector_returns_losses_in_training_mode(trainable: MaskRCNN) -> No
     torch.manual_seed(0)
     assert trainable([item], [own]) == from_image
     assert trainable.training
-    with pytest.raises(ValueError, match=r"called with targets.*model\.eval\(\)"):
+    with pytest.raises(ValueError, match=r"got no targets.*model\.eval\(\)"):
         trainable([item])
-    with pytest.raises(ValueError, match="called with targets"):
+    with pytest.raises(ValueError, match="got no targets"):
         trainable([item], 0.5)
 
 
@@ -546,7 +546,7 @@ def test_the_detector_detects_in_evaluation_mode(nano: MaskRCNN) -> None:
 # Targets
 
 
-def test_masks_may_be_polygons_or_run_lengths() -> None:
+def test_masks_may_be_polygons_or_rle() -> None:
     square = torch.zeros(40, 60, dtype=torch.bool)
     square[10:20, 5:25] = True
     corners = [5, 10, 25, 10, 25, 20, 5, 20]
@@ -573,17 +573,17 @@ def test_masks_may_be_polygons_or_run_lengths() -> None:
     ("change", "message"),
     [
         ({"boxes": None}, "boxes missing"),
-        ({"boxes": [[5, 5, 5, 30]]}, "x1 < x2.*leave objects without area out"),
+        ({"boxes": [[5, 5, 5, 30]]}, "x1 < x2.*leave out objects without area"),
         ({"boxes": [[5, 5, float("nan"), 30]]}, "x1 < x2"),
         ({"boxes": [[5, 5, float("inf"), 30]]}, "x1 < x2"),
         ({"labels": [80]}, r"0\.\.79, got \[80\]"),
         ({"labels": [-1]}, r"0\.\.79"),
         ({"labels": [0.5]}, "integers"),
-        ({"labels": [1, 2]}, "1 boxes need as many labels"),
+        ({"labels": [1, 2]}, "each box needs a label and a mask: got 1 boxes"),
         ({"masks": torch.zeros(1, 20, 20)}, r"padded network size, \[n, 64, 96\]"),
-        ({"masks": []}, "as many labels and masks"),
+        ({"masks": []}, "each box needs a label and a mask"),
         ({"masks": [{"size": [9, 9], "counts": [81]}]}, "RLE must have the padded"),
-        ({"masks": ["a"]}, "a mask is a bool tensor"),
+        ({"masks": ["a"]}, "a mask must be a bool tensor"),
     ],
 )
 def test_targets_that_do_not_fit_are_refused(
@@ -595,8 +595,8 @@ def test_targets_that_do_not_fit_are_refused(
         losses(nano, [prepared(64, 96)] * 2, [good, bad])
 
 
-def test_a_batch_needs_images_and_as_many_targets(nano: MaskRCNN) -> None:
-    with pytest.raises(ValueError, match="1 images need as many targets, got 0"):
+def test_a_batch_needs_images_and_one_target_per_image(nano: MaskRCNN) -> None:
+    with pytest.raises(ValueError, match="each image needs a target: got 1 images and 0 targets"):
         losses(nano, [prepared(64, 96)], [])
     with pytest.raises(ValueError, match="at least one image"):
         losses(nano, [], [])

@@ -25,7 +25,7 @@ MakeFile = Callable[[str], Path]
 
 
 @pytest.mark.parametrize("name", [NAME, "vit-t-deit-3x"])
-def test_there_and_back_is_bit_exact(name: str, published_file: MakeFile, tmp_path: Path) -> None:
+def test_a_round_trip_is_bit_exact(name: str, published_file: MakeFile, tmp_path: Path) -> None:
     source, there, back = published_file(name), tmp_path / "a.safetensors", tmp_path / "b.pth"
     result = run("convert", str(source), "--model", name, "--out", str(there))
     assert result.returncode == 0, result.stderr
@@ -49,11 +49,11 @@ def test_there_and_back_is_bit_exact(name: str, published_file: MakeFile, tmp_pa
     assert len(returned["meta"]["CLASSES"]) == 80
     assert returned["meta"]["epoch"] == 36  # the training's metadata goes along
     assert metadata["source_sha256"] == hashlib.sha256(source.read_bytes()).hexdigest()
-    assert "is there already: give --force" in failure(*again)
+    assert "exists: give --force" in failure(*again)
     assert run(*again, "--force").returncode == 0
 
 
-def test_half_precision_survives_the_way_there_and_back(tmp_path: Path) -> None:
+def test_half_precision_survives_a_round_trip(tmp_path: Path) -> None:
     half = {
         key: value.half() if value.is_floating_point() else value
         for key, value in standins.state_dict(NAME).items()
@@ -170,7 +170,7 @@ class TakesMemory:
 
 @pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize("how", ["bytearray", "scalar"])
-def test_calls_that_take_memory_are_refused(tmp_path: Path, how: str, legacy: bool) -> None:
+def test_calls_that_allocate_memory_are_refused(tmp_path: Path, how: str, legacy: bool) -> None:
     path = tmp_path / "bomb.pth"
     content = {"state_dict": {"a": torch.ones(3)}, "meta": TakesMemory(how)}
     torch.save(content, path, _use_new_zipfile_serialization=not legacy)
@@ -230,7 +230,7 @@ def test_the_cache_is_listed_verified_and_pruned(
     assert result.returncode == 1
     assert "1 damaged" in result.stderr
     os.utime(item.entry.weights)
-    assert same_weights(vitadapter_zoo.load(NAME, checkpoint=source), NAME)  # made anew
+    assert same_weights(vitadapter_zoo.load(NAME, checkpoint=source), NAME)
     assert "intact" in run("cache", "verify").stdout
     two_days_ago = time.time() - 2 * 86400
     os.utime(item.entry.record, (two_days_ago, two_days_ago))
@@ -239,7 +239,7 @@ def test_the_cache_is_listed_verified_and_pruned(
     assert left_behind(zoo_home) == foreign
     assert "0 removed" in run("cache", "prune", "--all").stdout
     assert left_behind(zoo_home) == foreign
-    assert "is no age" in failure("cache", "prune", "--older-than", "soon")
+    assert "is not an age" in failure("cache", "prune", "--older-than", "soon")
     assert "offline mode" in failure("download", "vit-t-deit-3x", "--offline")
     assert "name the models" in failure("download")
 
@@ -272,7 +272,7 @@ except zoo.ZooError as error:
 """
 
 
-def test_a_read_only_cache_serves(published_file: MakeFile, zoo_home: Path) -> None:
+def test_a_read_only_cache_is_usable(published_file: MakeFile, zoo_home: Path) -> None:
     source = str(published_file(NAME))
     vitadapter_zoo.load(NAME, checkpoint=source)
     (weights,) = zoo_home.rglob("*.safetensors")

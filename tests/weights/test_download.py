@@ -63,7 +63,7 @@ def test_bad_answers_leave_nothing(
     assert left_behind(zoo_home) == []
 
 
-def test_a_connection_that_ends_early_is_said(published_file: MakeFile, zoo_home: Path) -> None:
+def test_a_truncated_response_is_an_error(published_file: MakeFile, zoo_home: Path) -> None:
     class CutShort(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             data = published_file(NAME).read_bytes()
@@ -81,13 +81,13 @@ def test_a_connection_that_ends_early_is_said(published_file: MakeFile, zoo_home
     assert left_behind(zoo_home) == []
 
 
-def test_an_unreachable_server_is_said(zoo_home: Path) -> None:
+def test_an_unreachable_server_is_an_error(zoo_home: Path) -> None:
     with pytest.raises(DownloadError, match=r"download http://127\.0\.0\.1:9/x\.pth: .*refused"):
         vitadapter_zoo.load(NAME, checkpoint="http://127.0.0.1:9/x.pth")
     assert left_behind(zoo_home) == []
 
 
-def test_a_busy_server_is_asked_again(httpserver: HTTPServer, tmp_path: Path) -> None:
+def test_a_busy_server_is_retried(httpserver: HTTPServer, tmp_path: Path) -> None:
     httpserver.expect_ordered_request("/busy").respond_with_data("later", status=503)
     httpserver.expect_ordered_request("/busy").respond_with_data("content")
     digest = download(httpserver.url_for("/busy"), tmp_path / "file").sha256
@@ -151,7 +151,7 @@ def as_github(files: dict[str, bytes], folder: Path) -> Iterator[tuple[dict[str,
         server.shutdown()
 
 
-def test_published_files_come_several_at_a_time(
+def test_published_files_are_downloaded_in_parallel(
     published_file: MakeFile, tmp_path: Path, zoo_home: Path
 ) -> None:
     names = [NAME, "vit-t-deit-3x"]

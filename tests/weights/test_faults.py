@@ -1,4 +1,4 @@
-"""Whatever the server does: the right bytes, or one clear error and nothing taken for complete."""
+"""Whatever the server does, the result is the right bytes or one clear error."""
 
 import hashlib
 import os
@@ -19,6 +19,7 @@ from standins import PHOTO
 
 import vitadapter_zoo
 from vitadapter_zoo import DownloadError, ZooError
+from vitadapter_zoo.catalog import ROWS
 from vitadapter_zoo.weights import cache
 from vitadapter_zoo.weights.download import RetryPolicy, download, hash_in_name
 
@@ -85,7 +86,7 @@ def test_the_right_bytes_or_one_error(
     assert target.read_bytes() == DATA
 
 
-def test_what_passes_is_survived_and_what_does_not_is_said(tmp_path: Path) -> None:
+def test_temporary_faults_are_retried_and_permanent_ones_are_errors(tmp_path: Path) -> None:
     for number, fault in enumerate(
         (
             faults.stall,
@@ -131,7 +132,7 @@ def test_a_proxy_comes_from_the_environment(
     assert len(proxy.asked) == 1
 
 
-def test_a_download_goes_on_behind_a_redirect(tmp_path: Path) -> None:
+def test_a_download_is_resumed_behind_a_redirect(tmp_path: Path) -> None:
     with serving(Server(DATA, [faults.drop_at(0.5)])) as server:
         there = [faults.answer(302, Location=server.url)] * 2  # as release assets are served
         with serving(Server(b"", [*there])) as front:
@@ -140,7 +141,7 @@ def test_a_download_goes_on_behind_a_redirect(tmp_path: Path) -> None:
     assert str(server.asked[1]).startswith("bytes=")
 
 
-def test_a_later_process_asks_for_the_rest_only(tmp_path: Path) -> None:
+def test_a_later_process_requests_only_the_rest(tmp_path: Path) -> None:
     target, once = tmp_path / "file", RetryPolicy(attempts=1)
     with serving(Server(DATA, [faults.drop_at(0.5)])) as server:
         with pytest.raises(DownloadError, match="bytes are kept"):
@@ -176,21 +177,21 @@ def test_a_file_that_changes_between_attempts_is_not_mixed(
     assert len(server.asked) == (2 if if_range else 3)  # a server that minds it answers at once
 
 
-def test_a_date_serves_to_go_on_too(tmp_path: Path) -> None:
+def test_a_download_is_resumed_by_last_modified(tmp_path: Path) -> None:
     with serving(Server(DATA, [faults.drop_at(0.5)], etag='W/"1"', modified=FIRST)) as server:
         download(server.url, tmp_path / "file", SHA256, retry=QUICK)
     assert str(server.asked[1]).startswith("bytes=")
 
 
 @pytest.mark.parametrize("etag", [None, 'W/"v1"'])
-def test_without_a_strong_validator_it_starts_afresh(tmp_path: Path, etag: str | None) -> None:
+def test_without_a_strong_validator_the_download_restarts(tmp_path: Path, etag: str | None) -> None:
     with serving(Server(DATA, [faults.drop_at(0.5)], etag=etag)) as server:
         download(server.url, tmp_path / "file", retry=QUICK)
     assert server.asked == [None, None]
     assert (tmp_path / "file").read_bytes() == DATA
 
 
-def test_a_damaged_part_is_noticed_and_fetched_again(tmp_path: Path) -> None:
+def test_a_damaged_part_is_downloaded_again(tmp_path: Path) -> None:
     target, part = tmp_path / "file", tmp_path / "file.part"
     with serving(Server(DATA, [faults.drop_at(0.5)])) as server:
         with pytest.raises(DownloadError):
@@ -230,7 +231,7 @@ def test_a_changed_source_is_an_error_until_it_is_accepted(
         assert same_weights(vitadapter_zoo.load(NAME, checkpoint=server.url), NAME)
 
 
-def test_a_truncated_file_without_a_hash_is_not_remembered(
+def test_the_hash_of_a_truncated_file_is_not_recorded(
     published_file: Callable[[str], Path], zoo_home: Path
 ) -> None:
     with serving(Server(published_file(NAME).read_bytes(), [faults.length_too_small])) as server:
@@ -240,7 +241,7 @@ def test_a_truncated_file_without_a_hash_is_not_remembered(
         assert same_weights(vitadapter_zoo.load(NAME, checkpoint=server.url), NAME)
 
 
-def test_a_flipped_byte_is_noticed_without_a_published_hash(
+def test_a_flipped_byte_is_detected_without_a_published_hash(
     published_file: Callable[[str], Path], zoo_home: Path
 ) -> None:
     # In the middle of the weights, where every value is a number.
@@ -251,7 +252,7 @@ def test_a_flipped_byte_is_noticed_without_a_published_hash(
         assert same_weights(vitadapter_zoo.load(NAME, checkpoint=server.url), NAME)
 
 
-def test_the_first_hash_is_kept_before_the_entry_counts_and_then_stays(
+def test_the_first_hash_is_recorded_before_the_entry_is_complete_and_kept(
     published_file: Callable[[str], Path], zoo_home: Path
 ) -> None:
     with serving(Server(published_file(NAME).read_bytes())) as server:
@@ -275,7 +276,7 @@ def test_the_first_hash_is_kept_before_the_entry_counts_and_then_stays(
         assert place.known() == first  # the first one's date too
 
 
-def test_offline_never_asks(zoo_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_mode_sends_no_request(zoo_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(Server(DATA)) as server:
         with pytest.raises(DownloadError, match="offline mode: run `vitadapter-zoo download"):
             vitadapter_zoo.load(NAME, checkpoint=server.url, offline=True)
@@ -291,10 +292,10 @@ def test_offline_never_asks(zoo_home: Path, monkeypatch: pytest.MonkeyPatch) -> 
             assert "offline mode" in failure(*command, "--offline")
     assert server.asked == []
     everything = failure("download", "--all", "--offline")
-    assert all(f"{name}: " in everything for name in vitadapter_zoo.list_models())
+    assert all(f"{row.name}: " in everything for row in ROWS)
 
 
-def test_a_url_serves_every_command(published_file: Callable[[str], Path], tmp_path: Path) -> None:
+def test_every_command_accepts_a_url(published_file: Callable[[str], Path], tmp_path: Path) -> None:
     out = tmp_path / "a.safetensors"
     with serving(Server(published_file(NAME).read_bytes())) as server:
         for command in (
@@ -329,7 +330,7 @@ finally:
 """
 
 
-def test_a_terminal_has_a_bar_unless_it_shall_be_quiet(
+def test_a_terminal_shows_a_progress_bar_unless_quiet(
     published_file: Callable[[str], Path],
 ) -> None:
     command = ["download", NAME, "--checkpoint"]
@@ -344,7 +345,7 @@ def test_a_terminal_has_a_bar_unless_it_shall_be_quiet(
         assert piece in shown.stdout.partition("SHOWN")[2]
 
 
-def test_a_disk_that_is_too_full_is_said_before(tmp_path: Path) -> None:
+def test_a_disk_that_is_too_full_is_an_error_before_the_download(tmp_path: Path) -> None:
     def huge(handler: Handler) -> None:
         handler.head(200, Content_Length=10**15)
 
@@ -368,7 +369,7 @@ except ZooError as error:
 """
 
 
-def test_a_disk_that_fills_up_is_survived(tmp_path: Path) -> None:
+def test_a_disk_that_fills_up_leaves_nothing_wrong(tmp_path: Path) -> None:
     with serving(Server(DATA)) as server:
         result = workers().run(FULL, server.url, str(tmp_path / "file"))
         assert "cannot write to" in result.stdout
@@ -482,7 +483,7 @@ sys.addaudithook(die)
 
 @pytest.mark.parametrize("kind", ["download", "convert"])
 @pytest.mark.parametrize("stride", [5, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_process_killed_at_any_step_on_the_disk_leaves_nothing_wrong(
+def test_a_process_killed_at_any_disk_operation_leaves_nothing_wrong(
     published_file: Callable[[str], Path], zoo_home: Path, kind: str, stride: int
 ) -> None:
     with serving(Server(published_file(NAME).read_bytes())) as server:
@@ -499,7 +500,7 @@ def test_a_process_killed_at_any_step_on_the_disk_leaves_nothing_wrong(
     assert steps >= 10
 
 
-def test_what_a_killed_process_had_not_swept_up_goes_with_the_next_load(
+def test_the_next_load_removes_what_a_killed_process_left(
     published_file: Callable[[str], Path], zoo_home: Path
 ) -> None:
     with serving(Server(published_file(NAME).read_bytes())) as server:

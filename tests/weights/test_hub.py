@@ -122,7 +122,7 @@ for name in {names}:
 """
 
 
-def test_what_is_not_there_is_said(hub: Hub) -> None:
+def test_missing_repositories_and_files_are_errors(hub: Hub) -> None:
     messages = {
         "hf://user/none/x.pth": "no such repository",
         "hf://user/gated/x.pth": "its owner has to grant access",
@@ -141,7 +141,7 @@ def test_what_is_not_there_is_said(hub: Hub) -> None:
     assert "cannot download hf://user/repo" in away
 
 
-def test_offline_says_what_is_missing(hub: Hub) -> None:
+def test_offline_mode_reports_what_is_missing(hub: Hub) -> None:
     names = [f"hf://{standhub.REPO}/{FILE}", standhub.REPO]
     code = TRY.format(names=names, options=", offline=True")
     code += f"zoo.load('{standhub.REPO}', offline=True)\n"
@@ -193,3 +193,37 @@ print(helpers.same_weights(zoo.load(NAME, checkpoint="user/repo"), NAME))
     hub.damage("model.safetensors")
     fresh = str(Path(hub.environment["HF_HOME"]).with_name("hf-2"))
     assert "is not the file that the server announces" in hub.run(read, HF_HOME=fresh)
+
+
+AWAY = """
+import time
+from vitadapter_zoo.finder import find
+for name in ("user/repo", "hf_hub:user/repo"):
+    start = time.monotonic()
+    try:
+        find(name)
+    except zoo.ZooError as error:
+        print(time.monotonic() - start < 1, error)
+start = time.monotonic()
+try:
+    zoo.load("adapter-t-deit-1x", checkpoint="hf://czczup/ViT-Adapter/x.pth")
+except zoo.ZooError as error:
+    print(time.monotonic() - start < 1, error)
+"""
+
+
+def test_without_a_network_or_a_cache_the_error_is_immediate(hub: Hub) -> None:
+    said = hub.run(AWAY, HF_ENDPOINT="http://127.0.0.1:9").splitlines()
+    assert len(said) == 3
+    for line in said:
+        assert line.startswith("True cannot download hf://")
+        assert "cannot be reached (Connection refused) and it is not in the cache" in line
+
+
+def test_without_a_network_the_cache_is_used(
+    hub: Hub, published_file: Callable[[str], Path]
+) -> None:
+    hub.add(FILE, published_file(NAME).read_bytes())
+    code = SAME.format(f"hf://{standhub.REPO}/{FILE}")
+    assert hub.run(code) == "True\n"
+    assert hub.run(code, HF_ENDPOINT="http://127.0.0.1:9") == "True\n"

@@ -349,7 +349,7 @@ def test_a_broken_mmcv_is_one_error(broken: str, cause: str, tmp_path: Path) -> 
         text=True,
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
     )
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert cause in result.stderr
     assert "make mmdet-env" in result.stderr
     assert "Traceback" not in result.stderr

@@ -1,6 +1,6 @@
-"""Two implementations of one detector on one image: how far apart they are, stage by stage.
+"""Comparing two implementations of a detector on the same image, stage by stage.
 
-The limits are those within which this package agrees with the original implementation.
+The limits are the differences that this package allows between itself and the original.
 """
 
 import math
@@ -16,29 +16,29 @@ from vitadapter_zoo.images import ImageInput
 from vitadapter_zoo.models import MaskRCNN
 
 INPUT_LIMIT = 1e-6
-FEATURE_LIMIT = 1e-4  # of the tensor's largest magnitude
-PROPOSAL_LIMIT = 0.01  # share without a counterpart
+FEATURE_LIMIT = 1e-4  # relative to the tensor's largest magnitude
+PROPOSAL_LIMIT = 0.01  # share of proposals without a counterpart
 SCORE_LIMIT = 1e-3
 OVERLAP_LIMIT = 0.01  # 1 - IoU, of boxes and of masks
-# A mask's edge runs where the probability is 0.5; a pixel that has it to within rounding falls to
-# either side, which alone is more than the limit for a mask of under 100 pixels.
-PIXELS_ASIDE = 1
+# Rounding decides whether a pixel with a probability close to 0.5 belongs to the mask. In a mask of
+# fewer than 100 pixels a single such pixel exceeds the limit, so one differing pixel is ignored.
+IGNORED_PIXELS = 1
 
 
 @dataclass(frozen=True)
 class Stages:
-    """What a detector computes on one image; tensors on the CPU, boxes as (x1, y1, x2, y2).
+    """The results of a detector on an image; tensors are on the CPU, boxes (x1, y1, x2, y2).
 
     Attributes:
         input: ``[1, 3, H, W]``, normalised and padded.
         resized: (height, width) of the image inside the input.
-        original: (height, width) of the image as given.
+        original: (height, width) of the original image.
         scale: network pixels per image pixel for (x, y, x, y).
         backbone: four maps at strides 4 to 32.
         neck: five maps of 256 channels at strides 4 to 64.
         proposals: ``[P, 4]`` in network pixels, best first.
         proposal_scores: ``[P]`` in 0..1.
-        detections: the result.
+        detections: the detector's output.
     """
 
     input: Tensor
@@ -54,11 +54,11 @@ class Stages:
 
 @dataclass(frozen=True)
 class Difference:
-    """How far apart one stage is; infinite where the shapes already differ.
+    """The difference between two implementations in one stage; infinite if the shapes differ.
 
     Attributes:
         stage: ``input``, ``backbone.0``, ..., ``masks``.
-        measured: largest difference, in the unit of the stage's limit.
+        measured: the largest difference found, in the unit of the stage's limit.
         limit: largest difference at which the stage agrees.
     """
 
@@ -68,16 +68,16 @@ class Difference:
 
     @property
     def agrees(self) -> bool:
-        """Whether the stage lies within its limit."""
+        """Whether the difference is within the limit."""
         return self.measured <= self.limit
 
 
 @torch.inference_mode()
 def native_stages(model: MaskRCNN, image: ImageInput) -> Stages:
-    """What this package's own detector computes on one image.
+    """Run this package's detector on an image and return the results of its stages.
 
     Raises:
-        ImageError: not an image.
+        ImageError: the input is not an image.
     """
     prepared = model.preprocess(image)
     seen: dict[str, list[Tensor]] = {}
@@ -107,7 +107,7 @@ def native_stages(model: MaskRCNN, image: ImageInput) -> Stages:
 
 
 def differences(ours: Stages, theirs: Stages) -> list[Difference]:
-    """Every stage's difference, in the order of the computation."""
+    """Return the difference of every stage, in the order of the computation."""
     geometry = (ours.resized, ours.original, ours.scale) == (
         theirs.resized,
         theirs.original,
@@ -132,9 +132,9 @@ def differences(ours: Stages, theirs: Stages) -> list[Difference]:
 
 
 def detection_differences(ours: Detections, theirs: Detections) -> list[Difference]:
-    """How many detections have no counterpart, and how far apart the others are.
+    """Return the number of detections without a counterpart and the differences of the others.
 
-    Boxes and masks by 1 - IoU, masks with one pixel left aside.
+    Boxes and masks are compared by 1 - IoU. One differing pixel per mask is ignored.
     """
     matched = matches(_apart(ours), ours.scores, _apart(theirs), theirs.scores)
     rows = (matched >= 0).nonzero().flatten()
@@ -144,7 +144,7 @@ def detection_differences(ours: Detections, theirs: Detections) -> list[Differen
     scores = (ours.scores[partners] - theirs.scores[rows]).abs()
     a, b = ours.masks[partners], theirs.masks[rows]
     union = (a | b).sum(dim=(1, 2)).clamp(min=1)
-    apart = ((a ^ b).sum(dim=(1, 2)) - PIXELS_ASIDE).clamp(min=0) / union
+    apart = ((a ^ b).sum(dim=(1, 2)) - IGNORED_PIXELS).clamp(min=0) / union
     return [
         Difference("detections", float(alone), 0.0),
         Difference("boxes", _worst(1 - boxes), OVERLAP_LIMIT),
@@ -154,14 +154,14 @@ def detection_differences(ours: Detections, theirs: Detections) -> list[Differen
 
 
 def worst(per_image: Sequence[Sequence[Difference]]) -> list[Difference]:
-    """Each stage's largest difference over several images."""
-    return [max(stage, key=lambda one: one.measured) for stage in zip(*per_image, strict=True)]
+    """Return each stage's largest difference over several images."""
+    return [max(stage, key=lambda found: found.measured) for stage in zip(*per_image, strict=True)]
 
 
 def matches(boxes: Tensor, scores: Tensor, reference: Tensor, reference_scores: Tensor) -> Tensor:
-    """For each reference box the index of its counterpart (IoU > 0.99, score within 1e-3), or -1.
+    """Return the index of each reference box's counterpart, or -1 without a counterpart.
 
-    Counterparts are used once.
+    A counterpart has an IoU above 0.99 and a score within 1e-3. Each box is used only once.
     """
     fits = box_iou(reference.double(), boxes.double()) > 1 - OVERLAP_LIMIT
     fits &= (reference_scores[:, None] - scores[None]).abs() < SCORE_LIMIT
@@ -176,7 +176,7 @@ def matches(boxes: Tensor, scores: Tensor, reference: Tensor, reference_scores: 
 
 
 def _apart(detections: Detections) -> Tensor:
-    """The boxes with each class shifted far away, so that only boxes of one class overlap."""
+    """Shift the boxes of each class far away, so that only boxes of the same class overlap."""
     return detections.boxes.double() + 1e5 * detections.labels[:, None]
 
 

@@ -1,4 +1,4 @@
-"""The command ``vitadapter-zoo``. torch and rich are imported only where they are used."""
+"""The command ``vitadapter-zoo``; only the commands that need torch and rich import them."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from typing import Any
 import click
 
 from vitadapter_zoo._version import __version__
+from vitadapter_zoo.cli import failures
+from vitadapter_zoo.cli.demo import demo
 from vitadapter_zoo.cli.hub import cache_group, card, convert, download
 from vitadapter_zoo.cli.mmdet import compare, config
 from vitadapter_zoo.cli.models import info, list_command
 from vitadapter_zoo.cli.op import build_op_command, env_command
 from vitadapter_zoo.cli.predict import predict
+from vitadapter_zoo.cli.score import score
 from vitadapter_zoo.cli.train import train
-from vitadapter_zoo.cli.verify import score, verify
-from vitadapter_zoo.errors import ZooError
-
-INTERRUPTED = 130  # as shells count SIGINT
+from vitadapter_zoo.cli.verify import verify
 
 
 class _ZooGroup(click.Group):
-    """Turns the zoo's errors into one line on stderr and exit status 1, without a traceback."""
+    """A group whose commands exit with 2 on errors: click's 1 would mean *refuted*."""
 
     def main(
         self,
@@ -33,27 +33,44 @@ class _ZooGroup(click.Group):
         standalone_mode: bool = True,
         **extra: Any,
     ) -> Any:
-        """Click's own, except that an interrupt ends with 130: click's 1 would say *refuted*."""
+        """Run the command and exit with 0 to 3, 130 (interrupted) or 141 (the reader has gone)."""
         run: Callable[[], Any] = partial(
             super().main, args, prog_name, complete_var, standalone_mode=False, **extra
         )
         if not standalone_mode:
             return run()
         try:
-            status = run()
+            status = run() or 0
         except click.ClickException as error:
-            error.show()
-            status = error.exit_code
+            status = failures.status_after(error)
         except click.Abort:
             click.echo("interrupted", err=True)
-            status = INTERRUPTED
-        sys.exit(status)
+            status = failures.INTERRUPTED
+        except SystemExit as end:
+            status = failures.status_of(end)
+        sys.exit(failures.finish_output(status))
+
+    def make_context(
+        self,
+        info_name: str | None,
+        args: list[str],
+        parent: click.Context | None = None,
+        **extra: Any,
+    ) -> click.Context:
+        """Read the arguments; ``--help`` and ``--version`` print here already."""
+        try:
+            return super().make_context(info_name, args, parent, **extra)
+        except OSError as error:
+            raise failures.output_failure(error) from error
 
     def invoke(self, ctx: click.Context) -> Any:
+        """Turn any exception of a command into one line, after a traceback with ``--debug``."""
         try:
             return super().invoke(ctx)
-        except ZooError as error:
-            raise click.ClickException(str(error)) from error
+        except (click.ClickException, click.Abort, click.exceptions.Exit):
+            raise
+        except Exception as error:
+            raise failures.failure(error, ctx) from error
 
 
 @click.group(
@@ -61,6 +78,7 @@ class _ZooGroup(click.Group):
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="""\b
 Examples:
+  vitadapter-zoo demo
   vitadapter-zoo list --filter 'adapter-*'
   vitadapter-zoo info adapter-l-augreg-3x
   vitadapter-zoo predict photo.jpg --model adapter-t-deit-3x --out overlays
@@ -74,6 +92,7 @@ def main() -> None:
 for command in (
     list_command,
     info,
+    demo,
     predict,
     train,
     verify,
@@ -88,3 +107,4 @@ for command in (
     build_op_command,
 ):
     main.add_command(command)
+failures.add_debug_option(main)

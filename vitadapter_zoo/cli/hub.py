@@ -1,16 +1,25 @@
-"""``download``, ``cache``, ``convert`` and ``card``: files fetched, kept, turned and described."""
+"""``download``, ``cache``, ``convert`` and ``card``: the files of the models."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from vitadapter_zoo import settings
-from vitadapter_zoo.catalog import ROWS, get_row, list_models
+from vitadapter_zoo.catalog import get_row, list_models
 from vitadapter_zoo.errors import ZooError
+from vitadapter_zoo.finder import Found, find
+from vitadapter_zoo.text import shown
 from vitadapter_zoo.weights import cache
+from vitadapter_zoo.weights.source import HubFile
+
+if TYPE_CHECKING:
+    from vitadapter_zoo.weights.progress import Report
+    from vitadapter_zoo.weights.source import Source
 
 UNITS = {"h": 3600, "d": 86400, "w": 604800}
 
@@ -18,7 +27,7 @@ UNITS = {"h": 3600, "d": 86400, "w": 604800}
 def _names(names: tuple[str, ...], everything: bool) -> list[str]:
     if bool(names) == everything:
         raise click.UsageError("name the models, or give --all")
-    return list_models() if everything else [get_row(name).name for name in names]
+    return list_models() if everything else list(names)
 
 
 @click.command(
@@ -27,10 +36,13 @@ def _names(names: tuple[str, ...], everything: bool) -> list[str]:
 )
 @click.argument("names", nargs=-1, metavar="NAME...")
 @click.option("--all", "everything", is_flag=True, help="Every model of the catalog.")
-@click.option("--jobs", type=click.IntRange(1, 16), default=3, show_default=True, help="At a time.")
+@click.option(
+    "--jobs", type=click.IntRange(1, 16), default=3, show_default=True, help="Downloads at a time."
+)
 @click.option("--checkpoint", metavar="SOURCE", help="Another source for the one NAME.")
-@click.option("--accept-change", is_flag=True, help="Take a source whose content has changed.")
-@click.option("--offline", is_flag=True, help="Only say what is missing.")
+@click.option("--accept-change", is_flag=True, help="Accept a source whose content has changed.")
+@click.option("--allow-nonfinite", is_flag=True, help="Accept NaN and infinite weights.")
+@click.option("--offline", is_flag=True, help="Never use the network; list what is missing.")
 @click.option("--quiet", is_flag=True, help="No progress bars.")
 def download(
     names: tuple[str, ...],
@@ -38,10 +50,14 @@ def download(
     jobs: int,
     checkpoint: str | None,
     accept_change: bool,
+    allow_nonfinite: bool,
     offline: bool,
     quiet: bool,
 ) -> None:
-    """Fetch and convert NAME... into the cache."""
+    """Download and convert NAME... into the cache.
+
+    NAME is a model of the catalog or a repository of the Hub.
+    """
     chosen = _names(names, everything)
     if checkpoint and len(chosen) != 1:
         raise click.UsageError("--checkpoint goes with one NAME")
@@ -51,21 +67,29 @@ def download(
     from vitadapter_zoo.weights.progress import bars
     from vitadapter_zoo.weights.source import parse
 
+    def fetch(name: str, lines: Callable[[str], Report]) -> list[Path]:
+        found = find(name, offline=offline or None, progress=False)
+        if found.place is not None:
+            if checkpoint:
+                raise click.UsageError(f"{name} has weights of its own: leave --checkpoint out")
+            return _whole_folder(found, lines, offline)
+        source = parse(checkpoint) if checkpoint else resolve.published(found.row)
+        return resolve.obtain(
+            found.row, source, lines, offline=offline or None, accept_change=accept_change,
+            allow_nonfinite=allow_nonfinite,
+        )  # fmt: skip
+
+    for name in chosen:
+        if "/" not in name and not settings.expanded(name).is_dir():
+            get_row(name)  # a mistyped name is an error before the first download
     failures = []
     with bars(not quiet) as lines, ThreadPoolExecutor(jobs) as pool:
-        futures = {}
-        for name in chosen:
-            row = get_row(name)
-            source = parse(checkpoint) if checkpoint else resolve.published(row)
-            futures[name] = pool.submit(
-                resolve.obtain, row, source, lines, offline=offline or None,
-                accept_change=accept_change,
-            )  # fmt: skip
+        futures = {name: pool.submit(fetch, name, lines) for name in chosen}
         for name, future in futures.items():
             try:
                 paths = future.result()
             except ZooError as error:
-                failures.append(f"{name}: {error}")
+                failures.append(f"{shown(name)}: {error}")
             else:
                 size = sum(path.stat().st_size for path in paths)
                 click.echo(f"{name}: {_megabytes(size)}, {paths[0]}")
@@ -73,34 +97,46 @@ def download(
         raise ZooError("\n".join(failures))
 
 
+def _whole_folder(found: Found, lines: Callable[[str], Report], offline: bool) -> list[Path]:
+    """The weights of a saved detector, downloaded where it is a repository of the Hub."""
+    from vitadapter_zoo.publishing.pretrained import fetch_folder, weights_files
+
+    place = found.place
+    if isinstance(place, HubFile):
+        place = fetch_folder(
+            place, settings.home(), lines(str(place)), offline=settings.is_offline(offline or None)
+        )
+    return weights_files(place) if place is not None else []
+
+
 @click.group("cache", epilog="\b\nExample:\n  vitadapter-zoo cache list\n")
 def cache_group() -> None:
-    """What is kept on this machine."""
+    """Show and clean the cache of converted weights."""
 
 
 @cache_group.command("path")
 def cache_path() -> None:
-    """Print the cache's directory."""
+    """Print the path of the cache."""
     click.echo(settings.home())
 
 
 @cache_group.command("list")
 def cache_list() -> None:
-    """List the files with their sizes and sources."""
+    """List the cached files with their sizes and sources."""
     items = cache.listing()
     for item in items:
         source = item.provenance.source if item.provenance else "-"
         date = item.provenance.date[:10] if item.provenance else "-" * 10
         model = item.entry.weights.parent.name
         size = _megabytes(item.size)
-        click.echo(f"{model:<26} {item.state:<10} {size:>11} {date}  {source}")
+        click.echo(f"{model:<26} {item.state:<10} {size:>11} {date}  {shown(source, 200)}")
     total = _megabytes(sum(item.size for item in items))
     click.echo(f"{len(items)} in {settings.home()}, {total}")
 
 
 @cache_group.command("verify")
 def cache_verify() -> None:
-    """Hash every file again; exit 1 if one is not what was written."""
+    """Check every file against its checksum; exit 1 if one is damaged."""
     wrong = []
     for item in cache.listing():
         intact = item.provenance is not None and item.entry.is_intact(item.provenance)
@@ -109,22 +145,24 @@ def cache_verify() -> None:
         if state == "DAMAGED":
             wrong.append(str(item.entry.weights))
     if wrong:
-        raise ZooError(
-            f"{len(wrong)} damaged: {', '.join(wrong)}; they are made anew when they are next "
-            "loaded, and `vitadapter-zoo cache prune` removes what is not complete"
+        raise click.ClickException(  # exit status 1: the check found damage
+            f"{len(wrong)} damaged: {', '.join(wrong)}; the next load converts them again, and "
+            "`vitadapter-zoo cache prune` removes them"
         )
 
 
 @cache_group.command("prune")
-@click.option("--older-than", metavar="AGE", help="Complete weights too: 12h, 30d or 8w.")
-@click.option("--all", "everything", is_flag=True, help="All weights, however new.")
+@click.option(
+    "--older-than", metavar="AGE", help="Remove complete files of this age too: 12h, 30d or 8w."
+)
+@click.option("--all", "everything", is_flag=True, help="Remove everything.")
 def cache_prune(older_than: str | None, everything: bool) -> None:
-    """Remove unfinished and damaged files, and by request complete ones."""
+    """Remove unfinished and damaged files, and complete ones where asked to."""
     seconds = None
     if older_than:
         found = re.fullmatch(r"(\d+)([hdw])", older_than)
         if not found:
-            raise click.UsageError(f"{older_than!r} is no age: write 12h, 30d or 8w")
+            raise click.UsageError(f"{older_than!r} is not an age: write 12h, 30d or 8w")
         seconds = float(int(found[1]) * UNITS[found[2]])
     removed = cache.prune(seconds, everything=everything)
     for item in removed:
@@ -136,58 +174,94 @@ def cache_prune(older_than: str | None, everything: bool) -> None:
     epilog="\b\nExamples:\n"
     "  vitadapter-zoo convert weights.pth.tar --model adapter-t-deit-3x\n"
     "  vitadapter-zoo convert mine.safetensors --model vit-t-deit-3x --format mmdet\n"
+    "  vitadapter-zoo convert my-model/ --format mmdet\n"
 )
 @click.argument("source", metavar="SRC")
-@click.option("--model", "name", required=True, metavar="NAME", help="Load name, see `list`.")
+@click.option("--model", "name", metavar="NAME", help="Load name, see `list`; a folder knows it.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="File to write.")
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]))
 @click.option(
     "--format", "kind", type=click.Choice(["safetensors", "mmdet"]), default="safetensors",
     show_default=True,
 )  # fmt: skip
+@click.option("--classes", metavar="A,B,...", help="Names of the classes, if SRC has none.")
+@click.option("--allow-nonfinite", is_flag=True, help="Accept NaN and infinite weights.")
 @click.option("--offline", is_flag=True, help="Never use the network.")
-@click.option("--force", is_flag=True, help="Replace OUT if it is there.")
+@click.option("--force", is_flag=True, help="Replace OUT if it exists.")
 @click.option("--quiet", is_flag=True, help="No progress bars.")
 def convert(
     source: str,
-    name: str,
+    name: str | None,
     out: Path | None,
     dtype: str | None,
     kind: str,
+    classes: str | None,
+    allow_nonfinite: bool,
     offline: bool,
     force: bool,
     quiet: bool,
 ) -> None:
-    """Turn SRC (a file, an address, hf://user/repo/file) into another container."""
-    row = get_row(name)
-    target = (out or Path(f"{row.name}{'.pth' if kind == 'mmdet' else '.safetensors'}")).absolute()
+    """Convert SRC to safetensors or to mmdet's .pth.
+
+    SRC is a file, a URL, hf://user/repo/file, or a folder that save_pretrained wrote.
+    """
+    is_folder = settings.expanded(source).is_dir()
+    if not is_folder and name is None:
+        raise click.UsageError("--model NAME says which network SRC belongs to; see `list`")
+    found = find(settings.expanded(source) if is_folder else str(name), offline=offline or None)
+    if is_folder and name not in (None, found.row.name):
+        raise click.UsageError(f"{source} holds {found.row.name}: leave --model out")
+    suffix = ".pth" if kind == "mmdet" else ".safetensors"
+    target = (settings.expanded(out) if out else Path(f"{found.row.name}{suffix}")).absolute()
     if target.exists() and not force:
-        raise ZooError(f"{target} is there already: give --force to replace it, or another --out")
+        raise ZooError(f"{target} exists: give --force to replace it, or another --out")
     import torch
 
     from vitadapter_zoo.weights import convert as conversion
     from vitadapter_zoo.weights import resolve
-    from vitadapter_zoo.weights.progress import bars
-    from vitadapter_zoo.weights.source import LocalFile, parse
 
-    where = parse(source)
-    if isinstance(where, LocalFile):
-        paths = resolve.as_they_are(where.path) or [where.path]
-    else:
-        with bars(not quiet) as lines:
-            paths = resolve.obtain(row, where, lines, offline=offline or None)
+    paths, where = _sources(source, found, offline, quiet, allow_nonfinite)
+    names = tuple(part.strip() for part in classes.split(",")) if classes else None
+    if is_folder and names is None:
+        names = found.categories
     wanted = getattr(torch, dtype) if dtype else None
     with cache.locked(settings.home(), f"out-{cache.digest(str(target))}"):
         if kind == "mmdet":
-            done = conversion.to_mmdet(paths, str(where), row, target, dtype=wanted)
+            done = conversion.to_mmdet(
+                paths, where, found.row, target, dtype=wanted, classes=names,
+                allow_nonfinite=allow_nonfinite,
+            )  # fmt: skip
         else:
             digest = resolve.source_sha256(paths)
             done = conversion.to_safetensors(
-                paths, str(where), row, target, sha256=digest, dtype=wanted
-            )
+                paths, where, found.row, target, sha256=digest, dtype=wanted, classes=names,
+                allow_nonfinite=allow_nonfinite,
+            )  # fmt: skip
     cast = ", ".join(f"{count} from {kind}" for kind, count in done.cast.items()) or "none"
+    removed = f"; prefixes removed: {', '.join(map(shown, done.removed))}" if done.removed else ""
     click.echo(f"{target}: {_megabytes(target.stat().st_size)}, from a {done.container}")
-    click.echo(f"cast: {cast}; filled: {len(done.filled)}")
+    click.echo(f"cast: {cast}; filled: {len(done.filled)}; classes: {done.classes}{removed}")
+
+
+def _sources(
+    text: str, found: Found, offline: bool, quiet: bool, allow_nonfinite: bool
+) -> tuple[list[Path], str]:
+    """The weights files behind SRC on this machine, and what errors call them."""
+    from vitadapter_zoo.publishing.pretrained import weights_files
+    from vitadapter_zoo.weights import resolve
+    from vitadapter_zoo.weights.progress import bars
+    from vitadapter_zoo.weights.source import LocalFile, parse
+
+    if isinstance(found.place, Path) and settings.expanded(text).is_dir():
+        return weights_files(found.place), str(found.place)
+    where: Source = parse(text)
+    if isinstance(where, LocalFile):
+        return resolve.as_they_are(where.path) or [where.path], str(where)
+    with bars(not quiet) as lines:
+        paths = resolve.obtain(
+            found.row, where, lines, offline=offline or None, allow_nonfinite=allow_nonfinite
+        )
+    return paths, str(where)
 
 
 @click.command(epilog="\b\nExample:\n  vitadapter-zoo card --all --out model_cards\n")
@@ -196,14 +270,19 @@ def convert(
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Folder to write to.")
 def card(name: str | None, everything: bool, out: Path | None) -> None:
     """Print the model card of NAME, or write cards to a folder."""
-    names = _names((name,) if name else (), everything)
+    chosen = [find(each) for each in _names((name,) if name else (), everything)]
     from vitadapter_zoo.publishing import cards
 
-    for row in (row for row in ROWS if row.name in names):
+    for found in chosen:
+        own = found.place is not None
+        text = cards.saved_card(found.row, found.categories) if own else cards.card(found.row)
+        if own and out:
+            raise click.UsageError("--out writes the cards of the catalog; a folder has its own")
         if out or everything:
-            click.echo(cards.write(row, out or Path("model_cards")))
+            folder = settings.expanded(out or Path("model_cards"))
+            click.echo(cards.write(found.row, folder))
         else:
-            click.echo(str(cards.card(row)))
+            click.echo(str(text))
 
 
 def _megabytes(size: int) -> str:

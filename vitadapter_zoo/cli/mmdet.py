@@ -1,4 +1,4 @@
-"""``config`` and ``compare``: the checkpoints in mmdet, and the proof that they are the same."""
+"""``config`` and ``compare``: the models in mmdet, and whether both compute the same."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vitadapter_zoo.catalog import get_row
+from vitadapter_zoo.finder import find
+from vitadapter_zoo.settings import expanded
+from vitadapter_zoo.text import shown
 
 if TYPE_CHECKING:
     from vitadapter_zoo.backends.comparison import Difference
@@ -23,10 +25,10 @@ Example:
 @click.argument("name")
 def config(name: str) -> None:
     """Print the mmdet 2.x configuration of the model NAME, for testing and training."""
-    row = get_row(name)
+    found = find(name)
     from vitadapter_zoo.backends.mmdet.config import as_python, mmdet_config
 
-    click.echo(as_python(mmdet_config(row)), nl=False)
+    click.echo(as_python(mmdet_config(found.row, found.categories)), nl=False)
 
 
 @click.command(
@@ -52,22 +54,23 @@ def compare(
     offline: bool,
     quiet: bool,
 ) -> None:
-    """Run the model NAME here and in mmdet on the same weights; exit 1 where they differ.
+    """Run the model NAME here and in mmdet on the same weights; exit 1 if they differ.
 
-    Features differ relative to a map's largest value, proposals and detections by those without a
-    counterpart, boxes and masks by 1 - IoU, of which one pixel of a mask's edge is left aside.
+    The difference of features is relative to the largest value of a map. For proposals and
+    detections it is the share without a counterpart, for boxes and masks 1 - IoU; one pixel along
+    the edge of a mask does not count.
     """
-    row = get_row(name)
+    found = find(name, offline=offline or None, progress=not quiet)
     from vitadapter_zoo.images import read_image
 
-    chosen = [*images, *more_images]
+    chosen = [expanded(image) for image in (*images, *more_images)]
     for image in chosen:
-        read_image(image)  # a wrong picture is told before a long download
+        read_image(image)  # a wrong image is an error before a long download
     from vitadapter_zoo.backends.comparison import differences, native_stages, worst
     from vitadapter_zoo.backends.mmdet import from_native, stages
     from vitadapter_zoo.loader import load
 
-    native = load(row.name, checkpoint=checkpoint, offline=offline or None, progress=not quiet)
+    native = load(name, checkpoint=checkpoint, offline=offline or None, progress=not quiet)
     other = from_native(native)
     per_image = [
         differences(native_stages(native, image), stages(other, image)) for image in chosen
@@ -76,16 +79,16 @@ def compare(
     agree = all(stage.agrees for stage in overall)
     if as_json:
         record = {
-            "model": row.name,
+            "model": found.name,
             "agree": agree,
             "images": [
-                {"image": image, "stages": [_record(stage) for stage in found]}
+                {"image": str(image), "stages": [_record(stage) for stage in found]}
                 for image, found in zip(chosen, per_image, strict=True)
             ],
         }
         click.echo(json.dumps(record, indent=2))
     else:
-        _print(row.name, len(chosen), overall)
+        _print(shown(found.name), len(chosen), overall)
     if not agree:
         raise click.exceptions.Exit(1)
 

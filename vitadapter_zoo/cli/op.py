@@ -1,4 +1,4 @@
-"""``env`` and ``build-op``: what computes here, and the compiled operator."""
+"""``env`` and ``build-op``: show what computes the operators here, and compile them."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ def _text(value: Any) -> str:
 def build_op_command() -> None:
     """Compile the operators against the installed torch.
 
-    It goes to the cache, where it is found from then on. Needs a C++20 compiler (g++ 12 or clang
-    14); compiles for CUDA too where there is an nvcc of the CUDA version of torch.
-    VITADAPTER_ZOO_CUDA=0 or 1 overrides that.
+    The libraries are stored in the cache, and every later process loads them from there. Needs a
+    C++20 compiler (g++ 12 or clang 14). Compiles for CUDA too if there is an nvcc of torch's CUDA
+    version; VITADAPTER_ZOO_CUDA=0 or 1 overrides that.
     """
     from rich.console import Console
 
     from vitadapter_zoo.ops.build import build
 
     console = Console(stderr=True)
-    with console.status("Compiling, half a minute or so"):
+    with console.status("Compiling, about half a minute"):
         libraries = build()
     for library in libraries:
         click.echo(library)

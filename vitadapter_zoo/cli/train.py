@@ -1,4 +1,4 @@
-"""``train``: a detector of one's own classes."""
+"""``train``: train a detector on your own data."""
 
 from __future__ import annotations
 
@@ -191,9 +191,9 @@ def train(
     offline: bool,
     quiet: bool,
 ) -> None:
-    """Train NAME on data of one's own, or by the paper's recipe.
+    """Train NAME on your own data, or with the paper's recipe.
 
-    Options marked [paper] default to the recipe that the row was published with. The others are
+    Options marked [paper] default to the recipe that the row was published with. All others are
     not in the paper, and off by default. Class names come from the annotations.
     """
     if (data is None) == (train_files is None):
@@ -226,7 +226,7 @@ def train(
         input_size=input_size,
         keep_empty=keep_empty,
         freeze=freeze,
-        checkpoint=checkpoint_blocks,
+        checkpoint_blocks=checkpoint_blocks,
         early_stop=early_stop,
         eval_every=eval_every,
         max_minutes=max_minutes,
@@ -238,6 +238,8 @@ def train(
         offline=offline or None,
         progress=not quiet,
     )
+    if not result.is_main_process:
+        return
     if result.figures:
         click.echo(
             f"box AP {result.figures['box_ap']:.1f}, mask AP {result.figures['mask_ap']:.1f} "

@@ -1,4 +1,4 @@
-"""COCO's evaluation of a detector and the verdict on its published figures."""
+"""COCO's evaluation of a detector, and the verdict on its published AP."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -10,7 +10,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Dataset", "Verification", "read_dataset", "read_results"]
 
-# The modules are imported on first use: scoring takes a second that reading a data set does not.
+# The modules are imported on first use: importing the scorer takes a second, and reading a data set
+# does not need it.
 _LAZY = {
     "Dataset": "vitadapter_zoo.evaluation.dataset",
     "Verification": "vitadapter_zoo.evaluation.verdict",

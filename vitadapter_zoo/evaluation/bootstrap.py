@@ -1,15 +1,16 @@
-"""What a part of a data set says of the whole: bootstrap intervals for AP.
+"""Bootstrap intervals: where the AP of a whole data set lies, estimated from a random part of it.
 
-AP is not a mean over images: on a part it is biased upwards (the maximum in its interpolated
-precision feeds on chance), and classes that do not occur count neither way. So images are
-resampled by halves without replacement (the repeated half-sample bootstrap: Saigo, Shao and Sitter,
-Survey Methodology 27, 2001), which unlike drawing with replacement does not make classes of few
-images look too certain. How far the halves lie above the part estimates how far the part lies above
-the whole; the interval is the basic, reflected one around the corrected value (Efron and
-Tibshirani, An Introduction to the Bootstrap, 1993, chapters 10 and 13). Both shrink with the share
-of the images that is left (Cochran, Sampling Techniques, 1977, section 2.6).
+AP is not a mean over images. On a part it is biased upwards, because interpolated precision takes a
+maximum, which profits from chance; and classes that do not occur in the part do not count. This
+module therefore resamples halves of the images without replacement (the repeated half-sample
+bootstrap: Saigo, Shao and Sitter, Survey Methodology 27, 2001). Drawing with replacement would make
+classes with few images look too certain. The distance of the halves above the part estimates the
+distance of the part above the whole. The interval is the basic (reflected) bootstrap interval
+around the corrected value (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapters
+10 and 13). Bias and interval shrink with the share of images that were not evaluated (Cochran,
+Sampling Techniques, 1977, section 2.6).
 
-Objects are matched once; a replicate only weighs its images.
+Objects are matched once; each replicate only changes the weights of the images.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ _CELLS = 20_000_000  # replicates x detections held at a time: 80 MB
 
 @dataclass(frozen=True)
 class Interval:
-    """Where the AP of the whole data set lies, by a part of it; all in 0..1.
+    """An interval for the AP of the whole data set, from a part of it; all values in 0..1.
 
     Attributes:
-        estimate: the part's AP, its bias taken out.
+        estimate: the part's AP, corrected for its bias.
         low: lower end.
         high: upper end.
         level: 0.95 for a 95% interval.
@@ -44,7 +45,7 @@ class Interval:
 
 
 def average_precision(matches: Sequence[Matches], weights: Floats) -> Floats:
-    """AP of weighted images: COCO's, with each image counted as often as its weight says.
+    """COCO's AP with each image counted as many times as its weight.
 
     Args:
         matches: of each class, over I images.
@@ -77,7 +78,7 @@ def _class_ap(matches: Matches, weights: Floats) -> Floats:
 
 
 def _present_class_ap(matches: Matches, weights: Floats, objects: Floats) -> Floats:
-    """AP of one class where it has objects: only at what was found does recall rise."""
+    """AP of a class for weights that leave it objects; recall rises only at matched detections."""
     by_detection = weights[:, matches.images].astype(np.float32)
     total = np.zeros(len(weights))
     seen, places = np.zeros(0), np.zeros(0, np.bool_)
@@ -106,14 +107,14 @@ def bootstrap(
 ) -> list[Interval]:
     """Intervals for the AP of the whole data set, from a random part of it.
 
-    They speak of the classes that occur in the part alone.
+    They cover only the classes that occur in the part.
 
     Args:
         matches: of each class, over the images of the part.
         whole: images of the whole data set.
         levels: 0.95 for a 95% interval.
         seed: of the resampling.
-        replicates: how often to resample.
+        replicates: number of resamplings.
 
     Raises:
         ValueError: no object is annotated in the part.
@@ -127,13 +128,15 @@ def bootstrap(
     order = np.random.default_rng(seed).random((replicates, part)).argsort(axis=1)
     values = average_precision(matches, (order < half).astype(np.float64))
     values = values[~np.isnan(values)]
-    # A half strays from the part as the part from an endless whole, up to an odd image.
+    # A half varies around the part as the part varies around an infinite whole, if the part has an
+    # even number of images; an odd image is corrected for.
     ratio = left * half / max(1, part - half)
     estimate = measured - ratio * float(values.mean() - measured)
     spread = (values - values.mean()) * np.sqrt(ratio)
     intervals = []
     for level in levels:
-        # Of R values the k-th lies at k / (R + 1): with k / R few replicates seem too certain.
+        # The k-th of R values estimates the quantile k / (R + 1); k / R makes intervals from few
+        # replicates too narrow.
         tails = [(1 - level) / 2, (1 + level) / 2]
         low, high = np.quantile(spread, tails, method="weibull")
         intervals.append(Interval(estimate, estimate - float(high), estimate - float(low), level))

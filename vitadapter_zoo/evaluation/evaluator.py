@@ -1,4 +1,4 @@
-"""From images to results: reading, the network, encoding, each beside the others."""
+"""Evaluation of images in one process: decoding, network and mask encoding run in parallel."""
 
 from __future__ import annotations
 
@@ -8,25 +8,28 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
-from vitadapter_zoo.detections import Detections, Instances, xywh
+from vitadapter_zoo.detections import Detections, Instances
+from vitadapter_zoo.detections.detections import xywh
 from vitadapter_zoo.errors import ImageError
 from vitadapter_zoo.evaluation.dataset import Image
+from vitadapter_zoo.evaluation.ids import Id
 from vitadapter_zoo.evaluation.run import ImageResult
-from vitadapter_zoo.images import NetworkInput
+from vitadapter_zoo.images import NetworkInput, stored_pixels
 from vitadapter_zoo.models import MaskRCNN
 from vitadapter_zoo.ops.masks import paste_rle
+from vitadapter_zoo.text import shown
 
-AHEAD = 2  # images decoded, and images being encoded, while one is in the network
+AHEAD = 2  # images that are decoded ahead of the network, and images that wait for encoding
 
 
 @dataclass(frozen=True)
 class Task:
-    """An image with the bytes of its file, or why they cannot be had."""
+    """An image with the bytes of its file, or the reason why the file cannot be read."""
 
     image: Image
     encoded: bytes
@@ -35,7 +38,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Prepared:
-    """One image ready for the network."""
+    """An image ready for the network."""
 
     image: Image
     sha256: str
@@ -44,42 +47,41 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Evaluator:
-    """A detector and what its classes are called in the data set.
+    """A detector with the category ids that its classes have in the data set.
 
     Attributes:
         model: in evaluation mode.
         category_ids: of each class, in the model's order.
+        ignore_exif: whether images are decoded without the rotation of their EXIF data.
     """
 
     model: MaskRCNN
-    category_ids: tuple[int, ...]
+    category_ids: tuple[Id, ...]
+    ignore_exif: bool = field(default=False, kw_only=True)
 
     def prepare(self, task: Task) -> Prepared | ImageResult:
-        """Decode one image; where that fails, the result that says why it is left out."""
+        """Decode an image; if that fails, return a result that says why the image is left out."""
         image = task.image
         digest = hashlib.sha256(task.encoded).hexdigest()
         try:
             if task.unreadable:
                 raise ImageError(task.unreadable)
-            prepared = self.model.preprocess(task.encoded)
+            pixels = stored_pixels(task.encoded) if self.ignore_exif else task.encoded
+            prepared = self.model.preprocess(pixels)
             if prepared.original != image.size:
-                (height, width), (expected_height, expected_width) = prepared.original, image.size
-                raise ImageError(
-                    f"it has {width} x {height} pixels, the annotations say "
-                    f"{expected_width} x {expected_height}: it belongs to another data set"
-                )
+                raise ImageError(_other_size(task.encoded, prepared.original, image.size))
         except ImageError as error:
-            reason = f"{image.path}: {error}"
+            reason = f"{shown(image.path, 300)}: {error}"
             return ImageResult(image.image_id, image.size, image_sha256=digest, skipped=reason)
         return Prepared(image, digest, prepared)
 
     @torch.inference_mode()
     def detect(self, prepared: Prepared) -> Instances | Detections:
-        """The network's part."""
+        """Run the network."""
         return self.model.detect([prepared.input])[0]
 
     def finish(self, prepared: Prepared, found: Instances | Detections) -> ImageResult:
-        """Encode what was found in COCO's terms."""
+        """Encode detections as COCO results."""
         if isinstance(found, Detections):
             masks = found.run_lengths()
         else:
@@ -95,18 +97,37 @@ class Evaluator:
         )
 
 
+def _other_size(encoded: bytes, found: tuple[int, int], annotated: tuple[int, int]) -> str:
+    """Why an image's (height, width) is not the annotated one."""
+    sizes = (
+        f"it has {found[1]} x {found[0]} pixels, the annotations say "
+        f"{annotated[1]} x {annotated[0]}"
+    )
+    if stored_pixels(encoded).shape[:2] == annotated:
+        return (
+            f"{sizes}: its EXIF data rotate it, and it was annotated as it is stored, without the "
+            "rotation; --ignore-exif (read_dataset(..., ignore_exif=True)) reads it that way"
+        )
+    if found[::-1] == annotated:
+        return (
+            f"{sizes}: height and width are exchanged, because it was rotated after it was "
+            "annotated or the annotation file has the two sides the wrong way round"
+        )
+    return f"{sizes}: it belongs to another data set"
+
+
 @dataclass(frozen=True)
 class MmdetEvaluator(Evaluator):
     """The same detector inside mmdet, through mmdet's own test pipeline.
 
     Attributes:
-        peer: what ``vitadapter_zoo.backends.mmdet.from_native`` makes of ``model``.
+        peer: the mmdet detector, from ``vitadapter_zoo.backends.mmdet.from_native(model)``.
     """
 
     peer: nn.Module
 
     def detect(self, prepared: Prepared) -> Detections:
-        """All that mmdet does, from reading the file to masks on the image."""
+        """Run mmdet's own pipeline, from the image file to masks of the image's size."""
         from vitadapter_zoo.backends.mmdet import detect
 
         return detect(self.peer, prepared.image.path)
@@ -123,12 +144,12 @@ def read(image: Image) -> Task:
 def stream(
     evaluator: Evaluator, tasks: Iterator[Task], keep: Callable[[ImageResult], None]
 ) -> None:
-    """Evaluate images as they come; the network runs in this thread and waits for nobody.
+    """Evaluate images; the network runs in this thread, decoding and encoding in two others.
 
     Args:
         evaluator: the detector.
-        tasks: asked for from another thread, two images ahead.
-        keep: takes each result, in another thread, in order.
+        tasks: the images; another thread takes them, two images ahead.
+        keep: called with each result, in another thread, in order.
     """
     with ThreadPoolExecutor(1, "decode") as decoder, ThreadPoolExecutor(1, "encode") as encoder:
         ended = threading.Event()
@@ -158,7 +179,7 @@ def stream(
 
 
 def until(deadline: float | None, images: Iterator[Image]) -> Iterator[Task]:
-    """Images with their bytes, until a moment of ``time.monotonic``; None for all."""
+    """Read images until a deadline (of ``time.monotonic``); all of them if it is None."""
     for image in images:
         if deadline is not None and time.monotonic() > deadline:
             return

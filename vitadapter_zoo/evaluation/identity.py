@@ -1,4 +1,4 @@
-"""What the results of a run depend on, and where such a run is stored."""
+"""The identity of a run: everything that its results depend on, and the folder it is stored in."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from vitadapter_zoo.weights import cache
 
 @dataclass(frozen=True)
 class Facts:
-    """What a run has to know of a detector, wherever that is loaded.
+    """What a run needs to know about a detector, in whichever process it is loaded.
 
     Attributes:
-        identity: what the results depend on, ready for JSON.
+        identity: everything that the results depend on, ready for JSON.
         published: box and mask AP in points (0..100).
     """
 
@@ -30,13 +30,13 @@ class Facts:
 
 
 def facts_of(model: MaskRCNN, data: Dataset, backend: str = "native") -> Facts:
-    """The facts of a loaded detector."""
+    """The facts about a loaded detector."""
     identity = run_identity(model, data, backend)
     return Facts(identity, (model.row.box_ap, model.row.mask_ap))
 
 
 def run_identity(model: MaskRCNN, data: Dataset, backend: str = "native") -> dict[str, Any]:
-    """What the results of a run depend on, ready for JSON."""
+    """Everything that the results of a run depend on, ready for JSON."""
     weights = next(model.parameters())
     kind = weights.device.type
     found = environment()
@@ -61,12 +61,13 @@ def run_identity(model: MaskRCNN, data: Dataset, backend: str = "native") -> dic
         "threads": torch.get_num_threads() if kind == "cpu" else None,
         "operator": "compiled" if found["operator"][kind]["compiled"] else "reference",
         "resize": "OpenCV bilinear",
+        **({"exif": "ignored"} if data.ignore_exif else {}),
         "versions": {name: found["versions"][name] for name in wanted},
     }
 
 
 def weights_sha256(model: MaskRCNN) -> str:
-    """The sha256 over every state-dict name and its values, whatever file they came from."""
+    """The sha256 over all state-dict names and values; it does not depend on the file format."""
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
@@ -75,6 +76,6 @@ def weights_sha256(model: MaskRCNN) -> str:
 
 
 def run_directory(name: str, identity: dict[str, Any], cache_dir: settings.Home = None) -> Path:
-    """Where a run of that identity is kept by default."""
+    """The default folder for a run with this identity."""
     readable = Path(name).name or "model"
     return settings.home(cache_dir) / "runs" / f"{readable}-{cache.digest(repr(identity))}"

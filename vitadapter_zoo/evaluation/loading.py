@@ -1,4 +1,4 @@
-"""The detector that an evaluation is of: loaded by its name, or as the caller gives it."""
+"""The detector to evaluate: loaded by name, or a detector that the caller has loaded."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vitadapter_zoo.models import MaskRCNN
 def load_detector(
     model: str | os.PathLike[str] | MaskRCNN, options: Options
 ) -> tuple[MaskRCNN, str]:
-    """The detector and what it is called.
+    """The detector and its name.
 
     Raises:
         ZooError: what ``load`` raises.
@@ -29,6 +29,7 @@ def load_detector(
         cache_dir=options.cache_dir,
         offline=options.offline,
         progress=options.progress,
+        allow_nonfinite=options.allow_nonfinite,
     )
     return detector, os.fspath(model)
 

@@ -1,4 +1,4 @@
-"""The options of an evaluation, as the command line, ``verify`` and the workers share them."""
+"""The options of an evaluation, shared by the command line, ``verify`` and the workers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Options:
     """How a detector is loaded and evaluated; ``verify`` describes each option.
 
     Raises:
-        ValueError: a number below what makes sense, workers with ``backend="mmdet"``, or no such
+        ValueError: a number is too small, workers with ``backend="mmdet"``, or an unknown
             ``backend``.
     """
 
@@ -37,16 +37,19 @@ class Options:
     cache_dir: settings.Home = None
     offline: bool | None = None
     progress: bool = True
+    allow_nonfinite: bool = False
 
     def __post_init__(self) -> None:
         if self.backend not in ("native", "mmdet"):
             raise ValueError(f"backend={self.backend!r}: there are 'native' and 'mmdet'")
         if self.backend == "mmdet" and self.has_workers:
             raise ValueError("the mmdet backend runs in this process: leave workers and ray out")
-        if _is_below(self.limit, 1) or (self.max_minutes is not None and self.max_minutes <= 0):
+        if _is_below(self.limit, 1) or not (self.max_minutes is None or self.max_minutes > 0):
             raise ValueError("limit and max_minutes must be above 0")
         if _is_below(self.workers, 1) or _is_below(self.threads, 1):
             raise ValueError("workers and threads must be at least 1")
+        if self.expected is not None and not all(0 <= points <= 100 for points in self.expected):
+            raise ValueError(f"expected={self.expected}: an AP lies in 0..100")
 
     @property
     def has_workers(self) -> bool:

@@ -1,7 +1,8 @@
-"""What a run has found so far, kept so that nothing is computed twice and nothing is lost.
+"""Run directories: the results so far, stored so that an interrupted run continues.
 
-A run is a directory with ``run.json``, which says what was run, and ``predictions.jsonl``: a line
-for each image, its CRC-32 in front. A line that is torn or damaged counts as not written.
+A run directory has ``run.json`` with the identity of the run, and ``predictions.jsonl`` with one
+line for each image, which begins with the CRC-32 of the rest. An incomplete or damaged line counts
+as not written.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from vitadapter_zoo.errors import ZooError
+from vitadapter_zoo.evaluation.ids import Id
+from vitadapter_zoo.text import parse_json
 from vitadapter_zoo.weights import atomic, cache
 
 RUN = "run.json"
@@ -34,14 +37,14 @@ class ImageResult:
         category_ids: the annotation file's.
         masks: compressed RLE counts.
         image_sha256: of the image file.
-        skipped: why the image was left out; empty where it was not.
+        skipped: why the image was left out; empty if it was evaluated.
     """
 
-    image_id: int
+    image_id: Id
     size: tuple[int, int]
     boxes: Sequence[Sequence[float]] = ()
     scores: Sequence[float] = ()
-    category_ids: Sequence[int] = ()
+    category_ids: Sequence[Id] = ()
     masks: Sequence[str] = ()
     image_sha256: str = ""
     skipped: str = ""
@@ -72,42 +75,42 @@ class Run:
     """An open run directory; ``open_run`` makes it.
 
     Attributes:
-        directory: where it is.
-        results: by image id, those of earlier processes too.
+        directory: its path.
+        results: by image id, including those of earlier processes.
     """
 
     directory: Path
-    results: dict[int, ImageResult] = field(default_factory=dict)
+    results: dict[Id, ImageResult] = field(default_factory=dict)
 
     def append(self, result: ImageResult) -> None:
-        """Keep one image's result; on the disk when this returns.
+        """Store the result of an image; it is on the disk when this returns.
 
         Raises:
-            ZooError: it cannot be written. What was written before stays whole.
+            ZooError: it cannot be written. Earlier results stay complete.
         """
         line = _line(result)
         path = self.directory / PREDICTIONS
         with _writing(self.directory), path.open("ab", buffering=0) as file:
-            whole = file.tell()
+            end = file.tell()
             try:
-                # A raw write may stop short on a full disk, and says so only in what it returns.
+                # On a full disk a raw write may write less; only its return value tells.
                 written = 0
                 while written < len(line):
                     written += file.write(line[written:]) or 0
                 os.fsync(file.fileno())
             except BaseException:
-                file.truncate(whole)
+                file.truncate(end)
                 raise
         self.results[result.image_id] = result
 
 
 @contextlib.contextmanager
 def open_run(directory: Path, identity: Mapping[str, Any]) -> Iterator[Run]:
-    """Begin a run, or continue the one that is there.
+    """Start a run, or continue the run in this directory.
 
     Args:
-        directory: made where it does not exist.
-        identity: what the results depend on; a run of another identity is refused.
+        directory: created if it does not exist.
+        identity: everything that the results depend on; a run with another identity is refused.
 
     Raises:
         ZooError: the directory belongs to another run or process, or cannot be written to.
@@ -120,13 +123,13 @@ def open_run(directory: Path, identity: Mapping[str, Any]) -> Iterator[Run]:
 
 
 def _claim(path: Path, identity: Mapping[str, Any]) -> None:
-    """Write what is run, or check that it is what was run before."""
+    """Write the identity of the run, or check that the stored identity is the same."""
     wanted = json.loads(json.dumps(identity))
     if not path.exists():
         atomic.write_json(path, wanted)
         return
     try:
-        known = json.loads(path.read_text(encoding="utf-8"))
+        known = parse_json(path.read_bytes())
         differing = [
             f"{key}: {known.get(key)!r} then, {wanted.get(key)!r} now"
             for key in sorted({*known, *wanted})
@@ -149,7 +152,7 @@ def _line(result: ImageResult) -> bytes:
 
 
 def _parse(line: bytes) -> ImageResult | None:
-    """The result in a line; None where the line is torn or damaged."""
+    """The result in a line; None if the line is incomplete or damaged."""
     checksum, _, content = line.rstrip(b"\n").partition(b" ")
     if not line.endswith(b"\n") or checksum != b"%08x" % zlib.crc32(content):
         return None
@@ -157,8 +160,8 @@ def _parse(line: bytes) -> ImageResult | None:
     return ImageResult(**{**values, "size": tuple(values["size"])})
 
 
-def _read(path: Path) -> dict[int, ImageResult]:
-    """The whole lines of a run; what is torn or damaged is taken out of the file."""
+def _read(path: Path) -> dict[Id, ImageResult]:
+    """The results of a run; incomplete and damaged lines are removed from the file."""
     if not path.exists():
         return {}
     with path.open("rb") as file:
@@ -177,7 +180,7 @@ def _writing(directory: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise ZooError(
-            f"cannot write to the run directory {directory}: {error.strerror or error}; what is "
-            "finished is kept: make room and give the same command again, or choose another place "
-            "with --run"
+            f"cannot write to the run directory {directory}: {error.strerror or error}; finished "
+            "images are stored: free some space and run the same command again, or choose another "
+            "directory with --run"
         ) from error

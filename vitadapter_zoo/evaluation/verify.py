@@ -1,4 +1,4 @@
-"""Does a checkpoint give its published AP? COCO's evaluation, a verdict, and what it rests on."""
+"""``verify``: evaluate a detector on COCO and compare its AP with the published one."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import torch
 
 from vitadapter_zoo import settings
+from vitadapter_zoo.catalog import get_row, list_models
 from vitadapter_zoo.environment import environment
-from vitadapter_zoo.errors import ImageError
+from vitadapter_zoo.errors import DatasetError, ImageError
 from vitadapter_zoo.evaluation import dataset as datasets
+from vitadapter_zoo.evaluation import ids
 from vitadapter_zoo.evaluation.dataset import Dataset, Image
 from vitadapter_zoo.evaluation.evaluator import Evaluator, MmdetEvaluator, stream, until
 from vitadapter_zoo.evaluation.identity import facts_of, run_directory
@@ -24,12 +26,14 @@ from vitadapter_zoo.evaluation.options import Options
 from vitadapter_zoo.evaluation.run import ImageResult, Run, open_run
 from vitadapter_zoo.evaluation.verdict import Verification, judge
 from vitadapter_zoo.evaluation.workers.start import worker_pool
+from vitadapter_zoo.text import shown
 
 if TYPE_CHECKING:
     from vitadapter_zoo.evaluation.workers.pool import Pool
     from vitadapter_zoo.models import MaskRCNN
 
-# Evaluates images, handing each result on, until a moment of time.monotonic (None: all).
+# Evaluates images until a deadline (of time.monotonic; None: all) and calls a function with each
+# result.
 Compute: TypeAlias = Callable[
     [Iterator[Image], Callable[[ImageResult], None], "float | None"], None
 ]
@@ -39,7 +43,7 @@ Watch: TypeAlias = Callable[[Run, Sequence[Image]], None]
 
 def verify(
     model: str | os.PathLike[str] | MaskRCNN,
-    dataset: str | os.PathLike[str] | Dataset,
+    dataset: str | os.PathLike[str] | Dataset | None = None,
     *,
     checkpoint: str | os.PathLike[str] | None = None,
     limit: int | None = None,
@@ -57,35 +61,37 @@ def verify(
     cache_dir: settings.Home = None,
     offline: bool | None = None,
     progress: bool = True,
+    allow_nonfinite: bool = False,
     watch: Watch | None = None,
 ) -> Verification:
     """Evaluate a detector on COCO and compare with the published box and mask AP.
 
-    Every image's result is kept in a run directory as it is finished. The same call continues an
-    interrupted run, to the same digits; a run of another checkpoint, data set, precision or version
-    is refused.
+    The result of every image is stored in a run directory when it is finished. The same call
+    continues an interrupted run and gives the same digits. A run directory of another checkpoint,
+    data set, precision or version is refused.
 
     Args:
         model: load name, folder or repository as for ``load``, or a loaded detector, fine-tuned on
             other classes for instance.
         dataset: COCO's folder (``annotations/instances_val2017.json`` and ``val2017/``), or what
-            ``vitadapter_zoo.evaluation.dataset.read_dataset`` gives for any data in COCO's format.
+            ``vitadapter_zoo.evaluation.dataset.read_dataset`` gives for any data in COCO's format;
+            may be left out for the row made here, whose data set is in the package.
         checkpoint: as for ``load``.
-        limit: evaluate only so many images, a stratified random sample.
-        max_minutes: begin no further image after that time; the images are then taken in the
-            order of a stratified random sample.
+        limit: number of images to evaluate, a stratified random sample.
+        max_minutes: start no further image after this time; the images are taken in the order of
+            a stratified random sample.
         seed: of the sample and the bootstrap.
         expected: box and mask AP in points (0..100) to compare with, on all of ``dataset``; by
-            default the published values where ``dataset`` is val2017.
-        skip_bad_images: leave out images that are missing or cannot be decoded, instead of
-            raising; the verdict is then inconclusive.
-        device: where the network computes; the CPU by default. A loaded detector stays where it
-            is.
+            default the catalog's values where ``dataset`` is what they belong to.
+        skip_bad_images: leave out images that are missing or cannot be decoded instead of
+            raising an error; the verdict is then inconclusive.
+        device: where the network runs; the CPU by default. A loaded detector stays on its device.
         dtype: floating-point type of the weights; float32 by default, a loaded detector's own.
         backend: ``"mmdet"`` evaluates the same weights inside mmdet, through its own test pipeline.
-        workers: how many processes compute; by default this one alone, and with ``ray`` one for
-            each GPU, or each node, of the cluster. On ``cuda`` they take the devices in turn.
-        ray: ``"auto"`` or the address of a Ray cluster whose nodes compute; needs
+        workers: number of worker processes; by default there are none and this process computes,
+            and with ``ray`` there is one for each GPU, or each node, of the cluster. On ``cuda``
+            they take the devices in turn.
+        ray: ``"auto"`` or the address of a Ray cluster that runs the workers; needs
             ``vitadapter-zoo[ray]``.
         threads: of torch, for each worker, on the CPU; by default torch's own number in this
             process, and the cores shared out among workers. The last bits of the results depend
@@ -95,7 +101,8 @@ def verify(
         cache_dir: as for ``load``.
         offline: as for ``load``.
         progress: as for ``load``.
-        watch: called after each image with the run and the images that are asked for.
+        allow_nonfinite: as for ``load``.
+        watch: called after each image with the run and the list of all images to evaluate.
 
     Raises:
         DatasetError: the data set is absent or wrong, or its classes are not the model's.
@@ -124,19 +131,20 @@ def verify(
         cache_dir=cache_dir,
         offline=offline,
         progress=progress,
+        allow_nonfinite=allow_nonfinite,
     )
     return run_verification(model, dataset, options, watch)
 
 
 def run_verification(
     model: str | os.PathLike[str] | MaskRCNN,
-    dataset: str | os.PathLike[str] | Dataset,
+    dataset: str | os.PathLike[str] | Dataset | None,
     options: Options,
     watch: Watch | None = None,
 ) -> Verification:
-    """What ``verify`` does, with its options in one object."""
+    """The same as ``verify``, with the options in one object."""
     started = time.monotonic()
-    data = _opened(dataset)
+    data = _row_data(model) if dataset is None else _opened(dataset)
     images = list(data.images)
     if options.is_part:
         images = datasets.sampling_order(data, options.seed)[: options.limit]
@@ -158,7 +166,7 @@ def run_verification(
         place = (
             run_directory(name, identity, options.cache_dir)
             if options.run is None
-            else Path(options.run)
+            else settings.expanded(options.run)
         )
         run = stack.enter_context(open_run(place, identity))
         before = sum(image.image_id in run.results for image in images)
@@ -174,11 +182,13 @@ def run_verification(
         "workers": pool.size if pool else 1,
         "sample_seed": options.seed if options.is_part else None,
     }
+    published = facts.published if data.is_measured(get_row(identity["model"])) else None
     return judge(
         name,
         data,
         results,
-        options.expected or (facts.published if data.is_val2017 else None),
+        options.expected or published,
+        reference="expected" if options.expected else "published",
         random_part=options.is_part,
         seed=options.seed,
         images=data.folder,
@@ -186,18 +196,35 @@ def run_verification(
     )
 
 
+def _row_data(model: str | os.PathLike[str] | MaskRCNN) -> Dataset:
+    """The data set of a row that is named, or of a loaded detector's row.
+
+    Raises:
+        DatasetError: a folder or repository, or a row whose data are not in the package.
+    """
+    if not isinstance(model, (str, os.PathLike)):
+        return datasets.row_dataset(model.row)
+    if os.fspath(model) not in list_models():
+        raise DatasetError(
+            f"no data set belongs to {shown(os.fspath(model))!r}: give COCO's folder with "
+            "--coco DIR, or other data with --annotations FILE"
+        )
+    return datasets.row_dataset(get_row(os.fspath(model)))
+
+
 def _opened(dataset: str | os.PathLike[str] | Dataset) -> Dataset:
     if isinstance(dataset, Dataset):
         return dataset
-    return datasets.read_dataset(*datasets.coco_paths(Path(dataset).expanduser()))
+    return datasets.read_dataset(*datasets.coco_paths(Path(dataset)))
 
 
 def _check_images(images: Sequence[Image]) -> None:
-    """Tell of missing files before the first hour, not in it."""
+    """Refuse a data set with missing image files before the evaluation starts."""
     absent = datasets.check_images(images)
     if absent:
+        example = shown(absent[0].path, 300)
         raise ImageError(
-            f"{len(absent):,} of {len(images):,} images are not there, {absent[0].path} for "
+            f"{len(absent):,} of {len(images):,} images are not there, {example} for "
             "instance: unpack the image archive there, or leave them out with --skip-bad-images "
             "(the verdict is then inconclusive)"
         )
@@ -206,7 +233,12 @@ def _check_images(images: Sequence[Image]) -> None:
 def _evaluator(model: MaskRCNN, data: Dataset, backend: str) -> Evaluator:
     category_ids = data.category_ids(model.categories)
     if backend == "native":
-        return Evaluator(model, category_ids)
+        return Evaluator(model, category_ids, ignore_exif=data.ignore_exif)
+    if data.ignore_exif:
+        raise ValueError(
+            "mmdet's test pipeline applies EXIF rotations: evaluate with the native backend, or "
+            "save the images as they are shown and annotate those"
+        )
     from vitadapter_zoo.backends.mmdet import from_native
 
     return MmdetEvaluator(model, category_ids, from_native(model))
@@ -239,7 +271,7 @@ def _evaluate(
     skip_bad_images: bool,
     watch: Watch | None,
 ) -> None:
-    """Evaluate what the run does not have yet."""
+    """Evaluate the images that the run has no result for."""
 
     def keep(result: ImageResult) -> None:
         if result.skipped and not skip_bad_images:
@@ -255,7 +287,7 @@ def _evaluate(
 
 
 def _todo(images: Sequence[Image], run: Run) -> Iterator[Image]:
-    """The images without a result; those that were left out before are tried again."""
+    """The images without a result; images that were left out before are tried again."""
     for image in images:
         known = run.results.get(image.image_id)
         if known is None or known.skipped:
@@ -263,8 +295,8 @@ def _todo(images: Sequence[Image], run: Run) -> Iterator[Image]:
 
 
 def _digest_of_images(results: Sequence[ImageResult]) -> str:
-    """One hash over the image files that were evaluated."""
+    """One hash over all image files that were evaluated."""
     digest = hashlib.sha256()
-    for result in sorted(results, key=lambda one: one.image_id):
+    for result in sorted(results, key=lambda one: ids.order(one.image_id)):
         digest.update(f"{result.image_id} {result.image_sha256}\n".encode())
     return digest.hexdigest()

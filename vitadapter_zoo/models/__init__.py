@@ -1,4 +1,4 @@
-"""The networks, in plain PyTorch."""
+"""The detectors' networks: ViT, ViT-Adapter and Uni-Perceiver backbones with Mask R-CNN."""
 
 from vitadapter_zoo.models.build import build
 from vitadapter_zoo.models.mask_rcnn import MaskRCNN

@@ -1,5 +1,8 @@
-"""ViT-Adapter (arXiv:2205.08534, section 3): a spatial prior beside the trunk, joined by
-injectors and extractors of multi-scale deformable attention.
+"""The ViT-Adapter backbone (arXiv:2205.08534, section 3).
+
+The trunk is a ViT. Beside it a small convolutional network, the spatial prior, computes features at
+strides 8, 16 and 32. Injectors and extractors exchange features between the two by multi-scale
+deformable attention.
 """
 
 from collections.abc import Sequence
@@ -10,7 +13,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from vitadapter_zoo.models.tokens import Linear, at_a_time, by_pieces
+from vitadapter_zoo.models.tokens import Linear, in_chunks, items_per_chunk
 from vitadapter_zoo.models.vit import (
     LAYER_NORM_EPS,
     VisionTransformer,
@@ -25,7 +28,7 @@ CONV_FFN_RATIO = 0.25
 
 
 def cell_centres(height: int, width: int, device: torch.device) -> Tensor:
-    """Centres of a grid's cells, ``[height * width, 2]`` as (x, y) in 0..1, row-major, float32."""
+    """Return the centres of a grid's cells: ``[height * width, 2]``, (x, y) in 0..1, row-major."""
     y = (torch.arange(height, dtype=torch.float32, device=device) + 0.5) / height
     x = (torch.arange(width, dtype=torch.float32, device=device) + 0.5) / width
     return torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).flatten(0, 1)
@@ -33,15 +36,15 @@ def cell_centres(height: int, width: int, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class Geometry:
-    """The two token sets of an image: the trunk's grid and the spatial prior's three grids.
+    """The grids of an image's tokens: one for the trunk and three for the spatial prior.
 
     Attributes:
         trunk: (height, width) at stride 16.
         prior: (height, width) at strides 8, 16 and 32.
-        trunk_points: reference points of the trunk's tokens, ``[H * W, 2]`` in 0..1.
-        prior_points: reference points of the prior's tokens, ``[sum of H_l * W_l, 2]``.
-        trunk_shapes: ``trunk`` as the operator takes it, int64 ``[1, 2]`` on the image's device.
-        prior_shapes: ``prior`` likewise, ``[3, 2]``.
+        trunk_points: reference points of the trunk's tokens, ``[H * W, 2]`` in 0..1, float32.
+        prior_points: reference points of the prior's tokens, ``[sum of H_l * W_l, 2]``, float32.
+        trunk_shapes: ``trunk`` as an int64 tensor ``[1, 2]`` on the image's device.
+        prior_shapes: ``prior`` as an int64 tensor ``[3, 2]`` on the image's device.
     """
 
     trunk: tuple[int, int]
@@ -53,7 +56,7 @@ class Geometry:
 
     @classmethod
     def of(cls, image: Tensor) -> "Geometry":
-        """Read the grids off an image ``[N, 3, H, W]`` whose sides are multiples of 32."""
+        """Compute the grids for images ``[N, 3, H, W]`` whose sides are multiples of 32."""
         height, width = image.shape[2:]
         prior = [(height // stride, width // stride) for stride in (8, 16, 32)]
         points = [cell_centres(*grid, image.device) for grid in prior]
@@ -62,9 +65,9 @@ class Geometry:
 
 
 class MSDeformAttn(nn.Module):
-    """Multi-scale deformable attention with its projections.
+    """Multi-scale deformable attention with its linear projections.
 
-    ``ratio`` is the width of the values relative to ``dim`` (0.5 in the large models).
+    ``ratio`` is the width of the values relative to ``dim``. It is 0.5 in the large models.
     """
 
     def __init__(self, dim: int, heads: int, levels: int, ratio: float) -> None:
@@ -78,10 +81,16 @@ class MSDeformAttn(nn.Module):
         self.output_proj = Linear(value_dim, dim)
 
     def forward(self, query: Tensor, points: Tensor, value: Tensor, shapes: Tensor) -> Tensor:
-        """Attend from ``query`` ``[N, Q, dim]`` at ``points`` ``[Q, 2]`` (0..1) to ``value``.
+        """Attend from the queries to the values.
 
-        ``value`` is ``[N, S, width of the values]``, projected; ``shapes`` ``[levels, 2]`` its
-        levels' (height, width), int64; the result is ``[N, Q, dim]``.
+        Args:
+            query: ``[N, Q, dim]``.
+            points: the queries' reference points, ``[Q, 2]`` in 0..1.
+            value: ``[N, S, width of the values]``, the output of ``value_proj``.
+            shapes: (height, width) of the levels of ``value``, int64 ``[levels, 2]``.
+
+        Returns:
+            ``[N, Q, dim]``.
         """
         values = value.unflatten(-1, (self.heads, -1))
         grouped = (self.heads, self.levels, POINTS)
@@ -92,14 +101,14 @@ class MSDeformAttn(nn.Module):
 
 
 class DWConv(nn.Module):
-    """One depthwise 3x3 convolution, applied to each of the prior's three maps apart."""
+    """One depthwise 3x3 convolution, applied to each of the prior's three maps separately."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.dwconv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
 
     def forward(self, tokens: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
-        """``[N, sum of H_l * W_l, dim]`` to the same."""
+        """Convolve tokens ``[N, sum of H_l * W_l, dim]``; the shape stays the same."""
         areas = [height * width for height, width in shapes]
         maps = [
             self.dwconv(tokens_to_map(part, *shape)).flatten(2).transpose(1, 2)
@@ -111,8 +120,8 @@ class DWConv(nn.Module):
 class ConvFFN(nn.Module):
     """Feed-forward network with a depthwise convolution between its layers.
 
-    Its steps are called apart, by the extractor: ``fc1``, ``dwconv``, ``expand``. Only the middle
-    one looks at a token's neighbours.
+    The extractor calls the steps ``fc1``, ``dwconv`` and ``expand`` separately. Only ``dwconv``
+    reads a token's neighbours, so only the other two can run on chunks of tokens.
     """
 
     def __init__(self, dim: int) -> None:
@@ -124,12 +133,12 @@ class ConvFFN(nn.Module):
         self.fc2 = Linear(hidden, dim)
 
     def expand(self, hidden: Tensor) -> Tensor:
-        """``[N, L, hidden]`` to ``[N, L, dim]``."""
+        """Apply GELU and the last layer: ``[N, L, hidden]`` to ``[N, L, dim]``."""
         return self.fc2(self.act(hidden))
 
 
 class Injector(nn.Module):
-    """Bring the spatial prior into the trunk (equation 1): ``x + gamma * attn(x, c)``."""
+    """Add features of the spatial prior to the trunk (equation 1): ``x + gamma * attn(x, c)``."""
 
     def __init__(self, dim: int, heads: int, ratio: float, eps: float) -> None:
         super().__init__()
@@ -139,18 +148,18 @@ class Injector(nn.Module):
         self.attn = MSDeformAttn(dim, heads, levels=3, ratio=ratio)
 
     def forward(self, x: Tensor, c: Tensor, geometry: Geometry) -> Tensor:
-        """Trunk tokens ``x`` and prior tokens ``c`` to new trunk tokens."""
-        values = by_pieces(lambda c: self.attn.value_proj(self.feat_norm(c)), c)
+        """Compute new trunk tokens from trunk tokens ``x`` and prior tokens ``c``."""
+        values = in_chunks(lambda c: self.attn.value_proj(self.feat_norm(c)), c)
 
         def inject(x: Tensor, points: Tensor) -> Tensor:
             query = self.query_norm(x)
             return x + self.gamma * self.attn(query, points[0], values, geometry.prior_shapes)
 
-        return by_pieces(inject, x, geometry.trunk_points[None])
+        return in_chunks(inject, x, geometry.trunk_points[None])
 
 
 class Extractor(nn.Module):
-    """Take the trunk's features into the prior (equations 2 and 3), then a ConvFFN."""
+    """Add the trunk's features to the prior (equations 2 and 3), then apply a ConvFFN."""
 
     def __init__(self, dim: int, heads: int, ratio: float, eps: float, drop_path: float) -> None:
         super().__init__()
@@ -162,12 +171,12 @@ class Extractor(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, c: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
-        """Prior tokens ``c`` and trunk tokens ``x`` to new prior tokens.
+        """Compute new prior tokens from prior tokens ``c`` and trunk tokens ``x``.
 
-        Without gradients the new ones may lie where ``c`` was: a fresh tensor of this size costs
-        more in paging than what is computed.
+        Without gradients the result may overwrite ``c``. Allocating a new tensor of this size
+        takes longer than the computation, because the system has to map its pages.
         """
-        values = by_pieces(lambda x: self.attn.value_proj(self.feat_norm(x)), x)
+        values = in_chunks(lambda x: self.attn.value_proj(self.feat_norm(x)), x)
 
         def extract(c: Tensor, points: Tensor) -> Tensor:
             query = self.query_norm(c)
@@ -176,14 +185,17 @@ class Extractor(nn.Module):
         def feed_forward(c: Tensor, hidden: Tensor) -> Tensor:
             return c + self.drop_path(self.ffn.expand(hidden))
 
-        c = by_pieces(extract, c, geometry.prior_points[None], out=c)
-        hidden = by_pieces(lambda c: self.ffn.fc1(self.ffn_norm(c)), c)
+        c = in_chunks(extract, c, geometry.prior_points[None], out=c)
+        hidden = in_chunks(lambda c: self.ffn.fc1(self.ffn_norm(c)), c)
         hidden = self.ffn.dwconv(hidden, geometry.prior)
-        return by_pieces(feed_forward, c, hidden, out=c)
+        return in_chunks(feed_forward, c, hidden, out=c)
 
 
 class InteractionBlock(nn.Module):
-    """An injector, a quarter of the trunk's blocks, an extractor; at the end two more of them."""
+    """An injector, a quarter of the trunk's blocks and an extractor.
+
+    The last interaction block has two more extractors.
+    """
 
     def __init__(
         self, dim: int, heads: int, ratio: float, eps: float, drop_path: float, *, last: bool
@@ -198,7 +210,7 @@ class InteractionBlock(nn.Module):
     def forward(
         self, x: Tensor, c: Tensor, blocks: Sequence[nn.Module], geometry: Geometry
     ) -> tuple[Tensor, Tensor]:
-        """Trunk tokens ``x`` and prior tokens ``c`` after this quarter of ``blocks``."""
+        """Run a quarter of the trunk, ``blocks``; return new trunk tokens and prior tokens."""
         x = self.injector(x, c, geometry)
         for block in blocks:
             x = block(x, *geometry.trunk)
@@ -209,7 +221,7 @@ class InteractionBlock(nn.Module):
 
 
 class Convolutions(nn.Sequential):
-    """3x3 convolution + BatchNorm + ReLU for each step of ``widths``, then what ``more`` adds."""
+    """3x3 convolution + BatchNorm + ReLU for each step of ``widths``, then the layers ``more``."""
 
     def __init__(
         self, *widths: int, strides: tuple[int, ...], more: tuple[nn.Module, ...] = ()
@@ -224,7 +236,7 @@ class Convolutions(nn.Sequential):
         super().__init__(*layers, *more)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[N, widths[0], H, W]`` to ``[N, widths[-1], ...]``."""
+        """Map ``[N, widths[0], H, W]`` to ``[N, widths[-1], ...]``."""
         convolution = None
         for layer in self:
             if isinstance(layer, nn.Conv2d):
@@ -239,9 +251,10 @@ class Convolutions(nn.Sequential):
 def convolve_and_normalise(
     x: Tensor, convolution: nn.Conv2d, norm: nn.BatchNorm2d | nn.SyncBatchNorm
 ) -> Tensor:
-    """``norm(convolution(x))``; in evaluation one convolution with the norm's scale in it.
+    """Compute ``norm(convolution(x))``.
 
-    The maps at stride 2 are the network's largest: one pass over them less.
+    In evaluation mode the norm's scale and shift are folded into the convolution. The maps at
+    stride 2 are the largest in the network, so one pass over them less is worth it.
     """
     if norm.training:
         return norm(convolution(x))
@@ -269,9 +282,9 @@ class SpatialPrior(nn.Module):
         self.fc4 = nn.Conv2d(4 * width, dim, 1)
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        """``[N, 3, H, W]`` to four maps at strides 4, 8, 16 and 32.
+        """Compute four maps at strides 4, 8, 16 and 32 from images ``[N, 3, H, W]``.
 
-        The first is ``[N, width, H / 4, W / 4]`` and still to go through ``fc1``; the others are
+        The first is ``[N, width, H / 4, W / 4]``: the caller applies ``fc1`` to it. The others are
         ``[N, dim, H / s, W / s]``.
         """
         c1 = self.stem(channels_last(image))
@@ -282,7 +295,7 @@ class SpatialPrior(nn.Module):
 
 
 class WithAdapter(nn.Module):
-    """The adapter's parts, for a trunk of any kind to inherit beside its own."""
+    """Mixin with the adapter's layers and its forward pass, for any kind of trunk."""
 
     def add_adapter(
         self,
@@ -293,7 +306,7 @@ class WithAdapter(nn.Module):
         drop_path: float,
         stem_width: int = STEM_WIDTH,
     ) -> None:
-        """Create the parts; ``heads`` and ``ratio`` are the deformable attention's."""
+        """Create the layers; ``heads`` and ``ratio`` configure the deformable attention."""
         self.level_embed = nn.Parameter(torch.zeros(3, dim))
         self.spm = SpatialPrior(dim, stem_width)
         self.interactions = nn.ModuleList(
@@ -308,12 +321,12 @@ class WithAdapter(nn.Module):
         nn.init.normal_(self.level_embed)
 
     def adapted(self, image: Tensor, x: Tensor, blocks: nn.ModuleList) -> list[Tensor]:
-        """Run the trunk's tokens ``x`` through its ``blocks`` with the adapter around them.
+        """Run the trunk's ``blocks`` on its tokens ``x`` together with the adapter.
 
         Args:
             image: ``[N, 3, H, W]``, sides multiples of 32.
             x: the embedded patches, ``[N, H * W / 256, dim]``.
-            blocks: called as ``block(x, height, width)``.
+            blocks: the trunk's blocks, called as ``block(x, height, width)``.
 
         Returns:
             Four maps ``[N, dim, H / s, W / s]``, s = 4, 8, 16, 32.
@@ -338,19 +351,20 @@ class WithAdapter(nn.Module):
             for part, shape in zip(c.split(areas, dim=1), geometry.prior, strict=True)
         )
         return [
-            self._finest(stem, c2, trunk),
+            self._stride_4_map(stem, c2, trunk),
             self.norm2(c2 + _rescaled(trunk, 2)),
             self.norm3(c3 + trunk),
             self.norm4(c4 + _rescaled(trunk, 0.5)),
         ]
 
-    def _finest(self, stem: Tensor, c2: Tensor, trunk: Tensor) -> Tensor:
-        """The map at stride 4, the network's largest: a few rows at a time where that pays.
+    def _stride_4_map(self, stem: Tensor, c2: Tensor, trunk: Tensor) -> Tensor:
+        """Compute the map at stride 4, a few rows at a time where that is faster.
 
-        Not where the statistics of the whole map are wanted.
+        It is the largest output. In training mode it is computed at once, because ``norm1`` needs
+        the statistics of the whole map.
         """
         batch, dim, height, width = trunk.shape
-        rows = at_a_time(trunk, batch * dim * 4 * 4 * width)
+        rows = items_per_chunk(trunk, batch * dim * 4 * 4 * width)
         if rows is None or rows >= height or self.norm1.training:
             return self.norm1(self.spm.fc1(stem) + self.up(c2) + _rescaled(trunk, 4))
         whole = torch.empty(
@@ -361,7 +375,7 @@ class WithAdapter(nn.Module):
         )
         for top in range(0, height, rows):
             end = min(top + rows, height)
-            above = min(top, 1)  # interpolation looks at one row more on either side
+            above = min(top, 1)  # interpolation reads one more row on either side
             resized = _rescaled(trunk[:, :, top - above : end + 1], 4)
             part = self.spm.fc1(stem[:, :, 4 * top : 4 * end])
             part.add_(self.up(c2[:, :, 2 * top : 2 * end]))
@@ -375,12 +389,12 @@ def _rescaled(x: Tensor, scale: float) -> Tensor:
 
 
 class ViTAdapter(VisionTransformer, WithAdapter):
-    """The plain ViT trunk with the adapter around it.
+    """The ViT-Adapter backbone: a plain ViT trunk with the adapter.
 
     Args:
-        dim, heads, windows, pretrain_grid, drop_path: the trunk's, see ``VisionTransformer``.
+        dim, heads, windows, pretrain_grid, drop_path: of the trunk, see ``VisionTransformer``.
         deform_heads: heads of the deformable attention.
-        deform_ratio: width of its values relative to ``dim``.
+        deform_ratio: width of the deformable attention's values relative to ``dim``.
         stem_width: width of the spatial prior's stem.
     """
 
@@ -400,5 +414,8 @@ class ViTAdapter(VisionTransformer, WithAdapter):
         self.add_adapter(dim, deform_heads, deform_ratio, LAYER_NORM_EPS, drop_path, stem_width)
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        """``[N, 3, H, W]``, multiples of 32, to ``[N, dim, H / s, W / s]`` for s = 4, 8, 16, 32."""
+        """Compute maps ``[N, dim, H / s, W / s]``, s = 4, 8, 16, 32, from images ``[N, 3, H, W]``.
+
+        ``H`` and ``W`` are multiples of 32.
+        """
         return self.adapted(image, self.embed(image), self.blocks)

@@ -1,7 +1,7 @@
-"""Box geometry: anchors, box coding, suppression and RoI pooling.
+"""Box geometry: anchors, box coding, non-maximum suppression and RoI pooling.
 
-Boxes are float32 ``[N, 4]`` as (x1, y1, x2, y2). Arithmetic follows the order in which the
-published numbers were computed, since rounding decides near the thresholds.
+Boxes are float32 ``[N, 4]`` as (x1, y1, x2, y2). The order of the arithmetic is that of the
+original code: close to a threshold, rounding decides whether a box is kept.
 """
 
 import math
@@ -17,20 +17,21 @@ from vitadapter_zoo.ops.masks import paste_masks as paste_masks
 
 ANCHOR_SCALE = 8  # side of the square anchor in strides
 ANCHOR_RATIOS = (0.5, 1.0, 2.0)  # height / width
-MAX_LOG_RATIO = abs(math.log(16 / 1000))  # dw, dh are clamped to this before exp
+MAX_LOG_RATIO = abs(math.log(16 / 1000))  # limit of |dw| and |dh| before exp
 FINEST_SCALE = 56  # FPN paper, equation 1 with k0 = 4 at 224 pixels: level 0 below 112
 ROI_STRIDES = (4, 8, 16, 32)
-MANY_BOXES = 1000  # from here on suppression is faster group by group on the CPU
+MANY_BOXES = 1000  # from this number on, suppression by group is faster on the CPU
 
 
 def anchors(
     height: int, width: int, stride: int, device: torch.device, scale: int = ANCHOR_SCALE
 ) -> Tensor:
-    """Anchors of one level, ``[height * width * 3, 4]`` in network pixels: row, column, ratio.
+    """Return the anchors of one level, ``[height * width * 3, 4]`` in network pixels.
 
-    ``scale`` is the side of the square anchor in strides.
+    They are in the order of row, column and ratio. ``scale`` is the side of the square anchor in
+    strides.
     """
-    ratios = torch.tensor(ANCHOR_RATIOS, device=device).sqrt()
+    ratios = torch.tensor(ANCHOR_RATIOS, dtype=torch.float32, device=device).sqrt()
     half_width = 0.5 * scale * stride / ratios
     half_height = 0.5 * scale * stride * ratios
     base = torch.stack([-half_width, -half_height, half_width, half_height], dim=-1)
@@ -46,12 +47,12 @@ def anchors(
 def decode(
     boxes: Tensor, deltas: Tensor, stds: tuple[float, float, float, float], size: tuple[int, int]
 ) -> Tensor:
-    """Apply box deltas (R-CNN, arXiv:1311.2524, appendix C) and clip to the image.
+    """Apply box deltas (R-CNN, arXiv:1311.2524, appendix C) and clip the boxes to the image.
 
     Args:
         boxes: ``[N, 4]`` in network pixels.
         deltas: ``[N, 4]`` as (dx, dy, dw, dh) in units of ``stds``.
-        stds: what one unit of each delta means.
+        stds: the scale of each delta.
         size: (height, width) of the resized image without its padding.
     """
     deltas = deltas * deltas.new_tensor(stds)
@@ -65,12 +66,12 @@ def decode(
 
 
 def encode(boxes: Tensor, targets: Tensor, stds: tuple[float, float, float, float]) -> Tensor:
-    """The deltas with which `decode` turns ``boxes`` into ``targets`` (its inverse).
+    """Compute the deltas with which `decode` turns ``boxes`` into ``targets``.
 
     Args:
         boxes: ``[N, 4]`` in network pixels.
         targets: ``[N, 4]`` in network pixels.
-        stds: what one unit of each delta means.
+        stds: the scale of each delta.
 
     Returns:
         ``[N, 4]`` as (dx, dy, dw, dh) in units of ``stds``.
@@ -82,18 +83,19 @@ def encode(boxes: Tensor, targets: Tensor, stds: tuple[float, float, float, floa
 
 
 def nms_by_group(boxes: Tensor, scores: Tensor, groups: Tensor, threshold: float) -> Tensor:
-    """Suppress overlaps within each group; indices of what is kept, best score first.
+    """Suppress overlapping boxes within each group; return the kept indices, best score first.
 
-    Groups are moved apart by offsets, as the original does: the offsets' rounding is part of the
-    published numbers, so torchvision's ``batched_nms``, which changes its way with the number of
-    boxes, is not used. No coordinate may be negative.
+    Each group is shifted by its own offset, as in the original. The rounding of the shifted
+    coordinates is part of the published results. torchvision's ``batched_nms`` is not used because
+    it changes its algorithm with the number of boxes. No coordinate may be negative.
     """
     if boxes.numel() == 0:
         return torch.zeros(0, dtype=torch.long, device=boxes.device)
     boxes = boxes + (groups.to(boxes) * (boxes.max() + 1))[:, None]
     if boxes.device.type != "cpu" or len(boxes) < MANY_BOXES:
         return nms(boxes, scores, threshold)
-    # The CPU compares all pairs in turn. One group at a time it finds the same: groups are apart.
+    # The CPU kernel compares all pairs of boxes. Boxes of different groups never overlap, so a call
+    # per group gives the same result with fewer comparisons.
     kept = []
     for group in groups.unique().tolist():
         members = (groups == group).nonzero().squeeze(1)
@@ -102,50 +104,53 @@ def nms_by_group(boxes: Tensor, scores: Tensor, groups: Tensor, threshold: float
     return best[scores[best].argsort(descending=True, stable=True)]
 
 
-def pool_rois(maps: list[Tensor], rois: Tensor, size: int) -> Tensor:
-    """RoIAlign each box from the level that fits its size.
+def pool_rois(
+    maps: list[Tensor], rois: Tensor, size: int, finest_scale: int = FINEST_SCALE
+) -> Tensor:
+    """Apply RoIAlign to each box on the level that fits the box's size.
 
     Args:
         maps: ``[N, 256, H / s, W / s]`` at strides 4, 8, 16 and 32.
         rois: ``[R, 5]`` as (image index, x1, y1, x2, y2) in network pixels.
         size: bins per side.
+        finest_scale: boxes below twice this size in pixels are pooled at stride 4.
 
     Returns:
         ``[R, 256, size, size]``.
     """
-    # A box that is NaN pools nothing, as one without area does.
+    # A box with a NaN becomes a box without area, which pools zeros.
     rois = rois.masked_fill(rois.isnan().any(dim=1, keepdim=True), 0)
     scales = ((rois[:, 3] - rois[:, 1]) * (rois[:, 4] - rois[:, 2])).sqrt()
-    levels = (scales / FINEST_SCALE + 1e-6).log2().floor().clamp(0, len(ROI_STRIDES) - 1)
+    levels = (scales / finest_scale + 1e-6).log2().floor().clamp(0, len(ROI_STRIDES) - 1)
     order = levels.argsort(stable=True)
     counts = levels.long().bincount(minlength=len(ROI_STRIDES)).tolist()
-    # In float32 whatever the maps' type: rounded boxes would pool from elsewhere.
+    # Always in float32: boxes rounded to half precision would pool from another place.
     parts = (
-        roi_align(wide(x), part, size, 1 / stride).to(x.dtype).permute(0, 2, 3, 1)
+        roi_align(at_least_float32(x), part, size, 1 / stride).to(x.dtype).permute(0, 2, 3, 1)
         for x, part, stride in zip(maps, rois[order].split(counts), ROI_STRIDES, strict=True)
     )
-    # Channels-last, the order in which the mask head's convolutions are fastest.
+    # The mask head's convolutions are fastest on channels-last tensors.
     if torch.is_grad_enabled():
         return torch.cat(list(parts)).index_select(0, order.argsort()).permute(0, 3, 1, 2)
-    # One copy less; with gradients it would cost several more.
+    # This saves a copy; with gradients it would need several more.
     pooled = maps[0].new_empty(len(rois), size, size, maps[0].shape[1])
     for chosen, part in zip(order.split(counts), parts, strict=True):
         pooled[chosen] = part
     return pooled.permute(0, 3, 1, 2)
 
 
-def wide(x: Tensor) -> Tensor:
-    """``x`` in float32 if it has half precision."""
+def at_least_float32(x: Tensor) -> Tensor:
+    """Convert ``x`` to float32 if it has half precision."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def roi_align(x: Tensor, rois: Tensor, size: int, scale: float) -> Tensor:
-    """RoIAlign (arXiv:1703.06870, section 3) with an adaptive number of samples, aligned.
+    """RoIAlign (arXiv:1703.06870, section 3), aligned, with an adaptive number of samples.
 
-    On the CPU torchvision loops over single channels, and first copies the whole map out of its
-    channels-last order. The compiled kernel takes all channels at a time. Where it is missing a bin
-    is a weighted sum of pixels, which PyTorch has as ``embedding_bag``: 4 to 10 times as fast as
-    torchvision, but only without gradients.
+    On the CPU torchvision first copies the whole map out of its channels-last order, then loops
+    over single channels. The compiled kernel processes all channels at once. If the kernel is
+    missing and no gradients are needed, PyTorch's ``embedding_bag`` computes each bin as a weighted
+    sum of pixels. This is 4 to 10 times as fast as torchvision.
 
     Args:
         x: ``[N, C, H, W]``, float32 or float64.
@@ -168,16 +173,16 @@ def roi_align(x: Tensor, rois: Tensor, size: int, scale: float) -> Tensor:
     samples = bins.ceil().clamp(min=0).long()  # per bin along x and y
     pooled = x.new_empty(len(rois), size, size, channels)
     for samples_x, samples_y in samples.unique(dim=0).tolist():
-        alike = (samples == samples.new_tensor([samples_x, samples_y])).all(1).nonzero().squeeze(1)
-        if samples_x * samples_y == 0:  # a box without area pools nothing
-            pooled[alike] = 0
+        group = (samples == samples.new_tensor([samples_x, samples_y])).all(1).nonzero().squeeze(1)
+        if samples_x * samples_y == 0:  # a box without area pools zeros
+            pooled[group] = 0
             continue
-        columns, x_shares = _samples(starts[alike, 0], bins[alike, 0], size, samples_x, width)
-        rows, y_shares = _samples(starts[alike, 1], bins[alike, 1], size, samples_y, height)
-        rows = rows + rois[alike, 0].long()[:, None, None] * height
+        columns, x_shares = _samples(starts[group, 0], bins[group, 0], size, samples_x, width)
+        rows, y_shares = _samples(starts[group, 1], bins[group, 1], size, samples_y, height)
+        rows = rows + rois[group, 0].long()[:, None, None] * height
         places = rows[:, :, None, :, None] * width + columns[:, None, :, None, :]
         shares = y_shares[:, :, None, :, None] * x_shares[:, None, :, None, :]
-        pooled[alike] = F.embedding_bag(
+        pooled[group] = F.embedding_bag(
             places.flatten(3).flatten(0, 2),
             pixels,
             mode="sum",
@@ -189,22 +194,26 @@ def roi_align(x: Tensor, rois: Tensor, size: int, scale: float) -> Tensor:
 def _samples(
     starts: Tensor, bins: Tensor, size: int, samples: int, limit: int
 ) -> tuple[Tensor, Tensor]:
-    """Along one axis the two cells beside each sample and their shares, ``[R, size, 2 samples]``.
+    """Return each sample's two neighbouring cells along one axis and their interpolation weights.
 
     Args:
         starts: where the boxes begin, ``[R]`` in cells.
-        bins: the lengths of their bins, ``[R]`` in cells.
+        bins: the lengths of the boxes' bins, ``[R]`` in cells.
         size: bins per box.
         samples: samples per bin.
-        limit: cells of the map along this axis; samples more than one cell outside count nothing.
+        limit: cells of the map along this axis; samples more than one cell outside have weight 0.
+
+    Returns:
+        Cell indices and weights, both ``[R, size, 2 * samples]``.
     """
     bins = bins[:, None, None]
-    offsets = (torch.arange(samples) + 0.5) * bins / samples
-    places = starts[:, None, None] + torch.arange(size)[:, None] * bins + offsets
+    offsets = (torch.arange(samples, dtype=bins.dtype, device=bins.device) + 0.5) * bins / samples
+    numbers = torch.arange(size, dtype=bins.dtype, device=bins.device)[:, None]
+    places = starts[:, None, None] + numbers * bins + offsets
     inside = (places >= -1) & (places <= limit)
     places = places.clamp(0, limit - 1)
     lower = places.floor()
     upper = (lower + 1).clamp(max=limit - 1)
     share = places - lower
-    shares = torch.stack([1 - share, share], dim=-1) * (inside / samples)[..., None]
+    shares = torch.stack([1 - share, share], dim=-1) * (inside.to(share.dtype) / samples)[..., None]
     return torch.stack([lower, upper], dim=-1).long().flatten(2), shares.flatten(2)

@@ -1,4 +1,4 @@
-"""Every network of the catalog, with every number of every size in one place."""
+"""Building the network of a catalog row; the hyperparameters of every network size are here."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,7 @@ from torch import nn
 
 from vitadapter_zoo.catalog import Row
 from vitadapter_zoo.models.adapter import STEM_WIDTH, ViTAdapter
-from vitadapter_zoo.models.boxes import ANCHOR_SCALE
+from vitadapter_zoo.models.boxes import ANCHOR_SCALE, FINEST_SCALE
 from vitadapter_zoo.models.heads import BOX_WIDTH, MASK_CONVS, REGIONS, RoIHead, RPNHead
 from vitadapter_zoo.models.mask_rcnn import MaskRCNN
 from vitadapter_zoo.models.necks import FPN, WIDTH, ChannelMapper
@@ -18,23 +18,25 @@ _W, _G = True, False  # windowed and global attention
 
 @dataclass(frozen=True)
 class Size:
-    """The numbers of one network size; the defaults are those of all published networks.
+    """The hyperparameters of one network size; the defaults are those of all published networks.
 
     Attributes:
         dim: width of the trunk's tokens.
-        heads: of the trunk's attention.
+        heads: heads of the trunk's attention.
         windows: one flag per block, True for windowed, False for global attention.
         pretrain_grid: side of the grid of position embeddings.
         deform_heads: heads of the deformable attention.
-        deform_ratio: width of its values relative to ``dim``.
+        deform_ratio: width of the deformable attention's values relative to ``dim``.
         drop_path: largest stochastic-depth rate of the adapter backbone, in training only.
-        plain_drop_path: that of the plain ViT backbone.
-        stem_width: of the spatial prior; its deeper maps are two and four times as wide.
+        plain_drop_path: largest stochastic-depth rate of the plain ViT backbone.
+        stem_width: width of the spatial prior's stem; its deeper maps are two and four times as
+            wide.
         neck_width: channels of the neck's maps, the proposal head and the mask head.
-        box_width: of the box head's hidden layers.
-        mask_convs: 3x3 convolutions of the mask head.
+        box_width: width of the box head's hidden layers.
+        mask_convs: number of 3x3 convolutions in the mask head.
         anchor_scale: side of the square anchor in strides.
-        regions: proposals of an image that the box and mask losses take.
+        regions: proposals per image that the box and mask losses use.
+        finest_scale: boxes below twice this size in pixels are pooled at stride 4.
     """
 
     dim: int
@@ -51,10 +53,11 @@ class Size:
     mask_convs: int = MASK_CONVS
     anchor_scale: int = ANCHOR_SCALE
     regions: int = REGIONS
+    finest_scale: int = FINEST_SCALE
 
 
 SIZES = {
-    # Made here. Anchors start at 16 pixels, since its images and objects are small.
+    # This project's own network. Its images and objects are small, so anchors start at 16 pixels.
     "N": Size(
         96, 3, (_W, _G) * 4, 16, 6, 1.0, 0.0, 0.0,
         stem_width=32, neck_width=80, box_width=168, mask_convs=4, anchor_scale=4, regions=128,
@@ -68,7 +71,7 @@ UNIPERCEIVER_DROP_PATH = 0.2
 
 
 def build_backbone(row: Row) -> nn.Module:
-    """The row's backbone, with fresh weights on the current default device."""
+    """Build the row's backbone, with newly initialised weights on the current default device."""
     size = SIZES[row.size]
     trunk = (size.dim, size.heads, size.windows, size.pretrain_grid)
     if not row.has_adapter:
@@ -86,9 +89,9 @@ def build_backbone(row: Row) -> nn.Module:
 
 
 def build(row: Row, categories: tuple[str, ...] | None = None) -> MaskRCNN:
-    """The row's whole detector, with fresh weights on the current default device.
+    """Build the row's whole detector, with newly initialised weights on the default device.
 
-    ``categories`` are the names of the classes; those that the row's weights know by default.
+    ``categories`` are the names of the classes. The default is the classes of the row's weights.
     """
     size = SIZES[row.size]
     categories = row.classes if categories is None else categories
@@ -100,6 +103,11 @@ def build(row: Row, categories: tuple[str, ...] | None = None) -> MaskRCNN:
         categories,
         rpn_head=RPNHead(size.neck_width, size.anchor_scale),
         roi_head=RoIHead(
-            len(categories), size.neck_width, size.box_width, size.mask_convs, size.regions
+            len(categories),
+            size.neck_width,
+            size.box_width,
+            size.mask_convs,
+            size.regions,
+            size.finest_scale,
         ),
     )

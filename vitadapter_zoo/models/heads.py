@@ -1,4 +1,4 @@
-"""The heads of Mask R-CNN (arXiv:1703.06870): proposals, boxes and masks."""
+"""The heads of Mask R-CNN (arXiv:1703.06870): they predict proposals, boxes and masks."""
 
 from typing import NamedTuple
 
@@ -6,9 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitadapter_zoo.errors import ZooError
 from vitadapter_zoo.models.boxes import (
     ANCHOR_RATIOS,
     ANCHOR_SCALE,
+    FINEST_SCALE,
     anchors,
     decode,
     nms_by_group,
@@ -19,13 +21,13 @@ from vitadapter_zoo.models.necks import WIDTH, Conv
 RPN_STRIDES = (4, 8, 16, 32, 64)
 RPN_STDS = (1.0, 1.0, 1.0, 1.0)
 BOX_STDS = (0.1, 0.1, 0.2, 0.2)
-PROPOSALS = 1000  # kept per level before suppression, and over all levels after it
+PROPOSALS = 1000  # per level before suppression, and over all levels after it
 RPN_NMS = 0.7
 BOX_NMS = 0.5
 MAX_DETECTIONS = 100
-BOX_WIDTH = 1024  # of the box head's hidden layers
+BOX_WIDTH = 1024  # width of the box head's hidden layers
 MASK_CONVS = 4
-REGIONS = 512  # proposals of an image that training takes
+REGIONS = 512  # proposals per image in training
 
 
 class Proposals(NamedTuple):
@@ -59,7 +61,7 @@ class RPNHead(nn.Module):
         self.rpn_reg = nn.Conv2d(width, 4 * len(ANCHOR_RATIOS), 1)
 
     def forward(self, maps: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """Per level: logits ``[N, 3, H, W]`` and deltas ``[N, 12, H, W]``."""
+        """Return logits ``[N, 3, H, W]`` and deltas ``[N, 12, H, W]`` for each level."""
         outputs = []
         for x in maps:
             hidden = F.relu(self.rpn_conv(x), inplace=True)
@@ -67,18 +69,21 @@ class RPNHead(nn.Module):
         return outputs
 
     def propose(self, maps: list[Tensor], sizes: list[tuple[int, int]]) -> list[Proposals]:
-        """The best 1000 boxes of each image; ``sizes`` are the resized images' (height, width)."""
+        """Return the best 1000 boxes of each image; see `select` for ``sizes``."""
         return self.select(self(maps), sizes, PROPOSALS)
 
     def select(
         self, outputs: list[tuple[Tensor, Tensor]], sizes: list[tuple[int, int]], candidates: int
     ) -> list[Proposals]:
-        """The best 1000 boxes of each image, of the ``candidates`` best of each level.
+        """Return the best 1000 boxes of each image.
 
-        ``outputs`` are ``forward``'s, ``sizes`` the resized images' (height, width).
+        Args:
+            outputs: from ``forward``.
+            sizes: (height, width) of each resized image, network pixels.
+            candidates: boxes per level that enter non-maximum suppression.
         """
         grids = [
-            anchors(*logits.shape[2:], stride, logits.device, self.anchor_scale)
+            anchors(logits.shape[2], logits.shape[3], stride, logits.device, self.anchor_scale)
             for (logits, _), stride in zip(outputs, RPN_STRIDES, strict=True)
         ]
         return [
@@ -124,7 +129,7 @@ class BoxHead(nn.Module):
         )
 
     def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
-        """``[R, C, 7, 7]`` to logits ``[R, classes + 1]`` and deltas ``[R, 4 * classes]``."""
+        """Map ``[R, C, 7, 7]`` to logits ``[R, classes + 1]`` and deltas ``[R, 4 * classes]``."""
         x = pooled.flatten(1)
         for layer in self.shared_fcs:
             x = F.relu(layer(x))
@@ -132,7 +137,7 @@ class BoxHead(nn.Module):
 
 
 class MaskHead(nn.Module):
-    """Some convolutions (four as published), one upsampling, one 28x28 mask per class."""
+    """Convolutions (four in the published networks) and an upsampling: a 28x28 mask per class."""
 
     def __init__(self, classes: int, width: int = WIDTH, convs: int = MASK_CONVS) -> None:
         super().__init__()
@@ -141,9 +146,9 @@ class MaskHead(nn.Module):
         self.conv_logits = nn.Conv2d(width, classes, 1)
 
     def forward(self, pooled: Tensor, labels: Tensor | None = None) -> Tensor:
-        """``[R, width, 14, 14]`` to logits ``[R, classes, 28, 28]``.
+        """Map ``[R, width, 14, 14]`` to logits ``[R, classes, 28, 28]``.
 
-        With ``labels`` ``[R]`` only those of each region's own class are made, ``[R, 28, 28]``.
+        With ``labels`` ``[R]`` only the mask of each region's class is computed: ``[R, 28, 28]``.
         """
         x = pooled
         for conv in self.convs:
@@ -158,14 +163,15 @@ class MaskHead(nn.Module):
 
 
 class RoIHead(nn.Module):
-    """From proposals to boxes with classes, and from boxes to masks.
+    """The box head and the mask head: from proposals to boxes with classes, from boxes to masks.
 
     Args:
-        classes: without the background.
+        classes: number of classes without the background.
         width: channels of the neck's maps and of the mask head.
-        box_width: of the box head's hidden layers.
-        mask_convs: 3x3 convolutions of the mask head.
-        regions: proposals of an image that training takes, a quarter of them objects at most.
+        box_width: width of the box head's hidden layers.
+        mask_convs: number of 3x3 convolutions in the mask head.
+        regions: proposals per image in training; at most a quarter of them are positive.
+        finest_scale: boxes below twice this size in pixels are pooled at stride 4.
     """
 
     def __init__(
@@ -175,9 +181,11 @@ class RoIHead(nn.Module):
         box_width: int = BOX_WIDTH,
         mask_convs: int = MASK_CONVS,
         regions: int = REGIONS,
+        finest_scale: int = FINEST_SCALE,
     ) -> None:
         super().__init__()
         self.regions = regions
+        self.finest_scale = finest_scale
         self.bbox_head = BoxHead(classes, width, box_width)
         self.mask_head = MaskHead(classes, width, mask_convs)
 
@@ -189,7 +197,7 @@ class RoIHead(nn.Module):
         scales: list[tuple[float, float, float, float]],
         score_threshold: float,
     ) -> list[BoxDetections]:
-        """The best 100 boxes of each image, in image pixels.
+        """Return the best 100 boxes of each image, in image pixels.
 
         Args:
             maps: the neck's maps at strides 4, 8, 16 and 32.
@@ -199,9 +207,11 @@ class RoIHead(nn.Module):
             score_threshold: lowest score kept, 0..1.
         """
         counts = [len(proposal.boxes) for proposal in proposals]
-        pooled = pool_rois(maps, _rois([proposal.boxes for proposal in proposals]), 7)
+        rois = _rois([proposal.boxes for proposal in proposals])
+        pooled = pool_rois(maps, rois, 7, self.finest_scale)
         logits, deltas = self.bbox_head(pooled)
         scores = logits.float().softmax(-1)[:, :-1]
+        check_finite(scores)
         detections = []
         for proposal, image_scores, image_deltas, size, scale in zip(
             proposals,
@@ -211,9 +221,9 @@ class RoIHead(nn.Module):
             scales,
             strict=True,
         ):
-            # Only what passes the threshold is decoded: a few hundred of 80,000 pairs.
+            # Decode only the pairs above the threshold: a few hundred of 80,000.
             rows, labels = (image_scores > score_threshold).nonzero(as_tuple=True)
-            chosen_deltas = image_deltas.view(len(image_deltas), -1, 4)[rows, labels]
+            chosen_deltas = image_deltas.unflatten(1, (-1, 4))[rows, labels]
             boxes = decode(proposal.boxes[rows], chosen_deltas, BOX_STDS, size)
             boxes = boxes / boxes.new_tensor(scale)
             chosen_scores = image_scores[rows, labels]
@@ -227,16 +237,32 @@ class RoIHead(nn.Module):
         detections: list[BoxDetections],
         scales: list[tuple[float, float, float, float]],
     ) -> list[Tensor]:
-        """Per image the mask probabilities ``[N, 28, 28]`` of each detection's own class."""
+        """Return the mask probabilities ``[N, 28, 28]`` of each image's detections.
+
+        Each mask is that of the detection's class.
+        """
         boxes = [
             found.boxes * found.boxes.new_tensor(scale)
             for found, scale in zip(detections, scales, strict=True)
         ]
         labels = torch.cat([found.labels for found in detections])
-        logits = self.mask_head(pool_rois(maps, _rois(boxes), 14), labels)
+        logits = self.mask_head(pool_rois(maps, _rois(boxes), 14, self.finest_scale), labels)
         return list(logits.float().sigmoid().split([len(found.labels) for found in detections]))
 
 
+def check_finite(values: Tensor) -> None:
+    """Refuse what would end as an empty result without a word.
+
+    Raises:
+        ZooError: a value is NaN or infinite.
+    """
+    if not values.isfinite().all():
+        raise ZooError(
+            "the network computes NaN or infinite values: its weights are damaged, or too large "
+            "for its dtype; load it again, or with dtype=torch.float32"
+        )
+
+
 def _rois(boxes: list[Tensor]) -> Tensor:
-    """Boxes per image to ``[R, 5]`` with the image's index in front."""
+    """Concatenate the boxes of all images to ``[R, 5]``, with the image index first."""
     return torch.cat([F.pad(part, (1, 0), value=index) for index, part in enumerate(boxes)])

@@ -1,7 +1,7 @@
-"""The losses of Mask R-CNN (arXiv:1703.06870, section 3), as the original computed them.
+"""The training losses of Mask R-CNN (arXiv:1703.06870, section 3), computed as in the original.
 
-Weights and averages are those of mmdet 2.25 with the configuration ``mask_rcnn_r50_fpn``. All of it
-is computed in float32, under autocast too.
+Weights and averages are those of mmdet 2.25 with the configuration ``mask_rcnn_r50_fpn``. All
+losses are computed in float32, under autocast too.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from vitadapter_zoo.models.boxes import (
     ANCHOR_SCALE,
     ROI_STRIDES,
     anchors,
+    at_least_float32,
     encode,
     pool_rois,
-    wide,
 )
 from vitadapter_zoo.models.heads import BOX_STDS, RPN_STDS, RPN_STRIDES, RoIHead
 from vitadapter_zoo.models.objects import Objects, Target, read_targets
@@ -44,9 +44,9 @@ from vitadapter_zoo.models.targets import (
 if TYPE_CHECKING:
     from vitadapter_zoo.models.mask_rcnn import MaskRCNN
 
-TRAINING_CANDIDATES = 2000  # proposals per level before suppression; 1000 are left after it
+TRAINING_CANDIDATES = 2000  # proposals per level before suppression; 1000 are kept after it
 
-# From the boxes' objects to those that a loss takes.
+# A function that gets the result of `assign` and chooses the boxes that a loss uses.
 Choose: TypeAlias = Callable[[Tensor, Sampling], Sample]
 
 
@@ -60,23 +60,22 @@ def losses(
 ) -> dict[str, Tensor]:
     """Compute the five losses of a batch, with gradients.
 
-    The network stays in the mode that it is in: in evaluation mode BatchNorms use their running
-    statistics and no block is dropped. Crowd regions have no effect in the original, which neither
-    trains on them nor ignores what overlaps them (``ignore_iof_thr=-1``): leave them out of
-    ``targets``.
+    The network's mode does not change. In evaluation mode BatchNorm layers use their running
+    statistics and stochastic depth drops no block. Leave crowd regions out of ``targets``: the
+    original neither trains on them nor ignores boxes that overlap them (``ignore_iof_thr=-1``).
 
     Args:
         model: the detector.
-        inputs: from ``model.preprocess``. Images of several padded sizes are padded with zeros at
-            the bottom and right to the largest.
+        inputs: from ``model.preprocess``. Images of different padded sizes are padded with zeros
+            at the bottom and right to the largest size.
         targets: one per image with ``boxes`` ``[n, 4]`` (x1, y1, x2, y2; network pixels),
             ``labels`` int64 ``[n]``, and ``masks``: bool ``[n, H, W]`` of the image's own padded
-            size, or per object COCO polygons in network pixels or a COCO RLE. An image may have no
-            objects.
+            size, or for each object COCO polygons in network pixels or a COCO RLE. An image may
+            have no objects.
         sample: draw 256 anchors and ``model.roi_head.regions`` proposals (512 as published) per
-            image. False takes every anchor and every training proposal, so that nothing is random.
-        generator: draws the samples; it must be on the network's device. By default the device's
-            global generator, which ``torch.manual_seed`` seeds.
+            image. With False the losses use every anchor and every proposal, and nothing is random.
+        generator: the random generator for sampling, on the network's device. The default is the
+            device's global generator, which ``torch.manual_seed`` seeds.
 
     Returns:
         Scalars ``loss_rpn_cls``, ``loss_rpn_bbox``, ``loss_cls``, ``loss_bbox`` and ``loss_mask``.
@@ -109,7 +108,7 @@ def losses(
 
 
 def padded_batch(inputs: Sequence[NetworkInput]) -> Tensor:
-    """The images as one tensor ``[N, 3, H, W]``, padded with zeros to the largest of them.
+    """Join the images in one tensor ``[N, 3, H, W]``, padded with zeros to the largest size.
 
     Raises:
         ValueError: no images.
@@ -138,20 +137,23 @@ def rpn_losses(
     choose: Choose,
     anchor_scale: int = ANCHOR_SCALE,
 ) -> dict[str, Tensor]:
-    """Binary cross-entropy of the anchors' scores and L1 of the positive anchors' deltas.
+    """Compute the proposal head's losses.
 
-    Both are divided by the number of anchors taken in the whole batch; as in the original, an image
-    without a positive (or without a negative) anchor counts as if it had one.
+    They are the binary cross-entropy of the anchors' scores and the L1 distance of the positive
+    anchors' deltas. Both are divided by the number of chosen anchors in the whole batch. As in the
+    original, an image without a positive (or without a negative) anchor counts as if it had one.
 
     Args:
         outputs: logits ``[N, 3, H, W]`` and deltas ``[N, 12, H, W]`` per level.
-        objects: per image.
-        sizes: (height, width) of each image's own padded input; anchors beyond it are ignored.
+        objects: the objects of each image.
+        sizes: (height, width) of each image's own padded input; anchors outside it are ignored.
         choose: selects the anchors.
         anchor_scale: side of the square anchor in strides.
     """
-    logits = wide(torch.cat([part.permute(0, 2, 3, 1).flatten(1) for part, _ in outputs], dim=1))
-    deltas = wide(
+    logits = at_least_float32(
+        torch.cat([part.permute(0, 2, 3, 1).flatten(1) for part, _ in outputs], dim=1)
+    )
+    deltas = at_least_float32(
         torch.cat(
             [part.permute(0, 2, 3, 1).reshape(len(part), -1, 4) for _, part in outputs], dim=1
         )
@@ -184,7 +186,7 @@ def rpn_losses(
 def _valid(
     grids: list[tuple[int, ...]], size: tuple[int, int], device: torch.device
 ) -> Tensor | None:
-    """Which anchors are centred on the image's own padded input; None for all of them."""
+    """Return a flag for each anchor: whether its centre is inside ``size``; None if all are."""
     if all(-(-size[axis] // RPN_STRIDES[0]) >= grids[0][axis] for axis in (0, 1)):
         return None
     flags = []
@@ -197,12 +199,12 @@ def _valid(
 
 
 class Regions(NamedTuple):
-    """The proposals of a batch that the box and the mask head are trained on.
+    """The proposals of a batch that train the box head and the mask head.
 
     Attributes:
         rois: ``[R, 5]`` as (image index, x1, y1, x2, y2) in network pixels.
-        owners: int64 ``[R]``, the object that each belongs to, counted over the whole batch, or
-            ``BACKGROUND``.
+        owners: int64 ``[R]``, the index of the object that each proposal belongs to, counted over
+            the whole batch, or ``BACKGROUND``.
     """
 
     rois: Tensor
@@ -215,13 +217,13 @@ def sample_regions(
     choose: Choose,
     sampling: Sampling = ROI_SAMPLING,
 ) -> Regions:
-    """Choose proposals, among which the objects' own boxes are.
+    """Choose the proposals for training. The objects' own boxes are candidates too.
 
     Args:
         proposals: boxes ``[P, 4]`` per image, network pixels.
-        objects: per image.
-        choose: selects them.
-        sampling: how many of an image.
+        objects: the objects of each image.
+        choose: selects the proposals.
+        sampling: the number of proposals per image.
     """
     rois, owners, taken = [], [], []
     before = 0
@@ -243,32 +245,34 @@ def sample_regions(
 def roi_losses(
     head: RoIHead, maps: list[Tensor], regions: Regions, objects: list[Objects]
 ) -> dict[str, Tensor]:
-    """Cross-entropy of the classes, L1 of the boxes, binary cross-entropy of the masks.
+    """Compute the losses of the box head and the mask head.
 
-    The first two are divided by the number of regions, positive or not; the third is the mean over
-    the pixels of the positive regions' masks of their own class. Without positive regions the last
-    two are zero and still have a gradient (of zeros), as distributed training needs.
+    They are the cross-entropy of the classes, the L1 distance of the box deltas and the binary
+    cross-entropy of the masks. The first two are divided by the number of regions, including
+    background. The third is the mean over all pixels of the positive regions' masks. Without
+    positive regions the last two are zero and have a zero gradient, because distributed training
+    needs a gradient for every parameter.
 
     Args:
-        head: the box and the mask head.
+        head: the box head and the mask head.
         maps: the neck's maps at strides 4, 8, 16 and 32.
         regions: from `sample_regions`.
-        objects: per image.
+        objects: the objects of each image.
     """
     rois, owners = regions
-    logits, deltas = head.bbox_head(pool_rois(maps, rois, 7))
+    logits, deltas = head.bbox_head(pool_rois(maps, rois, 7, head.finest_scale))
     number = max(len(rois), 1)
     background = logits.shape[1] - 1
-    # Index BACKGROUND (-1) finds the last entry.
+    # The last entry is the background class, because BACKGROUND is index -1.
     labels = torch.cat([*(own.labels for own in objects), owners.new_tensor([background])])[owners]
     positives = (owners >= 0).nonzero().squeeze(1)
     boxes, owners, classes = rois[positives], owners[positives], labels[positives]
     wanted = encode(boxes[:, 1:], torch.cat([own.boxes for own in objects])[owners], BOX_STDS)
-    found = wide(deltas).view(len(rois), background, 4)[positives, classes]
-    masks = wide(head.mask_head(pool_rois(maps, boxes, 14), classes))
+    found = at_least_float32(deltas).view(len(rois), background, 4)[positives, classes]
+    masks = at_least_float32(head.mask_head(pool_rois(maps, boxes, 14, head.finest_scale), classes))
     shapes = _shapes(objects, boxes, owners)
     return {
-        "loss_cls": F.cross_entropy(wide(logits), labels, reduction="sum") / number,
+        "loss_cls": F.cross_entropy(at_least_float32(logits), labels, reduction="sum") / number,
         "loss_bbox": (found - wanted).abs().sum() / number,
         "loss_mask": F.binary_cross_entropy_with_logits(masks, shapes, reduction="sum")
         / max(masks.numel(), 1),
@@ -276,7 +280,7 @@ def roi_losses(
 
 
 def _shapes(objects: list[Objects], rois: Tensor, owners: Tensor) -> Tensor:
-    """The mask targets ``[P, 28, 28]`` of positive regions, which come image by image."""
+    """Return the mask targets ``[P, 28, 28]`` of positive regions, which are ordered by image."""
     counts = torch.bincount(rois[:, 0].long(), minlength=len(objects)).tolist()
     shapes = []
     before = 0

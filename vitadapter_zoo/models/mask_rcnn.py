@@ -1,38 +1,46 @@
-"""Mask R-CNN: backbone, neck and heads put together."""
+"""The detector: Mask R-CNN, from images to detections or, in training, to losses."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any, cast, overload
+from contextlib import contextmanager
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 
 from vitadapter_zoo.catalog import COCO_CLASSES, Row
 from vitadapter_zoo.detections import Detections, Instances
+from vitadapter_zoo.errors import ImageError
 from vitadapter_zoo.images import ImageInput, NetworkInput, network_input
+from vitadapter_zoo.images.sources import Item, Source, expand, items
 from vitadapter_zoo.models.boxes import ROI_STRIDES
-from vitadapter_zoo.models.heads import RoIHead, RPNHead
+from vitadapter_zoo.models.heads import RoIHead, RPNHead, check_finite
 from vitadapter_zoo.models.losses import losses
 from vitadapter_zoo.models.objects import Target
-from vitadapter_zoo.ops import paste_masks
+from vitadapter_zoo.models.precision import float32_precision
 
-MASK_THRESHOLD = 0.5
 SCORE_THRESHOLD = 0.05  # as the published AP was measured
 
 
 class MaskRCNN(nn.Module):
-    """A detector with its catalog row, which says how images are to be prepared.
+    """A Mask R-CNN detector with its catalog row, which defines the preprocessing.
 
-    ``model.backbone(x)`` gives four maps at strides 4, 8, 16 and 32, ``model.neck(maps)`` five
-    of 256 channels at strides 4 to 64.
+    ``model.backbone(x)`` returns four maps at strides 4, 8, 16 and 32. ``model.neck(maps)`` returns
+    five maps of 256 channels at strides 4 to 64.
 
     Args:
-        row: the catalog row that the network belongs to.
-        backbone: ``[N, 3, H, W]`` to four maps.
-        neck: four maps to five.
+        row: the catalog row of the network.
+        backbone: maps ``[N, 3, H, W]`` to four maps.
+        neck: maps the four maps to five maps.
         categories: names of the classes, in the order of the outputs.
-        rpn_head: the published networks' by default.
-        roi_head: likewise.
+        rpn_head: the proposal head; the default is that of the published networks.
+        roi_head: the box and mask head; the default is that of the published networks.
+
+    Attributes:
+        allow_tf32: whether a float32 detector on CUDA may use TF32, which is several times faster
+            and outside the tolerance of the comparison with the original; False at first.
     """
+
+    allow_tf32: bool = False
 
     def __init__(
         self,
@@ -53,21 +61,22 @@ class MaskRCNN(nn.Module):
         self.roi_head = roi_head or RoIHead(len(categories))
 
     def preprocess(self, image: ImageInput) -> NetworkInput:
-        """Decode, resize, normalise and pad one image as the row's evaluation did.
+        """Decode, resize, normalise and pad one image, as in the evaluation of the row's weights.
 
         Args:
-            image: a path, the bytes of an image file, a PIL image or a uint8 RGB array.
+            image: see ``vitadapter_zoo.images.read_image``.
 
         Raises:
-            ImageError: not an image.
+            ImageError: the input is not an image.
         """
         return network_input(image, self.row.input_size, self.row.mean, self.row.std)
 
     def compile(self, **options: Any) -> None:
         """Compile backbone, neck and proposal head in place, with ``torch.compile``'s options.
 
-        The first image of every padded size then takes a minute or more; state dicts, and what
-        comes after the proposals, whose shapes follow from what is found, stay as they are.
+        The first image of every padded size then takes a minute or more. State dicts do not
+        change. The box and mask heads are not compiled, because their shapes depend on the number
+        of proposals and detections.
         """
         for part in (self.backbone, self.neck, self.rpn_head):
             part.compile(**options)
@@ -87,71 +96,75 @@ class MaskRCNN(nn.Module):
         inputs: Sequence[NetworkInput | ImageInput],
         targets: Sequence[Target] | float = SCORE_THRESHOLD,
     ) -> dict[str, Tensor] | list[Detections]:
-        """In training mode the losses, in evaluation mode the detections, as torchvision's models.
+        """Return losses in training mode and detections in evaluation mode, like torchvision.
 
         Args:
-            inputs: from ``preprocess``, or images that it takes.
-            targets: in training mode what is in the images, see ``vitadapter_zoo.training.losses``.
-                In evaluation mode the lowest score kept (0..1); targets are not looked at.
+            inputs: outputs of ``preprocess``, or images that ``preprocess`` accepts.
+            targets: in training mode the objects of each image, see `losses.losses`. In evaluation
+                mode the lowest score of a detection (0..1); training targets are ignored.
 
         Raises:
-            ValueError: in training mode no targets, or targets that do not fit; in evaluation mode
-                the inputs' padded shapes differ, which ``predict`` sorts out.
+            ValueError: in training mode targets are missing or do not fit the images; in
+                evaluation mode the inputs' padded shapes differ. ``predict`` accepts images of
+                different shapes.
         """
-        items = [
+        prepared = [
             item if isinstance(item, NetworkInput) else self.preprocess(item) for item in inputs
         ]
         if not self.training:
-            return self._detections(
-                items, targets if isinstance(targets, float) else SCORE_THRESHOLD
-            )
+            threshold = targets if isinstance(targets, float) else SCORE_THRESHOLD
+            return self._detections(prepared, threshold, [None] * len(prepared))
         if isinstance(targets, (float, int)):
             raise ValueError(
-                "in training mode the detector is called with targets, model(inputs, targets), and "
-                "returns losses; call model.eval() first to detect"
+                "the detector is in training mode and got no targets; call model(inputs, targets) "
+                "for losses, or model.eval() first for detections"
             )
-        return losses(self, items, targets)
+        return losses(self, prepared, targets)
 
     def _detections(
-        self, inputs: Sequence[NetworkInput], score_threshold: float
+        self,
+        inputs: Sequence[NetworkInput],
+        score_threshold: float,
+        images: Sequence[ImageInput | None],
     ) -> list[Detections]:
+        with evaluating(self), torch.inference_mode():
+            instances = self.detect(inputs, score_threshold)
         return [
-            Detections(
-                boxes=found.boxes.cpu(),
-                scores=found.scores.cpu(),
-                labels=found.labels.cpu(),
-                masks=paste_masks(
-                    found.mask_probabilities, found.boxes, found.size, MASK_THRESHOLD
-                ).cpu(),
-                categories=self.categories,
-            )
-            for found in self.detect(inputs, score_threshold)
+            Detections.of(found, self.categories, image)
+            for found, image in zip(instances, images, strict=True)
         ]
 
     def detect(
         self, inputs: Sequence[NetworkInput], score_threshold: float = SCORE_THRESHOLD
     ) -> list[Instances]:
-        """Detect without pasting the masks on the images: all that the network computes.
+        """Detect objects; leave the masks at 28x28 pixels instead of pasting them into the image.
 
         Args:
-            inputs: from ``preprocess``, with tensors of one common shape.
-            score_threshold: lowest score kept, 0..1.
+            inputs: outputs of ``preprocess`` whose tensors have the same shape.
+            score_threshold: lowest score of a detection, 0..1.
 
         Raises:
             ValueError: the tensors' shapes differ; ``predict`` sorts that out.
+            ZooError: the network computes NaN or infinite values.
         """
         shapes = {tuple(item.tensor.shape) for item in inputs}
         if len(shapes) != 1:
-            raise ValueError(f"a batch needs images of one padded shape, got {sorted(shapes)}")
+            raise ValueError(
+                f"all images of a batch must have the same padded shape, got {sorted(shapes)}"
+            )
         weights = next(self.parameters())
         x = torch.cat([item.tensor for item in inputs]).to(weights.device, weights.dtype)
         sizes = [item.resized for item in inputs]
         scales = [item.scale for item in inputs]
-        maps: list[Tensor] = self.neck(self.backbone(x))
-        proposals = self.rpn_head.propose(maps, sizes)
-        roi_maps = maps[: len(ROI_STRIDES)]
-        found = self.roi_head.detect_boxes(roi_maps, proposals, sizes, scales, score_threshold)
-        masks = self.roi_head.predict_masks(roi_maps, found, scales)
+        with float32_precision(weights.device, allow_tf32=self.allow_tf32):
+            maps: list[Tensor] = self.neck(self.backbone(x))
+            proposals = self.rpn_head.propose(maps, sizes)
+            check_finite(torch.cat([proposal.scores for proposal in proposals]))
+            if not all(len(proposal.boxes) for proposal in proposals):  # where maps are NaN
+                check_finite(torch.stack([x.float().sum() for x in maps]))
+            roi_maps = maps[: len(ROI_STRIDES)]
+            found = self.roi_head.detect_boxes(roi_maps, proposals, sizes, scales, score_threshold)
+            masks = self.roi_head.predict_masks(roi_maps, found, scales)
         return [
             Instances(boxes, scores, labels, probabilities, item.original)
             for item, (boxes, scores, labels), probabilities in zip(
@@ -159,49 +172,129 @@ class MaskRCNN(nn.Module):
             )
         ]
 
-    @torch.inference_mode()
     def predict(
         self,
-        images: ImageInput | Sequence[ImageInput],
+        images: Source | Sequence[Source],
         score_threshold: float = SCORE_THRESHOLD,
         *,
         batch_size: int = 1,
     ) -> list[Detections]:
         """Detect objects in one or several images.
 
+        The network computes in evaluation mode; every module's own mode is restored after each
+        batch. Nothing else of the process changes the result: not the default dtype or device, nor
+        whether gradients are on.
+
         Args:
-            images: paths, bytes of image files, PIL images or uint8 RGB arrays; or one of them.
+            images: paths, folders, patterns like ``"*.jpg"``, http(s) URLs, bytes of image files,
+                PIL images, uint8 RGB arrays ``[H, W, 3]`` or tensors ``[3, H, W]``, videos (each
+                frame); or one of them. `stream` gives the results of a video as they come.
             score_threshold: lowest score kept, 0..1.
             batch_size: how many images may share a forward pass. Only neighbours of the same
-                padded size do, so that no image's result depends on its company.
+                padded size do, so that the result of an image does not depend on the others.
 
         Returns:
             One ``Detections`` per image, in order.
 
         Raises:
-            ImageError: one of the inputs is not an image.
+            ImageError: an input is not an image.
             ValueError: ``batch_size`` below 1 or ``score_threshold`` outside 0..1.
         """
+        sources = expand(images)
+        if any(isinstance(source, int) for source in sources):
+            raise ImageError(
+                "an image is a path, a URL, bytes, a PIL image, an array or a tensor, not int; a "
+                "camera has no last image: read it with model.stream(index)"
+            )
+        results = []
+        for item, found in self.stream_items(
+            items(sources), score_threshold, batch_size=batch_size
+        ):
+            if item.video is not None:
+                found.image = None  # or all frames of the video would stay in memory
+            results.append(found)
+        return results
+
+    def stream(
+        self,
+        source: Source | Sequence[Source],
+        score_threshold: float = SCORE_THRESHOLD,
+        *,
+        batch_size: int = 1,
+        stride: int = 1,
+        max_frames: int | None = None,
+    ) -> Iterator[Detections]:
+        """Detect objects in images one after the other, in bounded memory.
+
+        Args:
+            source: what `predict` takes, or the index of a camera, which goes on until the
+                iteration is left.
+            score_threshold: lowest score kept, 0..1.
+            batch_size: see `predict`.
+            stride: of a video every stride-th frame.
+            max_frames: of each video at most as many frames.
+
+        Yields:
+            One ``Detections`` per image, with the frame of a video as its ``image``.
+
+        Raises:
+            ImageError: one of the inputs is not an image, or a video cannot be read.
+            ValueError: an option outside its range.
+        """
+        images = items(expand(source), stride=stride, max_frames=max_frames)
+        found = self.stream_items(images, score_threshold, batch_size=batch_size)
+        return (detections for _, detections in found)
+
+    def stream_items(
+        self, images: Iterator[Item], score_threshold: float, *, batch_size: int = 1
+    ) -> Iterator[tuple[Item, Detections]]:
+        """`stream` for images from ``sources.items``, each with its result."""
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if not 0 <= score_threshold <= 1:
             raise ValueError(f"score_threshold must lie in 0..1, got {score_threshold}")
-        several = images if isinstance(images, (list, tuple)) else [images]
-        inputs = (self.preprocess(image) for image in cast("Sequence[ImageInput]", several))
-        return [
-            detections
-            for batch in _batches(inputs, batch_size)
-            for detections in self._detections(batch, score_threshold)
-        ]
+        prepared = ((item, self.preprocess(item.image)) for item in images)
+        return (
+            (item, detections)
+            for batch in _batches(prepared, batch_size)
+            for (item, _), detections in zip(
+                batch,
+                self._detections(
+                    [inputs for _, inputs in batch],
+                    score_threshold,
+                    [item.image for item, _ in batch],
+                ),
+                strict=True,
+            )
+        )
 
 
-def _batches(inputs: Iterator[NetworkInput], batch_size: int) -> Iterator[list[NetworkInput]]:
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode within the block; afterwards each module has its own mode again."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _batches(
+    prepared: Iterator[tuple[Item, NetworkInput]], batch_size: int
+) -> Iterator[list[tuple[Item, NetworkInput]]]:
     """Neighbours of one shape, at most ``batch_size`` together."""
-    batch: list[NetworkInput] = []
-    for item in inputs:
-        if batch and (len(batch) == batch_size or item.tensor.shape != batch[0].tensor.shape):
+    batch: list[tuple[Item, NetworkInput]] = []
+    for item, inputs in prepared:
+        shape = inputs.tensor.shape
+        if batch and (len(batch) == batch_size or shape != batch[0][1].tensor.shape):
             yield batch
             batch = []
-        batch.append(item)
+        batch.append((item, inputs))
+        if len(batch) == batch_size:  # a camera's next frame is not waited for
+            yield batch
+            batch = []
     if batch:
         yield batch

@@ -1,4 +1,4 @@
-"""From four backbone maps to the five maps that the heads read."""
+"""The detectors' necks: they turn the backbone's four maps into the five maps of the heads."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -7,19 +7,19 @@ WIDTH = 256
 
 
 class Conv(nn.Module):
-    """One convolution with bias under the name ``conv``, as mmcv's checkpoints have it."""
+    """A convolution with bias. The name ``conv`` is that in mmcv's checkpoints."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[N, in_channels, H, W]`` to ``[N, out_channels, H, W]``."""
+        """Map ``[N, in_channels, H, W]`` to ``[N, out_channels, H, W]``."""
         return self.conv(x)
 
 
 class FPN(nn.Module):
-    """Feature Pyramid Network (arXiv:1612.03144) over four maps of equal width."""
+    """Feature Pyramid Network (arXiv:1612.03144) on four maps of equal width."""
 
     def __init__(self, in_channels: int, width: int = WIDTH) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class FPN(nn.Module):
         self.fpn_convs = nn.ModuleList(Conv(width, width, 3) for _ in range(4))
 
     def forward(self, maps: list[Tensor]) -> list[Tensor]:
-        """Strides 4, 8, 16, 32 to ``[N, width, H / s, W / s]`` for s = 4, 8, 16, 32, 64."""
+        """Map four maps to five: ``[N, width, H / s, W / s]`` for s = 4, 8, 16, 32, 64."""
         merged = [lateral(x) for lateral, x in zip(self.lateral_convs, maps, strict=True)]
         for finer in (2, 1, 0):
             size = merged[finer].shape[2:]
@@ -37,13 +37,13 @@ class FPN(nn.Module):
 
 
 class ChannelMapper(nn.Module):
-    """The neck without an FPN: a 1x1 convolution + ReLU per level, and one pooled level."""
+    """The neck of networks without FPN: a 1x1 convolution + ReLU per level, and a pooled level."""
 
     def __init__(self, in_channels: int, width: int = WIDTH) -> None:
         super().__init__()
         self.convs = nn.ModuleList(Conv(in_channels, width, 1) for _ in range(4))
 
     def forward(self, maps: list[Tensor]) -> list[Tensor]:
-        """Strides 4, 8, 16, 32 to ``[N, width, H / s, W / s]`` for s = 4, 8, 16, 32, 64."""
+        """Map four maps to five: ``[N, width, H / s, W / s]`` for s = 4, 8, 16, 32, 64."""
         levels = [F.relu(conv(x)) for conv, x in zip(self.convs, maps, strict=True)]
         return [*levels, F.max_pool2d(levels[-1], 2, stride=2)]

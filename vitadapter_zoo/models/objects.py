@@ -1,4 +1,4 @@
-"""The objects of a training image as a caller gives them, checked and on the network's device."""
+"""Checking the training targets that a caller passes, and moving them to the network's device."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias, cast
@@ -19,7 +19,7 @@ class Objects(NamedTuple):
     Attributes:
         boxes: float32 ``[n, 4]`` as (x1, y1, x2, y2) in network pixels.
         labels: int64 ``[n]``.
-        masks: bool ``[n, H, W]`` of the image's own padded network size.
+        masks: bool ``[n, H, W]``; H and W are the image's padded network size.
     """
 
     boxes: Tensor
@@ -37,15 +37,17 @@ def read_targets(
             ``[n]`` in 0..classes - 1, and ``masks``: bool ``[n, H, W]`` of the image's padded
             network size, or ``n`` entries that are each COCO polygons (lists of x, y, x, y, ... in
             network pixels) or a COCO RLE. ``n`` may be 0.
-        inputs: the images that they belong to.
-        classes: how many classes the network has.
-        device: where the network is.
+        inputs: the images of the batch.
+        classes: number of classes of the network.
+        device: the network's device.
 
     Raises:
         ValueError: targets that do not fit the images or each other.
     """
     if len(targets) != len(inputs):
-        raise ValueError(f"{len(inputs)} images need as many targets, got {len(targets)}")
+        raise ValueError(
+            f"each image needs a target: got {len(inputs)} images and {len(targets)} targets"
+        )
     read = []
     for index, (target, item) in enumerate(zip(targets, inputs, strict=True)):
         try:
@@ -59,7 +61,7 @@ def read_targets(
 def _read(target: Target, size: tuple[int, int], classes: int) -> Objects:
     missing = {"boxes", "labels", "masks"} - set(target)
     if missing:
-        raise ValueError(f"{', '.join(sorted(missing))} missing; a target has boxes, labels, masks")
+        raise ValueError(f"{', '.join(sorted(missing))} missing; give boxes, labels and masks")
     boxes = torch.as_tensor(target["boxes"], dtype=torch.float32).detach().reshape(-1, 4)
     labels = torch.as_tensor(target["labels"]).detach()
     if labels.numel() and (labels.is_floating_point() or labels.dtype == torch.bool):
@@ -68,30 +70,30 @@ def _read(target: Target, size: tuple[int, int], classes: int) -> Objects:
     masks = as_bitmaps(target["masks"], size)
     if tuple(labels.shape) != (len(boxes),) or len(masks) != len(boxes):
         raise ValueError(
-            f"{len(boxes)} boxes need as many labels and masks, got labels {list(labels.shape)} "
-            f"and masks {list(masks.shape)}"
+            f"each box needs a label and a mask: got {len(boxes)} boxes, labels "
+            f"{list(labels.shape)} and masks {list(masks.shape)}"
         )
     if not ((labels >= 0) & (labels < classes)).all():
         raise ValueError(f"labels must lie in 0..{classes - 1}, got {labels.unique().tolist()}")
     solid = ((boxes[:, 2:] > boxes[:, :2]) & boxes.isfinite().view(-1, 2, 2).all(dim=1)).all(dim=1)
     if not solid.all():
         raise ValueError(
-            "boxes are (x1, y1, x2, y2) with x1 < x2 and y1 < y2, "
-            f"got {boxes[~solid][0].tolist()}; leave objects without area out"
+            "boxes must be (x1, y1, x2, y2) with x1 < x2 and y1 < y2, "
+            f"got {boxes[~solid][0].tolist()}; leave out objects without area"
         )
     return Objects(boxes, labels, masks)
 
 
 def as_bitmaps(masks: Tensor | Sequence[Any], size: tuple[int, int]) -> Tensor:
-    """Masks in any accepted form as bool ``[n, height, width]``.
+    """Convert masks in any accepted format to bool ``[n, height, width]``.
 
     Args:
-        masks: a tensor ``[n, height, width]``; or per object COCO polygons in network pixels or a
-            COCO RLE, compressed or not, of the padded network size.
+        masks: a tensor ``[n, height, width]``; or for each object COCO polygons in network pixels
+            or a COCO RLE of the padded network size, compressed or not.
         size: (height, width) of the padded network input.
 
     Raises:
-        ValueError: another size, or none of these forms.
+        ValueError: the masks have another size or another format.
     """
     if isinstance(masks, (Tensor, np.ndarray)):
         bitmaps = torch.as_tensor(masks).detach()
@@ -124,6 +126,7 @@ def _bitmap(mask: Any, size: tuple[int, int]) -> Tensor:
         rle = coco_mask.merge(coco_mask.frPyObjects([list(part) for part in polygons], *size))
     else:
         raise ValueError(
-            f"a mask is a bool tensor, a list of polygons or a COCO RLE, not {type(mask).__name__}"
+            "a mask must be a bool tensor, a list of polygons or a COCO RLE, "
+            f"got {type(mask).__name__}"
         )
     return torch.from_numpy(np.ascontiguousarray(coco_mask.decode(rle))).bool()

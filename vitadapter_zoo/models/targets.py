@@ -1,7 +1,7 @@
-"""What the heads should predict: matching boxes with objects, sampling, mask targets.
+"""Training targets of the heads: matching boxes to objects, sampling boxes, mask targets.
 
-The rules are those of the original's configuration (mmdet 2.25, ``mask_rcnn_r50_fpn``). Matching
-and sampling have fixed output shapes, so they never wait for a GPU.
+The rules are those of the original's configuration (mmdet 2.25, ``mask_rcnn_r50_fpn``). The outputs
+of matching and sampling have fixed shapes, so the CPU never waits for the GPU.
 """
 
 from typing import NamedTuple
@@ -19,8 +19,8 @@ class Matching(NamedTuple):
     """Thresholds on the intersection over union of a box and an object, 0..1.
 
     Attributes:
-        positive: from here on a box belongs to the object that it overlaps most.
-        negative: below it a box is background; between the two it is ignored.
+        positive: a box with at least this overlap belongs to the object that it overlaps most.
+        negative: a box with less overlap is background; between the two it is ignored.
         low_quality: the best boxes of an object belong to it if their overlap is at least this.
     """
 
@@ -34,11 +34,11 @@ ROI_MATCHING = Matching(positive=0.5, negative=0.5, low_quality=0.5)
 
 
 class Sampling(NamedTuple):
-    """How many boxes of an image the loss takes.
+    """How many boxes of an image the loss uses.
 
     Attributes:
         number: boxes per image.
-        positives: at most so many of them belong to objects.
+        positives: the largest number of them that may belong to objects.
     """
 
     number: int
@@ -50,12 +50,14 @@ ROI_SAMPLING = Sampling(number=512, positives=128)
 
 
 class Sample(NamedTuple):
-    """Boxes that a loss may take. The tensors have one entry per candidate.
+    """The boxes that a loss may use. Each tensor has one entry per candidate box.
+
+    The number of entries is fixed, so some of the candidates may not be taken.
 
     Attributes:
-        indices: which box, int64.
-        taken: whether the loss takes it; candidates fill up the fixed number of entries.
-        positive: whether it is taken and belongs to an object.
+        indices: index of the box, int64.
+        taken: whether the loss uses the box, bool.
+        positive: whether the loss uses the box and it belongs to an object, bool.
     """
 
     indices: Tensor
@@ -64,7 +66,7 @@ class Sample(NamedTuple):
 
 
 def overlaps(objects: Tensor, boxes: Tensor) -> Tensor:
-    """Intersection over union ``[n, A]`` of ``objects`` ``[n, 4]`` and ``boxes`` ``[A, 4]``."""
+    """Compute the IoU ``[n, A]`` of ``objects`` ``[n, 4]`` and ``boxes`` ``[A, 4]``."""
     objects = objects[:, None]
     widths = torch.minimum(objects[..., 2], boxes[:, 2]) - torch.maximum(
         objects[..., 0], boxes[:, 0]
@@ -83,16 +85,16 @@ def _areas(boxes: Tensor) -> Tensor:
 def assign(
     boxes: Tensor, objects: Tensor, matching: Matching, valid: Tensor | None = None
 ) -> Tensor:
-    """Decide which object each box belongs to, as mmdet's ``MaxIoUAssigner``.
+    """Assign each box to an object, to the background or to neither, as ``MaxIoUAssigner`` does.
 
-    An object also gets all boxes that overlap it as much as its best box does, even if those
-    boxes overlap another object more. The last such object wins.
+    An object also gets every box that overlaps it as much as its best box does, even if this
+    box overlaps another object more. If several objects claim a box this way, the last gets it.
 
     Args:
         boxes: ``[A, 4]`` in network pixels.
         objects: ``[n, 4]``, the boxes of the objects.
         matching: the thresholds.
-        valid: bool ``[A]``; the other boxes are ignored.
+        valid: bool ``[A]``, False for boxes to ignore; None if all are valid.
 
     Returns:
         int64 ``[A]``: the object's index, ``BACKGROUND`` or ``IGNORED``.
@@ -114,17 +116,19 @@ def assign(
 
 
 def sample(assigned: Tensor, sampling: Sampling, generator: torch.Generator | None) -> Sample:
-    """Choose boxes at random, as mmdet's ``RandomSampler``: positives first, then background.
+    """Choose boxes at random as mmdet's ``RandomSampler`` does.
 
-    Background fills up what positives leave.
+    Positive boxes come first. Background boxes fill the remaining places.
 
     Args:
         assigned: from `assign`, ``[A]``.
-        sampling: how many.
+        sampling: the numbers of boxes.
         generator: on the device of ``assigned``; by default that device's global generator, which
             ``torch.manual_seed`` seeds.
     """
-    keys = torch.rand(assigned.shape, generator=generator, device=assigned.device)
+    keys = torch.rand(
+        assigned.shape, generator=generator, dtype=torch.float32, device=assigned.device
+    )
     positives = torch.where(assigned >= 0, keys, -1.0).topk(min(sampling.positives, len(keys)))
     positive = positives.values >= 0
     background = torch.where(assigned == BACKGROUND, keys, -1.0).topk(
@@ -140,17 +144,17 @@ def sample(assigned: Tensor, sampling: Sampling, generator: torch.Generator | No
 
 
 def take_all(assigned: Tensor) -> Sample:
-    """Every box that is not ignored."""
+    """Choose every box that is not ignored."""
     indices = torch.arange(len(assigned), device=assigned.device)
     return Sample(indices, taken=assigned != IGNORED, positive=assigned >= 0)
 
 
 def mask_targets(masks: Tensor, owners: Tensor, boxes: Tensor) -> Tensor:
-    """The part of each object's mask inside a box, as 28 x 28 pixels (Mask R-CNN, section 3).
+    """Crop each box's mask and resize it to 28 x 28 pixels (Mask R-CNN, section 3).
 
     Args:
         masks: bool ``[n, H, W]`` of the padded network size.
-        owners: int64 ``[P]``, the mask that belongs to each box.
+        owners: int64 ``[P]``, the index of each box's mask.
         boxes: ``[P, 4]`` in network pixels.
 
     Returns:

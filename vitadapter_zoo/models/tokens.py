@@ -1,8 +1,8 @@
-"""How tokens ``[N, L, C]`` are worked on: on the CPU, without gradients, a piece at a time.
+"""Faster CPU inference on tokens ``[N, L, C]``: chunked computation and a faster linear layer.
 
-A whole image's intermediate results are larger than the caches, and larger than what the C library
-keeps between two uses: they would be read from memory, and paged in anew, every time.
-``benchmarks/inference.py`` measures what it brings.
+The intermediate results of a whole image are larger than the CPU's caches. They are also larger
+than the blocks that the C library reuses, so each allocation would map new pages. Without gradients
+the tokens are therefore processed in chunks. ``benchmarks/inference.py`` measures the gain.
 """
 
 from collections.abc import Callable
@@ -12,41 +12,43 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Bytes of a piece's largest intermediate result, the feed-forward network's four times as wide one.
-# glibc hands back to the system at once what is larger than 32 MiB.
-PIECE = 28 * 2**20
+# Size in bytes of a chunk's largest intermediate result, which is the hidden layer of the
+# feed-forward network. glibc returns freed blocks of more than 32 MiB to the system at once.
+CHUNK_BYTES = 28 * 2**20
 ONEDNN = torch.backends.mkldnn.is_available()
 
 
 def on_cpu_without_gradients(x: Tensor) -> bool:
-    """Whether ``x`` is where the ways of this module pay and may be taken."""
+    """Return whether this module's faster computations apply to ``x``."""
     return x.device.type == "cpu" and not torch.is_grad_enabled()
 
 
-def at_a_time(x: Tensor, numbers: int) -> int | None:
-    """How many parts of ``x`` to work on at a time, where one of them leads to so many numbers.
+def items_per_chunk(x: Tensor, numbers: int) -> int | None:
+    """Return how many items of ``x`` to process at a time, or None to process all at once.
 
-    None where it is best to take all of them together.
+    ``numbers`` is the number of values in the intermediate results of a single item.
     """
     if torch.compiler.is_compiling() or not on_cpu_without_gradients(x):
         return None
-    return max(1, PIECE // (numbers * x.element_size()))
+    return max(1, CHUNK_BYTES // (numbers * x.element_size()))
 
 
-def by_pieces(
+def in_chunks(
     compute: Callable[..., Tensor], *tokens: Tensor, multiple: int = 1, out: Tensor | None = None
 ) -> Tensor:
-    """``compute(*tokens)``, for a function that treats every ``multiple`` tokens by themselves.
+    """Compute ``compute(*tokens)`` in chunks along the tokens.
 
     Args:
-        compute: takes ``[N, l, ...]`` of each of ``tokens`` and gives ``[N, l, ...]``.
+        compute: a function of ``[N, l, ...]`` that returns ``[N, l, ...]``. It processes every
+            group of ``multiple`` tokens independently of the others.
         tokens: ``[N, L, ...]``, cut along ``L``.
-        multiple: pieces are cut at multiples of it only.
-        out: where pieces may be put, instead of into a new tensor; may be one of ``tokens``.
+        multiple: the length of a chunk is a multiple of this.
+        out: a tensor that the result may overwrite; it may be one of ``tokens``. By default a new
+            tensor is allocated.
     """
     first = tokens[0]
     batch, length, width = first.shape
-    limit = at_a_time(first, 4 * batch * width)
+    limit = items_per_chunk(first, 4 * batch * width)
     if limit is None or length <= limit:
         return compute(*tokens)
     limit = max(1, limit // multiple) * multiple
@@ -54,23 +56,24 @@ def by_pieces(
     size = -(-length // (count * multiple)) * multiple
     whole = out
     for start in range(0, length, size):
-        piece = slice(start, start + size)
-        result = compute(*(part[:, piece] for part in tokens))
+        chunk = slice(start, start + size)
+        result = compute(*(part[:, chunk] for part in tokens))
         if whole is None:
             whole = result.new_empty(batch, length, *result.shape[2:])
-        whole[:, piece] = result
+        whole[:, chunk] = result
     return cast("Tensor", whole)
 
 
 class Linear(nn.Linear):
-    """A linear layer on tokens; on the CPU it is a convolution of a map one pixel wide.
+    """A linear layer on tokens, computed as a 1x1 convolution on the CPU.
 
-    oneDNN, which convolves, multiplies float32 matrices 5 to 20% faster than MKL (measured on an
-    AMD EPYC with AVX-512) and adds the bias on the way.
+    PyTorch uses oneDNN for convolutions and MKL for matrix products. oneDNN multiplies float32
+    matrices 5 to 20% faster (measured on an AMD EPYC with AVX-512) and adds the bias in the same
+    pass.
     """
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """``[N, L, in_features]`` to ``[N, L, out_features]``."""
+        """Map ``[N, L, in_features]`` to ``[N, L, out_features]``."""
         if not (ONEDNN and on_cpu_without_gradients(tokens)):
             return super().forward(tokens)
         column = tokens.unsqueeze(2).permute(0, 3, 1, 2)
@@ -79,7 +82,7 @@ class Linear(nn.Linear):
 
 
 class Mlp(nn.Module):
-    """Two linear layers with GELU in between."""
+    """The feed-forward network of a transformer block: two linear layers with GELU in between."""
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
@@ -88,5 +91,5 @@ class Mlp(nn.Module):
         self.fc2 = Linear(hidden, dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """``[N, L, dim]`` to the same."""
+        """Map ``[N, L, dim]`` to ``[N, L, dim]``."""
         return self.fc2(self.act(self.fc1(tokens)))

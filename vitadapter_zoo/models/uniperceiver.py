@@ -1,4 +1,7 @@
-"""The adapter on a Uni-Perceiver trunk (arXiv:2112.01522): other names, other padding."""
+"""The ViT-Adapter backbone with a Uni-Perceiver trunk (arXiv:2112.01522).
+
+Compared with the plain ViT trunk, parameters have other names and windows are padded differently.
+"""
 
 from functools import partial
 
@@ -7,7 +10,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from vitadapter_zoo.models.adapter import STEM_WIDTH, WithAdapter
-from vitadapter_zoo.models.tokens import Linear, by_pieces
+from vitadapter_zoo.models.tokens import Linear, in_chunks
 from vitadapter_zoo.models.vit import (
     PATCH,
     WINDOW,
@@ -21,7 +24,7 @@ from vitadapter_zoo.models.vit import (
 )
 
 LAYER_NORM_EPS = 1e-5
-FRAMES = 8  # length of the video position embedding; an image is its first frame
+FRAMES = 8  # length of the video position embedding; an image uses that of the first frame
 
 
 class SelfAttention(nn.Module):
@@ -35,17 +38,17 @@ class SelfAttention(nn.Module):
         self.out_proj = Linear(dim, dim)
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
-        """``[N, height * width, dim]`` to the same."""
+        """Map ``[N, height * width, dim]`` to the same shape."""
         if self.windowed:
-            # The *input* map is padded, so padded tokens carry the projection's bias as key and
-            # value. The plain trunk pads after the projection: the two are not interchangeable.
+            # This pads the *input* map, so the padded tokens' keys and values are the projection's
+            # bias. The plain trunk pads after the projection. The two are not interchangeable.
             padded = pad_to_windows(x.unflatten(1, (height, width)), WINDOW)
             windows = self_attention(self.in_proj(to_windows(padded, WINDOW)), self.heads)
             merged = from_windows(windows, WINDOW, x.shape[0], *padded.shape[1:3])
             attended = merged[:, :height, :width].flatten(1, 2)
         else:
-            attended = self_attention(by_pieces(self.in_proj, x), self.heads)
-        return by_pieces(self.out_proj, attended)
+            attended = self_attention(in_chunks(self.in_proj, x), self.heads)
+        return in_chunks(self.out_proj, attended)
 
 
 class Layer(nn.Module):
@@ -64,15 +67,15 @@ class Layer(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
-        """``[N, height * width, dim]`` to the same."""
-        if self.self_attn.windowed:  # rows of windows know nothing of each other
-            return by_pieces(partial(self._forward, width=width), x, multiple=WINDOW * width)
+        """Map ``[N, height * width, dim]`` to the same shape."""
+        if self.self_attn.windowed:  # rows of windows do not depend on each other
+            return in_chunks(partial(self._forward, width=width), x, multiple=WINDOW * width)
         return self._forward(x, width)
 
     def _forward(self, x: Tensor, width: int) -> Tensor:
         attended = self.self_attn(self.norm1(x), x.shape[1] // width, width)
         x = x + self.drop_path(self.gamma_1 * attended)
-        return by_pieces(self._feed_forward, x)
+        return in_chunks(self._feed_forward, x)
 
     def _feed_forward(self, x: Tensor) -> Tensor:
         fed = self.linear2(self.act(self.linear1(self.norm2(x))))
@@ -80,7 +83,7 @@ class Layer(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """16x16 patches to tokens, with positions in space and time."""
+    """Embed 16x16 patches as tokens and add spatial and temporal position embeddings."""
 
     def __init__(self, dim: int, pretrain_grid: int) -> None:
         super().__init__()
@@ -89,7 +92,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(3, dim, kernel_size=PATCH, stride=PATCH)
 
     def forward(self, image: Tensor) -> Tensor:
-        """``[N, 3, 16 H, 16 W]`` to ``[N, H * W, dim]``."""
+        """Map images ``[N, 3, 16 H, 16 W]`` to tokens ``[N, H * W, dim]``."""
         tokens = self.proj(channels_last(image))
         height, width = tokens.shape[2:]
         space = resized_position_embedding(self.spatial_pos_embed.weight, height, width)
@@ -97,7 +100,7 @@ class PatchEmbed(nn.Module):
 
 
 class VisualEmbed(nn.Module):
-    """Patch embedding and its norm."""
+    """The patch embedding and its LayerNorm."""
 
     def __init__(self, dim: int, pretrain_grid: int) -> None:
         super().__init__()
@@ -105,12 +108,12 @@ class VisualEmbed(nn.Module):
         self.patch_embed = PatchEmbed(dim, pretrain_grid)
 
     def forward(self, image: Tensor) -> Tensor:
-        """``[N, 3, 16 H, 16 W]`` to ``[N, H * W, dim]``."""
+        """Map images ``[N, 3, 16 H, 16 W]`` to tokens ``[N, H * W, dim]``."""
         return self.embeddings_norm(self.patch_embed(image))
 
 
 class UniPerceiverAdapter(WithAdapter):
-    """The Uni-Perceiver trunk with the adapter around it; arguments as for ``ViTAdapter``."""
+    """The Uni-Perceiver trunk with the adapter; the arguments are those of ``ViTAdapter``."""
 
     def __init__(
         self,
@@ -133,5 +136,8 @@ class UniPerceiverAdapter(WithAdapter):
         self.add_adapter(dim, deform_heads, deform_ratio, LAYER_NORM_EPS, drop_path, stem_width)
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        """``[N, 3, H, W]``, multiples of 32, to ``[N, dim, H / s, W / s]`` for s = 4, 8, 16, 32."""
+        """Compute maps ``[N, dim, H / s, W / s]``, s = 4, 8, 16, 32, from images ``[N, 3, H, W]``.
+
+        ``H`` and ``W`` are multiples of 32.
+        """
         return self.adapted(image, self.visual_embed(image), self.layers)

@@ -1,4 +1,4 @@
-"""The plain ViT trunk and the plain ViT detector backbone (no adapter)."""
+"""The plain ViT: the trunk that the adapter extends, and the detector backbone without adapter."""
 
 from functools import partial
 
@@ -7,12 +7,12 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from vitadapter_zoo.models.tokens import Linear, Mlp, by_pieces, on_cpu_without_gradients
+from vitadapter_zoo.models.tokens import Linear, Mlp, in_chunks, on_cpu_without_gradients
 
 PATCH = 16
-WINDOW = 14  # ViTDet-style windows are as large as the pretraining grid at 224 pixels
+WINDOW = 14  # as in ViTDet, a window is as large as the pretraining grid at 224 pixels
 LAYER_NORM_EPS = 1e-6
-QUERIES = 1900  # of global attention at a time, where its weights are in memory: 14 MB
+QUERIES = 1900  # queries per step of global attention; limits its weights to 14 MB of memory
 
 
 def to_windows(x: Tensor, size: int) -> Tensor:
@@ -23,7 +23,7 @@ def to_windows(x: Tensor, size: int) -> Tensor:
 
 
 def from_windows(windows: Tensor, size: int, batch: int, height: int, width: int) -> Tensor:
-    """Undo ``to_windows``: back to ``[batch, height, width, C]``."""
+    """Undo ``to_windows``; return ``[batch, height, width, C]``."""
     x = windows.view(batch, height // size, width // size, size, size, -1)
     return x.transpose(2, 3).reshape(batch, height, width, -1)
 
@@ -35,7 +35,7 @@ def pad_to_windows(x: Tensor, size: int) -> Tensor:
 
 
 def self_attention(qkv: Tensor, heads: int) -> Tensor:
-    """Softmax attention over ``[N, L, 3 * C]`` (q, k, v side by side), giving ``[N, L, C]``."""
+    """Compute softmax attention from ``[N, L, 3 * C]`` (q, k and v); return ``[N, L, C]``."""
     n, length, channels = qkv.shape
     q, k, v = qkv.view(n, length, 3, heads, channels // (3 * heads)).permute(2, 0, 3, 1, 4)
     if qkv.dtype == torch.bfloat16 and on_cpu_without_gradients(qkv):
@@ -46,9 +46,9 @@ def self_attention(qkv: Tensor, heads: int) -> Tensor:
 
 
 def _attention_of_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention over ``[N, heads, L, C]``, with its weights in memory.
+    """Compute softmax attention over ``[N, heads, L, C]`` by two matrix products.
 
-    PyTorch's fused attention is no faster in bfloat16 than in float32 on CPUs without AMX; their
+    On CPUs without AMX, PyTorch's fused attention is not faster in bfloat16 than in float32, but
     matrix products are.
     """
     n, heads, length, channels = q.shape
@@ -58,9 +58,9 @@ def _attention_of_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     attended = q.new_empty(n, length, heads, channels).transpose(1, 2)
     for head in range(heads):
         for start in range(0, length, QUERIES):
-            piece = slice(start, start + QUERIES)
-            weights = (q[:, head, piece] @ keys[:, head]).softmax(dim=-1)
-            attended[:, head, piece] = weights @ v[:, head]
+            chunk = slice(start, start + QUERIES)
+            weights = (q[:, head, chunk] @ keys[:, head]).softmax(dim=-1)
+            attended[:, head, chunk] = weights @ v[:, head]
     return attended
 
 
@@ -68,40 +68,41 @@ def resized_position_embedding(embedding: Tensor, height: int, width: int) -> Te
     """Resize square ``[side * side, C]`` position embeddings to ``[1, height * width, C]``."""
     side = int(embedding.shape[0] ** 0.5)
     grid = embedding.view(1, side, side, -1).permute(0, 3, 1, 2)
-    # float32 whatever the weights' dtype: bicubic weights do not survive rounding to bfloat16
+    # Always in float32: bicubic weights would lose too much precision in bfloat16.
     grid = F.interpolate(grid.float(), (height, width), mode="bicubic", align_corners=False)
     return grid.flatten(2).transpose(1, 2).to(embedding.dtype)
 
 
 def channels_last(image: Tensor) -> Tensor:
-    """An image in the memory order of tokens.
+    """Convert an image to channels-last, the memory order of tokens.
 
-    Convolutions keep the order of their input, so tokens become maps and maps tokens without a
-    copy, and on the CPU all but the narrowest convolutions are faster in it.
+    Convolutions keep the memory order of their input, so tokens and maps convert to each other
+    without a copy. On the CPU all but the narrowest convolutions are also faster in this order.
     """
     return image.contiguous(memory_format=torch.channels_last)
 
 
 def tokens_to_map(tokens: Tensor, height: int, width: int) -> Tensor:
-    """``[N, H * W, C]`` in row-major order to ``[N, C, H, W]``."""
-    # In this order the strides say channels-last for a batch of one too, and kernels believe them.
+    """View tokens ``[N, H * W, C]`` in row-major order as a map ``[N, C, H, W]``."""
+    # With this order of operations the strides are channels-last for a batch of size 1 too.
+    # Kernels choose their memory format by the strides.
     return tokens.unflatten(1, (height, width)).permute(0, 3, 1, 2)
 
 
 def drop_path_rates(maximum: float, depth: int) -> list[float]:
-    """Stochastic-depth rates, rising linearly from 0 to ``maximum`` over the blocks."""
+    """Return stochastic-depth rates that rise linearly from 0 to ``maximum`` over the blocks."""
     return [maximum * index / max(depth - 1, 1) for index in range(depth)]
 
 
 class PatchEmbed(nn.Module):
-    """16x16 patches to tokens."""
+    """Embed 16x16 patches as tokens."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.proj = nn.Conv2d(3, dim, kernel_size=PATCH, stride=PATCH)
 
     def forward(self, image: Tensor) -> Tensor:
-        """``[N, 3, 16 H, 16 W]`` to ``[N, H * W, dim]``."""
+        """Map images ``[N, 3, 16 H, 16 W]`` to tokens ``[N, H * W, dim]``."""
         return self.proj(channels_last(image)).flatten(2).transpose(1, 2)
 
 
@@ -116,22 +117,22 @@ class Attention(nn.Module):
         self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
-        """``[N, height * width, dim]`` to the same."""
-        qkv = by_pieces(self.qkv, x)
+        """Map ``[N, height * width, dim]`` to the same shape."""
+        qkv = in_chunks(self.qkv, x)
         if self.windowed:
-            # The *projected* map is padded and nothing is masked: padded tokens take part in the
-            # softmax with key = value = 0, as in training. Masking them would change the result.
+            # This pads the *projected* map without a mask: padded tokens take part in the softmax
+            # with key = value = 0, as in training. Masking them would change the result.
             padded = pad_to_windows(qkv.unflatten(1, (height, width)), WINDOW)
             windows = self_attention(to_windows(padded, WINDOW), self.heads)
             merged = from_windows(windows, WINDOW, x.shape[0], *padded.shape[1:3])
             attended = merged[:, :height, :width].flatten(1, 2)
         else:
             attended = self_attention(qkv, self.heads)
-        return by_pieces(self.proj, attended)
+        return in_chunks(self.proj, attended)
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block with layer scale (CaiT's, arXiv:2103.17239 section 2)."""
+    """Pre-norm transformer block with layer scale (CaiT, arXiv:2103.17239, section 2)."""
 
     def __init__(self, dim: int, heads: int, windowed: bool, drop_path: float) -> None:
         super().__init__()
@@ -144,19 +145,19 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, 4 * dim)
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
-        """``[N, height * width, dim]`` to the same."""
-        if self.attn.windowed:  # rows of windows know nothing of each other
-            return by_pieces(partial(self._forward, width=width), x, multiple=WINDOW * width)
+        """Map ``[N, height * width, dim]`` to the same shape."""
+        if self.attn.windowed:  # rows of windows do not depend on each other
+            return in_chunks(partial(self._forward, width=width), x, multiple=WINDOW * width)
         return self._forward(x, width)
 
     def _forward(self, x: Tensor, width: int) -> Tensor:
         attended = self.attn(self.norm1(x), x.shape[1] // width, width)
         x = x + self.drop_path(self.gamma1 * attended)
-        return by_pieces(lambda x: x + self.drop_path(self.gamma2 * self.mlp(self.norm2(x))), x)
+        return in_chunks(lambda x: x + self.drop_path(self.gamma2 * self.mlp(self.norm2(x))), x)
 
 
 class VisionTransformer(nn.Module):
-    """What the plain and the adapter backbone share: embedding, positions, blocks.
+    """The trunk that the plain and the adapter backbone share: embedding, positions, blocks.
 
     Args:
         dim: width of the tokens.
@@ -170,7 +171,7 @@ class VisionTransformer(nn.Module):
         self, dim: int, heads: int, windows: tuple[bool, ...], pretrain_grid: int, drop_path: float
     ) -> None:
         super().__init__()
-        # Slot 0 belongs to the class token, which takes no part in detection.
+        # Index 0 is the position of the class token, which detection does not use.
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + pretrain_grid**2, dim))
         self.patch_embed = PatchEmbed(dim)
         rates = drop_path_rates(drop_path, len(windows))
@@ -180,14 +181,17 @@ class VisionTransformer(nn.Module):
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
     def embed(self, image: Tensor) -> Tensor:
-        """``[N, 3, 16 H, 16 W]`` to tokens with positions, ``[N, H * W, dim]``."""
+        """Embed images ``[N, 3, 16 H, 16 W]`` as tokens with positions, ``[N, H * W, dim]``."""
         height, width = image.shape[2] // PATCH, image.shape[3] // PATCH
         positions = resized_position_embedding(self.pos_embed[0, 1:], height, width)
         return self.patch_embed(image) + positions
 
 
 class ViTBaseline(VisionTransformer):
-    """The plain ViT detector backbone: four depths brought to strides 4, 8, 16 and 32."""
+    """The plain ViT detector backbone.
+
+    Outputs of four depths are resized to strides 4, 8, 16 and 32.
+    """
 
     def __init__(
         self, dim: int, heads: int, windows: tuple[bool, ...], pretrain_grid: int, drop_path: float
@@ -208,7 +212,10 @@ class ViTBaseline(VisionTransformer):
         self.up4 = nn.MaxPool2d(2, 2)
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        """``[N, 3, H, W]``, multiples of 32, to ``[N, dim, H / s, W / s]`` for s = 4, 8, 16, 32."""
+        """Compute maps ``[N, dim, H / s, W / s]``, s = 4, 8, 16, 32, from images ``[N, 3, H, W]``.
+
+        ``H`` and ``W`` are multiples of 32.
+        """
         height, width = image.shape[2] // PATCH, image.shape[3] // PATCH
         x = self.embed(image)
         quarter = len(self.blocks) // 4

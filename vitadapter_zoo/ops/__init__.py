@@ -1,4 +1,4 @@
-"""Operators: multi-scale deformable attention, plain and fused, and pasting masks."""
+"""The operators that have compiled kernels: deformable attention, mask pasting and RoIAlign."""
 
 from vitadapter_zoo.ops.deform_attn import ms_deform_attn
 from vitadapter_zoo.ops.fused import ms_deform_attn_fused

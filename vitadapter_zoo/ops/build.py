@@ -1,7 +1,7 @@
-"""Compiling the operators, when the package is built or afterwards.
+"""Compiling the operators, for ``setup.py`` and for ``vitadapter-zoo build-op``.
 
-``setup.py`` and ``vitadapter-zoo build-op`` share this module; torch and setuptools are imported
-only in its functions, so that a package can be built where they are missing.
+Only functions import torch and setuptools, so that ``setup.py`` can build the package without
+torch.
 """
 
 from __future__ import annotations
@@ -31,26 +31,28 @@ CPU_SOURCES = (
 )
 CUDA_SOURCES = ("cuda.cu",)
 
-# The oldest torch whose stable ABI has all that is used; any newer one can load the result.
+# The oldest torch whose stable ABI has every function used. Newer releases can load the libraries.
 TARGET_TORCH = "0x020a000000000000"
-# sm_80 is A100, sm_90 is H100; the last is code that newer drivers translate for newer devices.
+# sm_80 is the A100 and sm_90 the H100. PTX is code that a driver can translate for newer devices.
 CUDA_ARCHITECTURES = "8.0;9.0+PTX"
 
 
 def extensions(folder: Path) -> list[Extension]:
-    """What to compile from the sources in ``folder``: for CUDA too where `cuda_wanted`.
+    """Return the extensions to compile from ``folder``: for the CPU and, if wanted, for CUDA.
 
     Raises:
         ZooError: ``VITADAPTER_ZOO_CUDA=1``, and there is no CUDA compiler.
     """
-    # BuildExtension of torch 2.10 and 2.11 would add -std=c++17.
+    # Without a -std flag, BuildExtension of torch 2.10 and 2.11 would add -std=c++17.
     flags = ["-O3", "-std=c++20", "-fvisibility=hidden", f"-DTORCH_TARGET_VERSION={TARGET_TORCH}"]
     found = [_extension(CPU_LIBRARY, folder, CPU_SOURCES, {"cxx": flags}, ["torch_cpu"], [])]
     if cuda_wanted():
         flags = [flag.replace("-fvis", "-Xcompiler=-fvis") for flag in flags] + ["-DUSE_CUDA"]
         toolkit = _cuda_toolkit()
         if toolkit is None:
-            raise ZooError("VITADAPTER_ZOO_CUDA=1, but no nvcc is on the PATH or in CUDA_HOME")
+            raise ZooError(
+                "VITADAPTER_ZOO_CUDA=1, but no nvcc was found; put it on the PATH or set CUDA_HOME"
+            )
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", cuda_architectures())
         libraries = ["torch_cpu", "torch_cuda", "cudart"]
         folders = [str(toolkit / "lib64"), str(toolkit / "lib")]
@@ -68,7 +70,7 @@ def _extension(
     libraries: list[str],
     library_folders: list[str],
 ) -> Extension:
-    """An extension that links only what it uses: torch's own helpers would add more libraries."""
+    """Return an extension that links only the given libraries; torch's helpers would add more."""
     from setuptools import Extension
     from torch.utils import cpp_extension
 
@@ -86,19 +88,19 @@ def _extension(
 
 
 def cuda_wanted() -> bool:
-    """Whether to compile for CUDA: as ``VITADAPTER_ZOO_CUDA`` says, 0 or 1.
+    """Return whether to compile for CUDA.
 
-    Without it: where there is an nvcc of the CUDA version that torch was built for, whether or not
-    this machine has a device.
+    ``VITADAPTER_ZOO_CUDA`` (0 or 1) decides. Without it the answer is yes if there is an nvcc with
+    the major CUDA version that torch was built for. A CUDA device is not needed.
 
     Raises:
         ZooError: the variable is neither 0 nor 1.
     """
     import torch
 
-    wish = settings.build_for_cuda()
-    if wish is not None:
-        return wish
+    choice = settings.build_for_cuda()
+    if choice is not None:
+        return choice
     if torch.version.cuda is None or _cuda_toolkit() is None:
         return False
     release = re.search(r"release (\d+)\.", _nvcc("--version"))
@@ -106,9 +108,10 @@ def cuda_wanted() -> bool:
 
 
 def cuda_architectures() -> str:
-    """What to compile for: the devices that are here, or `CUDA_ARCHITECTURES` where none is.
+    """Return the compute capabilities to compile for, in the format of ``TORCH_CUDA_ARCH_LIST``.
 
-    The newest of them also as code that a newer device's driver can translate.
+    They are those of this machine's devices, or `CUDA_ARCHITECTURES` without a device. The newest
+    is also compiled to PTX, which a driver can translate for newer devices.
     """
     import torch
 
@@ -120,13 +123,13 @@ def cuda_architectures() -> str:
 
 
 def _cuda_toolkit() -> Path | None:
-    """Where nvcc's own libraries lie; nvcc may be a script somewhere else, so it is asked."""
+    """Return the toolkit's folder as nvcc reports it; ``nvcc`` may be a script somewhere else."""
     top = re.search(r"TOP=(.+)", _nvcc("-dryrun", "-x", "cu", os.devnull, "-o", os.devnull))
     return Path(top[1].strip()) if top else None
 
 
 def _nvcc(*arguments: str) -> str:
-    """What nvcc says, nothing where there is none."""
+    """Run nvcc and return its output, or an empty string if there is no nvcc."""
     from torch.utils.cpp_extension import CUDA_HOME
 
     if CUDA_HOME is None or not (Path(CUDA_HOME) / "bin" / "nvcc").exists():
@@ -137,13 +140,13 @@ def _nvcc(*arguments: str) -> str:
 
 
 def build() -> list[Path]:
-    """Compile against the installed torch into the cache; what was there before is replaced.
+    """Compile the operators against the installed torch and replace those in the cache.
 
     Returns:
-        The libraries: for the CPU, and for CUDA where `cuda_wanted`.
+        The libraries: one for the CPU and, if `cuda_wanted`, one for CUDA.
 
     Raises:
-        ZooError: the compiler failed or is missing; the message ends with what it said.
+        ZooError: the compiler failed or is missing; the message has its first error.
     """
     import torch
 
@@ -154,13 +157,13 @@ def build() -> list[Path]:
         done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
         if done.returncode != 0:
             log = target.parent / "build-op.log"
-            said = done.stdout + done.stderr
-            log.write_text(said)
-            lines = [line.strip() for line in said.splitlines() if line.strip()]
+            output = done.stdout + done.stderr
+            log.write_text(output)
+            lines = [line.strip() for line in output.splitlines() if line.strip()]
             errors = [line for line in lines if re.search("[Ee]rror: ", line)] or lines[-1:]
             raise ZooError(
-                "the operator could not be compiled; it takes a C++20 compiler, g++ 12 or clang 14 "
-                f"(CXX=... names one): {errors[0]} (all that it said is in {log})"
+                f"the operator could not be compiled: {errors[0]} (the full output is in {log}). "
+                "It needs a C++20 compiler, g++ 12 or clang 14 or newer; CXX=... selects it"
             )
         target.mkdir(exist_ok=True)
         libraries = sorted((Path(temporary) / "vitadapter_zoo").glob("*.so"))
@@ -168,10 +171,10 @@ def build() -> list[Path]:
 
 
 def compile_into(folder: Path) -> None:
-    """Compile the operator against the installed torch, into ``folder / "vitadapter_zoo"``.
+    """Compile the operators against the installed torch into ``folder / "vitadapter_zoo"``.
 
-    For a process of its own: it changes the working directory, whose pyproject.toml setuptools
-    would read, and what the compiler says goes to stdout and stderr.
+    Run it in a separate process. It changes the working directory, because setuptools would read
+    the pyproject.toml there, and the compiler writes to stdout and stderr.
     """
     folder = folder.resolve()
     os.chdir(folder)

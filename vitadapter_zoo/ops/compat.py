@@ -1,12 +1,13 @@
-"""The module that Deformable DETR's extension was, on our operator.
+"""A stand-in for the compiled extension of Deformable DETR, computed by our operator.
 
-Deformable DETR, Mask2Former, GroundingDINO, DINOv3 and others each carry a copy of one extension
-from 2020, ``MultiScaleDeformableAttention``, and a Python file that imports it. After
+Deformable DETR and the projects that followed it carry a compiled extension from 2020 with two
+functions, ``ms_deform_attn_forward`` and ``ms_deform_attn_backward``. Most import it as
+``MultiScaleDeformableAttention``, GroundingDINO as ``groundingdino._C``. After
 
     import vitadapter_zoo.ops.compat
     vitadapter_zoo.ops.compat.register()
 
-that import finds this module, and their code runs as it is, on the CPU too.
+both imports find this module, which has the same two functions, for the CPU too.
 """
 
 import sys
@@ -14,20 +15,32 @@ import sys
 import torch
 from torch import Tensor
 
-from vitadapter_zoo.ops.deform_attn import gradients, ms_deform_attn, widened
+from vitadapter_zoo.ops.deform_attn import LIBRARY, gradients, ms_deform_attn, widened
 
-NAME = "MultiScaleDeformableAttention"
+NAMES = ("MultiScaleDeformableAttention", "groundingdino._C")
+
+# An operator, because torch.compile cannot look into what `gradients` calls.
+LIBRARY.define(
+    "_compat_backward(Tensor grad_output, Tensor value, Tensor spatial_shapes, "
+    "Tensor sampling_locations, Tensor attention_weights) -> (Tensor, Tensor, Tensor)"
+)
 
 
 def register() -> None:
-    """Make ``import MultiScaleDeformableAttention`` find this module in this process.
+    """Make imports of the extension find this module in this process.
+
+    The package ``groundingdino`` itself has to be installed or on the path; only its ``_C`` is
+    replaced.
 
     Raises:
-        RuntimeError: another module of that name has been imported already, and code may hold it.
+        RuntimeError: the extension has been imported already, and code may hold it.
     """
     module = sys.modules[__name__]
-    if sys.modules.setdefault(NAME, module) is not module:
-        raise RuntimeError(f"{NAME} has been imported already; call register() before that")
+    for name in NAMES:
+        if sys.modules.get(name, module) is not module:
+            raise RuntimeError(f"{name} has been imported already; call register() before that")
+    for name in NAMES:
+        sys.modules[name] = module
 
 
 def ms_deform_attn_forward(
@@ -71,7 +84,7 @@ def ms_deform_attn_backward(
 
     ``grad_output`` is ``[N, Q, heads * channels]``; for the rest see `ms_deform_attn_forward`.
     """
-    found = gradients(
+    found = torch.ops.vitadapter_zoo._compat_backward(
         grad_output.to(value.dtype),
         *_arguments(
             value, spatial_shapes, level_start_index, sampling_locations, attention_weights
@@ -85,8 +98,9 @@ def _arguments(
     value: Tensor, shapes: Tensor, starts: Tensor, locations: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shapes = shapes.to(device=value.device, dtype=torch.int64)
-    # Compared on the CPU alone, where it does not have to wait for a device.
-    if starts.device.type == "cpu":
+    # Compared on the CPU alone, where it does not have to wait for a device, and not while
+    # torch.compile or torch.export trace, when a tensor has no values.
+    if starts.device.type == "cpu" and not torch.compiler.is_compiling():
         areas = shapes.cpu().prod(1)
         expected = areas.cumsum(0) - areas
         if starts.tolist() != expected.tolist():
@@ -95,3 +109,13 @@ def _arguments(
                 f"{expected.tolist()}"
             )
     return value, shapes, *widened(value, shapes, locations, weights)
+
+
+def _fake_backward(
+    grad_output: Tensor, value: Tensor, shapes: Tensor, locations: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(value), torch.empty_like(locations), torch.empty_like(weights)
+
+
+LIBRARY.impl("_compat_backward", gradients, "CompositeExplicitAutograd")
+torch.library.register_fake("vitadapter_zoo::_compat_backward", _fake_backward)

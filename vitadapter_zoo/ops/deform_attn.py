@@ -1,7 +1,7 @@
 """Multi-scale deformable attention (Deformable DETR, arXiv:2010.04159, section 4.1).
 
-The operator ``vitadapter_zoo::ms_deform_attn`` and its rules for autograd, autocast, tracing and
-vmap. What computes it on which device is `library.implementation`'s business.
+This module defines the operator ``vitadapter_zoo::ms_deform_attn`` and its rules for autograd,
+autocast, tracing and vmap. `library.implementation` chooses what computes it on a device.
 """
 
 import warnings
@@ -14,8 +14,8 @@ from torch import Tensor
 from vitadapter_zoo.ops import reference
 from vitadapter_zoo.ops.library import implementation
 
-# Kept: what is registered through it goes when it goes. The private operators are the compiled
-# kernels, for the devices whose library is loaded.
+# This object must stay alive: torch removes its registrations when it is deleted. The operators
+# with an underscore are the compiled kernels; they exist for devices whose library is loaded.
 LIBRARY = torch.library.Library("vitadapter_zoo", "FRAGMENT")
 _ARGUMENTS = (
     "Tensor value, Tensor spatial_shapes, Tensor sampling_locations, Tensor attention_weights"
@@ -25,7 +25,7 @@ LIBRARY.define(f"_ms_deform_attn({_ARGUMENTS}) -> Tensor")
 LIBRARY.define(
     f"_ms_deform_attn_backward(Tensor grad_output, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)"
 )
-# From the context and the output's gradient to those of the arguments, None for what has none.
+# Takes autograd's context and the output's gradient; returns the arguments' gradients, or None.
 Backward: TypeAlias = Callable[[Any, Tensor], tuple[Tensor | None, ...]]
 _VALUE_TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -33,25 +33,25 @@ _VALUE_TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 def ms_deform_attn(
     value: Tensor, spatial_shapes: Tensor, sampling_locations: Tensor, attention_weights: Tensor
 ) -> Tensor:
-    """Sample every level bilinearly at the given places and add up what was found.
+    """Sample every level bilinearly at the given locations and return the weighted sums.
 
     ``result[n, q, h] = sum over l, p of weights[n, q, h, l, p] *
     bilinear(value_l[n, :, h], locations[n, q, h, l, p])`` (equation 3 of the paper). A location
     (x, y) in 0..1 lies at pixel ``(x * width - 0.5, y * height - 0.5)``; pixels outside the map
     count as zero, and so does a location that is NaN or infinite.
 
-    Computed by the compiled kernels where they are installed, otherwise by PyTorch's own operators
-    (see ``vitadapter-zoo env``). Sums are made in float32 for values of half precision. Results do
-    not depend on the number of threads. Second derivatives are not implemented.
+    The compiled kernels compute this where they are installed. Otherwise PyTorch's own operators
+    do; ``vitadapter-zoo env`` shows which. Values of half precision are summed in float32. Results
+    do not depend on the number of threads. Second derivatives are not implemented.
 
     Args:
         value: ``[N, S, heads, channels]``, float32, float64, bfloat16 or (not on the CPU) float16:
             the levels' pixels in row-major order, one level after the other.
         spatial_shapes: ``[levels, 2]``, int64, on the device of ``value``: height and width of
             every level; their areas add up to ``S``.
-        sampling_locations: ``[N, Q, heads, levels, points, 2]`` as (x, y), float64 with values of
-            float64 and else float32: rounded to bfloat16 near 1.0 they would miss by up to a third
-            of a pixel.
+        sampling_locations: ``[N, Q, heads, levels, points, 2]`` as (x, y), float64 if ``value`` is
+            float64, otherwise float32. In bfloat16, locations near 1.0 would be wrong by up to a
+            third of a pixel.
         attention_weights: ``[N, Q, heads, levels, points]`` in the dtype of ``value`` or of
             ``sampling_locations``.
 
@@ -60,9 +60,9 @@ def ms_deform_attn(
 
     Raises:
         ValueError: shapes that do not fit each other, or tensors on different devices.
-        TypeError: a dtype other than these.
+        TypeError: a tensor has another dtype.
     """
-    if not torch.is_autocast_enabled(value.device.type):  # its rule may change dtypes first
+    if not torch.is_autocast_enabled(value.device.type):  # autocast may still change the dtypes
         _check_types(value, spatial_shapes, sampling_locations, attention_weights)
     check_shapes(value, spatial_shapes, sampling_locations, attention_weights)
     return torch.ops.vitadapter_zoo.ms_deform_attn(
@@ -71,11 +71,11 @@ def ms_deform_attn(
 
 
 def check_shapes(value: Tensor, shapes: Tensor, locations: Tensor, weights: Tensor) -> None:
-    """Refuse tensors whose shapes or devices do not fit each other."""
+    """Raise a ValueError if shapes or devices of the tensors do not fit each other."""
     devices = {str(tensor.device) for tensor in (value, shapes, locations, weights)}
     if len(devices) > 1:
         raise ValueError(
-            f"ms_deform_attn takes tensors of one device, got {', '.join(sorted(devices))}"
+            f"ms_deform_attn takes tensors on the same device, got {', '.join(sorted(devices))}"
         )
     fits = (value.dim(), shapes.dim(), locations.dim(), weights.dim()) == (4, 2, 6, 5)
     if fits:
@@ -94,7 +94,7 @@ def check_shapes(value: Tensor, shapes: Tensor, locations: Tensor, weights: Tens
             f"[N, Q, heads, levels, points]; got {list(value.shape)}, {list(shapes.shape)}, "
             f"{list(locations.shape)} and {list(weights.shape)}"
         )
-    # What a tensor says is known here only outside of tracing, and elsewhere costs waiting for it.
+    # The values are unknown while tracing, and reading them from a GPU would wait for the GPU.
     if type(shapes) is Tensor and shapes.device.type == "cpu" and not torch.compiler.is_compiling():
         levels = [(height, width) for height, width in shapes.tolist()]
         if any(height < 1 or width < 1 for height, width in levels):
@@ -106,7 +106,7 @@ def check_shapes(value: Tensor, shapes: Tensor, locations: Tensor, weights: Tens
 
 
 def check_value(value: Tensor, shapes: Tensor) -> torch.dtype:
-    """The dtype in which sums over ``value`` are made, and its sampling locations are given."""
+    """Check the dtypes; return that of sums over ``value`` and of its sampling locations."""
     if value.dtype not in _VALUE_TYPES:
         raise TypeError(f"value must be a floating-point tensor, got {value.dtype}")
     if value.dtype == torch.float16 and value.device.type == "cpu":
@@ -150,13 +150,13 @@ def _fake_backward(
 
 
 def alert_nondeterministic(device: torch.device) -> None:
-    """Do what PyTorch's nondeterministic operators do under ``use_deterministic_algorithms``.
+    """Raise or warn under ``use_deterministic_algorithms``, as PyTorch's own operators do.
 
-    On CUDA the gradient of ``value`` is a sum of atomic additions, whose order changes from call to
-    call. On the CPU it is always the same.
+    On CUDA the gradient of ``value`` is summed by atomic additions, whose order changes between
+    calls. On the CPU the order is fixed.
 
     Raises:
-        RuntimeError: deterministic algorithms are on, and not as warnings only.
+        RuntimeError: deterministic algorithms are on, without ``warn_only``.
     """
     if device.type != "cuda" or not torch.are_deterministic_algorithms_enabled():
         return
@@ -172,7 +172,7 @@ def alert_nondeterministic(device: torch.device) -> None:
 def gradients(
     grad_output: Tensor, value: Tensor, shapes: Tensor, locations: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of value, locations and weights for that of the output."""
+    """Compute the gradients of value, locations and weights from the output's gradient."""
     if implementation(value.device).compiled:
         alert_nondeterministic(value.device)
         return torch.ops.vitadapter_zoo._ms_deform_attn_backward(
@@ -189,13 +189,13 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, Tensor, Tens
 def widened(
     value: Tensor, shapes: Tensor, locations: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Locations and weights in dtypes that the operator takes with ``value``."""
+    """Convert locations and weights to dtypes that the operator accepts with ``value``."""
     wide = check_value(value, shapes)
     return locations.to(wide), weights if weights.dtype == value.dtype else weights.to(wide)
 
 
 def _autocast(device_type: str) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """Under autocast values stay as they come, and what is too narrow for them is widened."""
+    """Return the autocast rule: ``value`` stays as it is; other dtypes are widened to fit it."""
 
     def rule(value: Tensor, shapes: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
         locations, weights = widened(value, shapes, locations, weights)
@@ -208,19 +208,19 @@ def _autocast(device_type: str) -> Callable[[Tensor, Tensor, Tensor, Tensor], Te
 def register(
     name: str, compute: Callable[..., Tensor], fake: Callable[..., Tensor], backward: Backward
 ) -> None:
-    """Give the declared operator ``name`` its rules; ``backward`` finds all its arguments saved."""
+    """Register the rules of the operator ``name``; ``backward`` gets all saved arguments."""
 
     def save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
 
     def once(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # create_graph=True, which would end in silently missing terms
+        if torch.is_grad_enabled():  # create_graph=True: the graph would lack terms silently
             raise NotImplementedError(f"{name} has no second derivatives")
         return backward(ctx, grad_output)
 
     def refuse_vmap(info: Any, in_dims: Any, *arguments: Tensor) -> Any:
         raise NotImplementedError(
-            f"{name} does not go through vmap; give it the batch as the first dimension"
+            f"{name} does not support vmap; pass the batch as the first dimension"
         )
 
     qualified = f"vitadapter_zoo::{name}"

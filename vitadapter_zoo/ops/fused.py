@@ -1,9 +1,8 @@
-"""Multi-scale deformable attention from what the network's linear layers give.
+"""Multi-scale deformable attention directly from the outputs of the network's linear layers.
 
-Between those layers and `ms_deform_attn` lie a softmax, a division and an addition over tensors as
-large as its own input; composed of PyTorch's operators they took three times as long as the
-sampling. The compiled kernels do them on the way: on the CPU for every shape, on CUDA for the
-shapes of the published networks.
+`ms_deform_attn` needs a softmax, a division and an addition first, over tensors as large as its own
+input. As separate PyTorch operators they took three times as long as the sampling. The compiled
+kernels include them: on the CPU for every shape, on CUDA for the shapes of the published networks.
 """
 
 from typing import Any
@@ -32,7 +31,7 @@ LIBRARY.define(f"_ms_deform_attn_fused({_ARGUMENTS}) -> Tensor")
 LIBRARY.define(
     f"_ms_deform_attn_fused_backward(Tensor grad_output, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)"
 )
-# What the fused CUDA kernels are compiled for, see csrc/cuda_vector.cuh.
+# The shapes that the fused CUDA kernels are compiled for, see csrc/cuda_vector.cuh.
 _CUDA_LEVELS = (1, 3, 4)
 _CUDA_POINTS = 4
 _MOST_ELEMENTS = 2**31 - 1
@@ -45,15 +44,15 @@ def ms_deform_attn_fused(
     sampling_offsets: Tensor,
     attention_logits: Tensor,
 ) -> Tensor:
-    """`ms_deform_attn` at ``reference + offset / (width, height)`` with softmaxed weights.
+    """Compute `ms_deform_attn` at ``reference + offset / (width, height)`` with softmax weights.
 
-    Equation 3 of Deformable DETR (arXiv:2010.04159) with its appendix's normalisation: the softmax
-    goes over all points of all levels of a head.
+    This is equation 3 of Deformable DETR (arXiv:2010.04159) with the normalisation of its appendix:
+    the softmax is over all points of all levels of a head.
 
     Args:
         value: ``[N, S, heads, channels]``, see `ms_deform_attn`.
         spatial_shapes: ``[levels, 2]``, int64, (height, width) of every level.
-        reference_points: ``[Q, 2]`` as (x, y) in 0..1, float64 with values of float64 and else
+        reference_points: ``[Q, 2]`` as (x, y) in 0..1, float64 if ``value`` is float64, otherwise
             float32; the same for every image, head and level.
         sampling_offsets: ``[N, Q, heads, levels, points, 2]`` in pixels of their level, in the
             dtype of ``value`` or of ``reference_points``.
@@ -64,7 +63,7 @@ def ms_deform_attn_fused(
 
     Raises:
         ValueError: shapes that do not fit each other, or tensors on different devices.
-        TypeError: a dtype other than these.
+        TypeError: a tensor has another dtype.
     """
     check_shapes(value, spatial_shapes, sampling_offsets, attention_logits)
     if tuple(reference_points.shape) != (sampling_offsets.shape[1], 2):
@@ -90,7 +89,7 @@ def ms_deform_attn_fused(
 
 
 def _fits(value: Tensor, offsets: Tensor, logits: Tensor, *, gradient: bool) -> bool:
-    """Whether the compiled kernel of this device takes these shapes and places in memory."""
+    """Return whether this device's compiled kernel accepts these shapes and memory layouts."""
     if value.device.type == "cpu":
         return not gradient
     channels, (levels, points) = value.shape[3], offsets.shape[3:5]

@@ -1,4 +1,4 @@
-"""The compiled operator: where its libraries are, and whether they compute what they should."""
+"""Finding, loading and checking the compiled operators' libraries."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import ctypes
 import functools
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from vitadapter_zoo import settings
 from vitadapter_zoo.errors import ZooError
 from vitadapter_zoo.ops import paths, reference
 
-# Relative error that the check after loading allows: sums in another order, and no more.
+# Largest relative error in the check after loading. It allows only for another order of sums.
 TOLERANCE = 1e-4
 
 
@@ -27,8 +27,8 @@ class Implementation:
     """How an operator is computed on one kind of device.
 
     Attributes:
-        compiled: by the compiled kernels; otherwise by PyTorch's own operators.
-        why: what was loaded from where, or why nothing was.
+        compiled: True for the compiled kernels, False for PyTorch's own operators.
+        why: the loaded library, or the reason why none is used.
     """
 
     compiled: bool
@@ -37,18 +37,19 @@ class Implementation:
 
 @functools.cache
 def implementation(device: str | torch.device) -> Implementation:
-    """How the operator is computed on ``"cpu"``, ``"cuda:1"`` or another device.
+    """Return how the operator is computed on ``"cpu"``, ``"cuda:1"`` or another device.
 
-    The first call loads the compiled library and checks it on that device. Where there is none, or
-    where it does not give what PyTorch's operators give, those are used, with one warning.
-    ``VITADAPTER_ZOO_OP=reference`` asks for them; ``=compiled`` makes their use an error.
+    The first call loads the compiled library and checks it on that device. If there is no library,
+    or if its results are wrong, PyTorch's own operators are used instead, with one warning.
+    ``VITADAPTER_ZOO_OP=reference`` selects PyTorch's operators; ``VITADAPTER_ZOO_OP=compiled``
+    raises an error instead of using them.
 
     Raises:
         ZooError: ``VITADAPTER_ZOO_OP=compiled`` and the compiled operator cannot be used, or the
             variable has another value.
     """
-    wish = settings.operator()
-    if wish == "reference":
+    choice = settings.operator()
+    if choice == "reference":
         return Implementation(compiled=False, why="VITADAPTER_ZOO_OP=reference")
     device = torch.device(device)
     if device.type not in ("cpu", "cuda"):
@@ -58,35 +59,35 @@ def implementation(device: str | torch.device) -> Implementation:
             return Implementation(compiled=True, why=_load(device))
         except _UnusableError as error:
             reason = f"{error}; `vitadapter-zoo build-op` compiles it here"
-    if wish == "compiled":
+    if choice == "compiled":
         raise ZooError(f"VITADAPTER_ZOO_OP=compiled, but {reason}")
     warnings.warn(
-        f"deformable attention is computed by PyTorch's own operators, many times slower: {reason}",
+        f"deformable attention uses PyTorch's own operators, which are many times slower: {reason}",
         stacklevel=2,
     )
     return Implementation(compiled=False, why=reason)
 
 
 class _UnusableError(Exception):
-    """Why the compiled operator is not used."""
+    """The compiled operator cannot be used; the message is the reason."""
 
 
 def find(name: str) -> Path | None:
-    """The library ``name``: as installed with the package, or else as built by ``build-op``."""
+    """Return the library ``name``, installed with the package or built by ``build-op``, or None."""
     file = f"{name}.abi3.so"
     installed = paths.PACKAGE / file
     if installed.is_file():
-        return installed  # without reading the sources, which tell one build in the cache by
+        return installed  # this avoids `built_folder`, which reads and hashes the sources
     built = paths.built_folder(torch.version.cuda) / file
     return built if built.is_file() else None
 
 
 def _load(device: torch.device) -> str:
-    """Load and check what computes on ``device``; says what it is.
+    """Load and check the library for ``device``; return its path and instruction set.
 
     Raises:
-        _UnusableError: there is none, it cannot be loaded, it does not run on this device, or it
-            computes something else.
+        _UnusableError: there is no library, it cannot be loaded, it does not run on this device, or
+            its results are wrong.
     """
     path = find(paths.CUDA_LIBRARY if device.type == "cuda" else paths.CPU_LIBRARY)
     if path is None:
@@ -95,12 +96,12 @@ def _load(device: torch.device) -> str:
         torch.ops.load_library(path)
     except OSError as error:
         raise _UnusableError(f"{path} cannot be loaded: {error}") from error
-    # In a thread of its own: the caller may be under autograd, autocast, inference mode or tracing,
-    # all of which belong to the thread.
+    # In a new thread: autograd, autocast, inference mode and tracing are settings of the caller's
+    # thread and would change the check.
     with ThreadPoolExecutor(1) as thread:
         try:
             off = thread.submit(check, device).result()
-        except RuntimeError as error:  # no code for this GPU, an operator that is not there, ...
+        except RuntimeError as error:  # no code for this GPU, a missing operator, ...
             first_line = str(error).strip().splitlines()[0]
             raise _UnusableError(f"{path} does not run on {device}: {first_line}") from error
     if not off <= TOLERANCE:
@@ -113,25 +114,30 @@ def _load(device: torch.device) -> str:
 
 
 def check(device: torch.device) -> float:
-    """How far the loaded kernels are from the reference on small inputs, forward and backward.
+    """Compare the loaded kernels with the reference on small inputs, forward and backward.
 
-    The reference is computed on the CPU: PyTorch's own operators may be forbidden on the device
-    (``torch.use_deterministic_algorithms``), and what they compute there is not the question.
+    The reference is computed on the CPU, because ``torch.use_deterministic_algorithms`` may forbid
+    PyTorch's own operators on the device.
 
     Returns:
-        The largest error of any output, relative to the largest value of that output; NaN where
-        a kernel gives NaN.
+        The largest error of any output, relative to the largest value of that output; NaN if a
+        kernel returned NaN.
     """
-    errors = [
+    return worst(
         float((got.cpu() - expected).abs().max() / expected.abs().max())
         for channels in (32, 3)  # the vectorized kernel and the general one
         for got, expected in _outputs(channels, device)
-    ]
-    return next((error for error in errors if math.isnan(error)), max(errors))
+    )
+
+
+def worst(errors: Iterable[float]) -> float:
+    """Return the largest error, or NaN if any is NaN; ``max`` may overlook a NaN."""
+    found = list(errors)
+    return math.nan if any(math.isnan(error) for error in found) else max(found)
 
 
 def _outputs(channels: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """What each kernel gives on ``device``, with what is right."""
+    """Yield the output of each kernel on ``device`` and the correct output."""
     value, shapes, locations, weights = arguments = _small_input(channels)
     moved = [tensor.to(device) for tensor in arguments]
     grad = torch.linspace(-1, 1, 2 * 7 * 2 * channels, dtype=torch.float32).view(2, 7, -1)
@@ -143,7 +149,7 @@ def _outputs(channels: int, device: torch.device) -> Iterator[tuple[Tensor, Tens
         strict=True,
     )
     if device.type == "cuda" and channels != 32:
-        return  # its fused kernels are vectorized only
+        return  # the fused CUDA kernels exist in vectorized form only
     points = locations[0, :, 0, 0, 0].contiguous()
     offsets, logits = locations * 3 - 1, weights * 4
     given = [tensor.to(device) for tensor in (value, shapes, points, offsets, logits)]
@@ -159,7 +165,10 @@ def _outputs(channels: int, device: torch.device) -> Iterator[tuple[Tensor, Tens
 
 
 def _small_input(channels: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Two images, three levels, locations inside and outside, none of them between two cells."""
+    """Create inputs of two images and three levels.
+
+    Locations are inside and outside of the maps. None is on the border between two cells.
+    """
     shapes = torch.tensor([[4, 5], [2, 3], [1, 2]])
     pixels = 28
     value = torch.linspace(-3, 3, 2 * pixels * 2 * channels, dtype=torch.float32)

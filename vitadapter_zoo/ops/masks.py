@@ -1,11 +1,11 @@
-"""Pasting masks into the image: as pixels, or at once as COCO's compressed run lengths.
+"""Paste masks into the image, as pixels or directly as COCO's compressed run lengths.
 
-The compiled kernel writes the runs down while it resamples, and never has a mask of the image's
-size. It gives the same digits as resampling with PyTorch and encoding with hotcoco, which is what
-computes where it cannot be used.
+The compiled kernel encodes while it resamples, so it needs no mask of the image's size. Where it
+cannot be used, PyTorch resamples and hotcoco encodes, to the same characters.
 """
 
 import functools
+import itertools
 import warnings
 from collections.abc import Iterator
 
@@ -19,13 +19,14 @@ from vitadapter_zoo.ops import library
 from vitadapter_zoo.ops.deform_attn import LIBRARY
 from vitadapter_zoo.ops.library import Implementation
 
-# The texts one after the other as bytes, and where each of them ends. Whether grid_sample rounds
-# once for a product and its sum (`fused`) or twice is this torch's matter, see `_fuses`.
+# Returns the concatenated texts as bytes, and the end of each. `fused`: whether a product and its
+# sum are rounded once, as this build of torch may do in grid_sample; see `_fuses`.
 LIBRARY.define(
     "_paste_rle(Tensor probabilities, Tensor boxes, int height, int width, float threshold, "
     "bool fused) -> (Tensor, Tensor)"
 )
-MOST_PIXELS = 2**31 - 1  # that a mask's runs can count
+MOST_PIXELS = 2**31 - 1  # the runs of a mask are 32-bit integers
+STRIP_PIXELS = 1 << 20  # resampled at a time: bounds the memory, whatever the image's size
 
 
 def paste_masks(
@@ -52,9 +53,26 @@ def paste_masks(
     """
     _check(probabilities, boxes, size)
     masks = torch.zeros(len(boxes), *size, dtype=torch.bool, device=boxes.device)
-    for index, rows, columns, values in _sampled(probabilities, boxes, size):
-        masks[index, rows, columns] = values >= threshold
+    for index, rows, columns, inside in paste_strips(probabilities, boxes, size, threshold):
+        masks[index, rows, columns] = inside
     return masks
+
+
+def paste_strips(
+    probabilities: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float
+) -> Iterator[tuple[int, slice, slice, Tensor]]:
+    """`paste_masks` piece by piece, so that no mask of the image's size is needed.
+
+    Arguments and errors are those of `paste_masks`.
+
+    Yields:
+        The index of a mask, the rows and columns of a strip of its box on the image, and the mask
+        there, bool ``[rows, columns]``, at most a million pixels. A mask is False outside of its
+        strips; the strips of one mask follow one another.
+    """
+    _check(probabilities, boxes, size)
+    for index, rows, columns, values in _sampled(probabilities, boxes, size):
+        yield index, rows, columns, values >= threshold
 
 
 def paste_rle(
@@ -88,7 +106,7 @@ def paste_rle(
 
 
 def implementation() -> Implementation:
-    """What computes `paste_rle`, as `library.implementation` says it of the deformable attention.
+    """What computes `paste_rle`; `library.implementation` says the same of the attention.
 
     Raises:
         ZooError: ``VITADAPTER_ZOO_OP=compiled`` and the compiled kernel cannot be used, or the
@@ -132,7 +150,7 @@ def _check(probabilities: Tensor, boxes: Tensor, size: tuple[int, int]) -> None:
 def _sampled(
     probabilities: Tensor, boxes: Tensor, size: tuple[int, int]
 ) -> Iterator[tuple[int, slice, slice, Tensor]]:
-    """Of each mask on the image: its index, the rows and columns of its region, their values."""
+    """Of each strip of a mask: the mask's index, the strip's rows and columns, its values."""
     height, width = size
     limits = boxes.new_tensor([width, height])
     lower = (boxes[:, :2].floor() - 1).clamp(min=0).minimum(limits)
@@ -147,15 +165,19 @@ def _sampled(
         # A box without area divides by zero; an infinite place samples the centre, as the original.
         x = torch.nan_to_num((x - x1) / (x2 - x1) * 2 - 1, posinf=0, neginf=0)
         y = torch.nan_to_num((y - y1) / (y2 - y1) * 2 - 1, posinf=0, neginf=0)
-        grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)
-        values = F.grid_sample(probabilities[index][None, None], grid[None], align_corners=False)
-        yield index, slice(top, bottom), slice(left, right), values[0, 0]
+        for part in y.split(max(STRIP_PIXELS // len(x), 1)):
+            grid = torch.stack(torch.meshgrid(x, part, indexing="xy"), dim=-1)
+            values = F.grid_sample(
+                probabilities[index][None, None], grid[None], align_corners=False
+            )
+            yield index, slice(top, top + len(part)), slice(left, right), values[0, 0]
+            top += len(part)
 
 
 def _compiled(
     probabilities: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float, fused: bool
 ) -> list[str]:
-    """What `paste_rle` gives, by the compiled kernel."""
+    """`paste_rle` by the compiled kernel."""
     text, ends = torch.ops.vitadapter_zoo._paste_rle(probabilities, boxes, *size, threshold, fused)
     together = text.numpy().tobytes().decode()
     stops = ends.tolist()
@@ -165,27 +187,29 @@ def _compiled(
 def _composed(
     probabilities: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float
 ) -> list[str]:
-    """What `paste_rle` gives, by PyTorch's own operators and hotcoco: the definition."""
+    """`paste_rle` by PyTorch's operators and hotcoco, which define its result."""
     from hotcoco import mask as coco_mask
 
     # Runs go down the columns: a transposed image is in their order.
-    image = torch.zeros(size[1], size[0], dtype=torch.uint8)
+    image = torch.zeros(size[1], size[0], dtype=torch.uint8, device="cpu")
     columns = image.numpy().T
     empty = coco_mask.encode(columns)["counts"].decode()
     counts = [empty] * len(boxes)
-    for index, rows, cols, values in _sampled(probabilities, boxes, size):
-        image[cols, rows] = (values >= threshold).T.to(torch.uint8)
+    strips = _sampled(probabilities, boxes, size)
+    for index, parts in itertools.groupby(strips, key=lambda strip: strip[0]):
+        for _, rows, cols, values in parts:
+            image[cols, rows] = (values >= threshold).T.to(torch.uint8)
         counts[index] = coco_mask.encode(columns)["counts"].decode()
-        image[cols, rows] = 0
+        image.zero_()
     return counts
 
 
 @functools.cache
 def _fuses() -> bool | None:
-    """Whether grid_sample rounds a product and its sum at once, as the kernel is to do.
+    """Whether grid_sample rounds a product and its sum once (fused) on this machine.
 
-    That is up to the compiler of this torch and the instruction set that it chose here. None, with
-    a warning, where the kernel gives its results in neither way.
+    That depends on torch's build and on the processor's instruction set. None, with a warning, if
+    the kernel agrees with grid_sample in neither mode.
     """
     for fused in (True, False):
         try:
@@ -202,9 +226,14 @@ def _fuses() -> bool | None:
 
 
 def _cases() -> Iterator[tuple[Tensor, Tensor, tuple[int, int], float]]:
-    """Small masks with thresholds that are values of their own pixels: one bit off is seen."""
-    waves = (torch.arange(3 * 28 * 28) * 0.7548776662).sin().view(3, 28, 28) * 0.5 + 0.5
-    boxes = torch.tensor([[2.3, 1.7, 60.1, 40.9], [-7.2, 3, 30.6, 50], [5.5, 5.5, 9.2, 8.1]])
+    """Small masks whose thresholds are values of their own pixels, so that one wrong bit shows."""
+    steps = torch.arange(3 * 28 * 28, dtype=torch.float32, device="cpu")
+    waves = (steps * 0.7548776662).sin().view(3, 28, 28) * 0.5 + 0.5
+    boxes = torch.tensor(
+        [[2.3, 1.7, 60.1, 40.9], [-7.2, 3, 30.6, 50], [5.5, 5.5, 9.2, 8.1]],
+        dtype=torch.float32,
+        device="cpu",
+    )
     size = (45, 67)
     for index, _, _, values in _sampled(waves, boxes, size):
         for threshold in values.flatten()[::41].tolist():

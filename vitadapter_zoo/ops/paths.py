@@ -1,6 +1,6 @@
-"""Where the operators' sources and compiled libraries are.
+"""The locations of the operators' sources and compiled libraries.
 
-Neither torch nor another module of ``ops`` is imported here: ``setup.py`` uses this module.
+This module imports neither torch nor another module of ``ops``, because ``setup.py`` uses it.
 """
 
 import hashlib
@@ -17,10 +17,12 @@ PACKAGE = Path(__file__).parents[1]
 
 
 def sources() -> Path:
-    """The folder of the C++ and CUDA sources: beside the package in a clone, inside it installed.
+    """Return the folder of the C++ and CUDA sources.
+
+    It is beside the package in a clone and inside the package in an installation.
 
     Raises:
-        ZooError: they are not there.
+        ZooError: the sources are missing.
     """
     for folder in (PACKAGE / "csrc", PACKAGE.parent / "csrc"):
         if (folder / "cpu.cpp").is_file():
@@ -29,7 +31,9 @@ def sources() -> Path:
 
 
 def built_folder(cuda_version: str | None) -> Path:
-    """Where ``vitadapter-zoo build-op`` puts the libraries of these sources for this machine.
+    """Return the folder in which ``vitadapter-zoo build-op`` stores this machine's libraries.
+
+    Its name depends on the sources, so a change of the sources leads to another folder.
 
     Args:
         cuda_version: the CUDA version that torch was built for, ``torch.version.cuda``.

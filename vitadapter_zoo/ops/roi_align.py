@@ -1,8 +1,8 @@
-"""RoIAlign (arXiv:1703.06870, section 3) on the CPU, by a compiled kernel.
+"""RoIAlign (arXiv:1703.06870, section 3) on the CPU, computed by a compiled kernel.
 
-torchvision loops over single channels, and its backward pass computes every sample's weights again
-for each of them, which took a quarter of a small network's training. The kernel takes a tenth of
-that.
+torchvision loops over single channels, and its backward pass recomputes every sample's weights for
+each channel. This took a quarter of the training time of a small network. The kernel needs a tenth
+of that time.
 """
 
 import functools
@@ -19,17 +19,17 @@ from vitadapter_zoo.errors import ZooError
 from vitadapter_zoo.ops import library
 from vitadapter_zoo.ops.deform_attn import LIBRARY
 
-# Maps and results are in channels-last order: [N, H, W, C] and [R, size, size, C].
+# The kernels' maps and results are in channels-last order: [N, H, W, C] and [R, size, size, C].
 LIBRARY.define("_roi_align(Tensor maps, Tensor rois, int size, float scale) -> Tensor")
 LIBRARY.define(
     "_roi_align_backward(Tensor grad_output, Tensor rois, int images, int height, int width, "
     "float scale) -> Tensor"
 )
-TOLERANCE = 1e-5  # of the check, relative to the largest value
+TOLERANCE = 1e-5  # largest error that the check allows, relative to the largest value
 
 
 class _RoIAlign(torch.autograd.Function):
-    """The compiled kernel; arguments are `roi_align`'s."""
+    """The compiled kernel with its gradient; the arguments are those of `roi_align`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, rois: Tensor, size: int, scale: float) -> Tensor:
@@ -50,14 +50,14 @@ class _RoIAlign(torch.autograd.Function):
 
 
 def roi_align(x: Tensor, rois: Tensor, size: int, scale: float) -> Tensor:
-    """Torchvision's ``roi_align(x, rois, size, scale, aligned=True)``, in channels-last order.
+    """Compute torchvision's ``roi_align(x, rois, size, scale, aligned=True)``.
 
-    The number of samples adapts to the boxes. Sums are made in another order than torchvision's.
-    Call it only where `usable` says so. ``rois`` get no gradient, and there are no second
+    The number of samples adapts to the boxes. The order of sums differs from torchvision's. Call
+    this function only if `usable` returns True. ``rois`` get no gradient, and there are no second
     derivatives.
 
     Args:
-        x: float32 ``[N, C, H, W]`` on the CPU; a copy is made unless it is in channels-last order.
+        x: float32 ``[N, C, H, W]`` on the CPU; it is copied unless it is in channels-last order.
         rois: float32 ``[R, 5]`` as (image index, x1, y1, x2, y2).
         size: bins per side.
         scale: cells of the map per unit of ``rois``.
@@ -66,15 +66,15 @@ def roi_align(x: Tensor, rois: Tensor, size: int, scale: float) -> Tensor:
         ``[R, C, size, size]`` in channels-last order.
 
     Raises:
-        RuntimeError: other shapes or dtypes, or a box without an image.
+        RuntimeError: a shape or dtype is wrong, or a box has an image index outside of ``x``.
     """
     return _RoIAlign.apply(x, rois, size, scale)
 
 
 def usable() -> bool:
-    """Whether the compiled kernel is there and computes what torchvision computes.
+    """Return whether the compiled kernel exists and agrees with torchvision.
 
-    Where the compiled operators are used but this one fails, a warning says so once.
+    If the other compiled operators are used but this one is not usable, there is one warning.
 
     Raises:
         ZooError: ``VITADAPTER_ZOO_OP=compiled`` and the kernel cannot be used.
@@ -85,23 +85,26 @@ def usable() -> bool:
 @functools.cache
 def _works() -> bool:
     try:
-        # In a thread of its own: the caller may be in inference mode, under autocast or tracing,
-        # all of which belong to the thread.
+        # In a new thread: inference mode, autocast and tracing are settings of the caller's thread
+        # and would change the check.
         with ThreadPoolExecutor(1) as thread:
             reason = thread.submit(_difference).result()
-    except NotImplementedError:  # compiled from sources older than the kernel
+    except NotImplementedError:  # the library is older than this kernel
         reason = "the compiled library does not have it"
     if reason is None:
         return True
-    advice = f"{reason}; `vitadapter-zoo build-op` compiles it again"
+    advice = f"{reason}; run `vitadapter-zoo build-op` to compile it again"
     if os.environ.get("VITADAPTER_ZOO_OP") == "compiled":
         raise ZooError(f"VITADAPTER_ZOO_OP=compiled, but RoIAlign cannot be used: {advice}")
-    warnings.warn(f"RoIAlign is computed several times slower: {advice}", stacklevel=3)
+    warnings.warn(
+        f"RoIAlign uses torchvision or PyTorch operators, which are several times slower: {advice}",
+        stacklevel=3,
+    )
     return False
 
 
 def _difference() -> str | None:
-    """What is wrong with the kernel's results and gradients on a small input, None if nothing."""
+    """Describe the first error in the kernel's results on a small input; None if there is none."""
     rois = torch.tensor(
         [[0, 2, 3, 30, 21], [1, -3, -9, 50, 11], [0, 5, 5, 5, 9], [1, 40, 1, 47, 9]],
         dtype=torch.float32,

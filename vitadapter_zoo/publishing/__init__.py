@@ -1,1 +1,1 @@
-"""Saved models and their cards, in a folder or on the Hugging Face Hub."""
+"""Save models and model cards, in a folder or on the Hugging Face Hub."""

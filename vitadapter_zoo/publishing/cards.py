@@ -1,14 +1,17 @@
-"""Model cards: everything the catalog knows of a checkpoint, in the Hub's form."""
+"""Model cards in the Hub's form, from the catalog."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from vitadapter_zoo.catalog import ROWS, Row
+from vitadapter_zoo.text import shown
 from vitadapter_zoo.weights import atomic
 
 DATASET = "COCO val2017"
+EMOJI = "emoji scenes of vitadapter-zoo"
 SOURCE = "https://github.com/czczup/ViT-Adapter/tree/main/detection"
 # Pretrained weights that the Hub has too; the others are named by their address in the text.
 BASE_MODELS = {
@@ -29,7 +32,8 @@ CITATION = """@inproceedings{chen2023vitadapter,
 
 def card(row: Row) -> ModelCard:
     """The card of one row: metadata with its published results, and the text."""
-    return ModelCard(f"---\n{metadata(row).to_yaml()}\n---\n\n{_text(row)}")
+    text = _made_here(row) if row.made_here else _text(row)
+    return ModelCard(f"---\n{metadata(row).to_yaml()}\n---\n\n{text}")
 
 
 def metadata(row: Row) -> ModelCardData:
@@ -37,14 +41,14 @@ def metadata(row: Row) -> ModelCardData:
     results = [
         EvalResult(
             task_type=task,
-            dataset_type="coco",
-            dataset_name=DATASET,
-            dataset_split="val2017",
+            dataset_type="emoji" if row.made_here else "coco",
+            dataset_name=EMOJI if row.made_here else DATASET,
+            dataset_split="val" if row.made_here else "val2017",
             metric_type=kind,
             metric_name=name,
             metric_value=value,
-            source_name="ViT-Adapter, detection results",
-            source_url=SOURCE,
+            source_name=None if row.made_here else "ViT-Adapter, detection results",
+            source_url=None if row.made_here else SOURCE,
         )
         for task, kind, name, value in (
             ("object-detection", "box_ap", "box AP", row.box_ap),
@@ -55,8 +59,8 @@ def metadata(row: Row) -> ModelCardData:
         license=row.license.lower(),
         library_name="vitadapter-zoo",
         pipeline_tag="image-segmentation",
-        tags=[*TAGS, "coco"],
-        datasets=["detection-datasets/coco"],
+        tags=TAGS if row.made_here else [*TAGS, "coco"],
+        datasets=None if row.made_here else ["detection-datasets/coco"],
         base_model=BASE_MODELS.get(row.pretraining_name),
         model_name=row.name,
         eval_results=results,
@@ -64,7 +68,7 @@ def metadata(row: Row) -> ModelCardData:
 
 
 def saved_card(row: Row, categories: Sequence[str]) -> ModelCard:
-    """The card of a detector that its user saved: what it is, and no results but its own to add."""
+    """The card of a detector that a user saved; it has no results."""
     data = ModelCardData(
         license=row.license.lower(),
         library_name="vitadapter-zoo",
@@ -72,18 +76,19 @@ def saved_card(row: Row, categories: Sequence[str]) -> ModelCard:
         tags=TAGS,
         base_model=BASE_MODELS.get(row.pretraining_name),
     )
-    shown = ", ".join(categories[:10]) + (", ..." if len(categories) > 10 else "")
+    names = ", ".join(markdown(name) for name in categories[:10])
+    names += ", ..." if len(categories) > 10 else ""
     return ModelCard(f"""---
 {data.to_yaml()}
 ---
 
 # {row.backbone} with Mask R-CNN
 
-A detector built like `{row.name}`, saved by vitadapter-zoo. Whether it was trained further is not
-known to what wrote this card: say here on what, how, and what it reaches. The results of
-`{row.name}` itself, as published: <{SOURCE}>.
+A detector with the network of `{row.name}`, saved by vitadapter-zoo. This card was generated and
+does not know whether the weights were trained further: add the training data, the recipe and the
+results. The published results of `{row.name}` are at <{SOURCE}>.
 
-{len(categories)} classes: {shown}
+{len(categories)} classes: {names}
 
 ```python
 import vitadapter_zoo
@@ -92,6 +97,11 @@ model = vitadapter_zoo.load("user/repo")  # this repository's name, or the path 
 detections = model.predict("photo.jpg")[0].filter(0.5)
 ```
 """)
+
+
+def markdown(text: str) -> str:
+    """Foreign text for Markdown: one line, shortened, without markup or HTML."""
+    return re.sub(r"([\\`*_{}\[\]()<>#|!&~])", r"\\\1", shown(text, 60).replace("\\", "/"))
 
 
 def write(row: Row, folder: Path) -> Path:
@@ -166,13 +176,73 @@ The published file: <{row.checkpoint_url}>, {row.license}.
 """
 
 
-def _table(shown: Row) -> str:
+def _made_here(row: Row) -> str:
+    mean, std = (", ".join(f"{value:g}" for value in triple) for triple in (row.mean, row.std))
+    return f"""# {row.name}
+
+A small {row.backbone} with Mask R-CNN and an FPN, trained from nothing by vitadapter-zoo itself for
+demonstrations and tests. It finds drawings (Noto Color Emoji) of {len(row.classes)} of COCO's
+classes with their boxes and masks: {", ".join(row.classes)}. It has the parts of the published
+networks, narrower and shallower: windowed and global attention, injectors, extractors, FPN,
+proposals, boxes and masks. About {row.parameters}M parameters, stored as float16.
+
+## Use
+
+The weights are in the package; nothing is downloaded.
+
+```python
+import vitadapter_zoo
+
+model = vitadapter_zoo.load("{row.name}")
+detections = model.predict("picture.jpg")[0].filter(0.5)
+print(detections.class_names, detections.boxes)  # xyxy, image pixels
+```
+
+```sh
+vitadapter-zoo verify {row.name}
+```
+
+Images are resized to fit {row.input_size[0]} x {row.input_size[1]} and normalised with mean
+({mean}) and standard deviation ({std}) of RGB, 0 to 255; `model.predict` does that.
+
+## Results
+
+Box AP {row.box_ap:.1f} and mask AP {row.mask_ap:.1f} (COCO's, IoU 0.50:0.05:0.95) on the 200
+validation images in the package, measured with the stored weights. These figures say nothing about
+photographs and cannot be compared with figures on COCO.
+
+## Data
+
+`scripts/make_emoji_coco.py` renders the images: glyphs in many sizes, turned, mirrored, recoloured,
+partly hidden, on photographs and on textures, with objects of no class among them. The masks are
+exact. The validation images' photographs and objects of no class are not among the training's; the
+glyphs are the same.
+
+## Training
+
+`scripts/train_demo.py` repeats it. Script, seed, versions, hashes of the data and the training log
+are in `adapter-n-emoji.json` beside the weights.
+
+## Licences
+
+Weights and annotations: {row.license}. The glyphs in the images: SIL Open Font License 1.1. The
+photographs in the background: see `LICENSE.md` beside the images.
+
+## Citation
+
+```bibtex
+{CITATION}
+```
+"""
+
+
+def _table(highlighted: Row) -> str:
     lines = [
         "| model | pretraining | schedule | FPN | box AP | mask AP |",
         "|---|---|---|---|---|---|",
     ]
     for row in ROWS:
-        mark = "**" if row == shown else ""
+        mark = "**" if row == highlighted else ""
         cells = (
             row.name,
             row.pretraining_name,

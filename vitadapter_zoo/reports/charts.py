@@ -1,4 +1,4 @@
-"""Charts as SVG, to stand inside a page: its style sheet gives the colours (``page.css``)."""
+"""SVG charts for the report pages; ``page.css`` has their colours."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _LEFT, _TOP, _RIGHT, _BOTTOM = 44, 10, 10, 38  # around the plot, for ticks and 
 
 
 def curves(series: Mapping[str, Sequence[float]], x_title: str, y_title: str) -> Markup:
-    """Lines over 0..1, one for each name, with a legend.
+    """A line for each name over 0..1, with a legend.
 
     Args:
         series: by name, values in 0..1 at evenly spaced places from 0 to 1.
-        x_title: below the horizontal axis.
-        y_title: beside the vertical axis.
+        x_title: title of the horizontal axis.
+        y_title: title of the vertical axis.
     """
     parts = [_axes(x_title, y_title, 1)]
     for place, (name, values) in enumerate(series.items()):
@@ -36,12 +36,12 @@ def curves(series: Mapping[str, Sequence[float]], x_title: str, y_title: str) ->
 
 
 def histogram(counts: Sequence[int], x_title: str, y_title: str) -> Markup:
-    """Bars of even width over 0..1.
+    """A histogram with bins of equal width over 0..1.
 
     Args:
         counts: of each bin.
-        x_title: below the horizontal axis.
-        y_title: beside the vertical axis.
+        x_title: title of the horizontal axis.
+        y_title: title of the vertical axis.
     """
     highest = _round_above(max([*counts, 1]))
     parts = [_axes(x_title, y_title, highest)]
@@ -60,7 +60,7 @@ def bars(groups: Mapping[str, Mapping[str, float | None]]) -> Markup:
     """Horizontal bars of 0..100 with their values; the names of the first group are the legend.
 
     Args:
-        groups: by title, then by series name; None where there is nothing to measure.
+        groups: by title, then by series name; None if no object is annotated.
     """
     left, width, thick = 70, _WIDTH - 70 - 46, 15
     names = list(next(iter(groups.values())))
@@ -94,7 +94,7 @@ def _y(share: float) -> float:
 
 
 def _axes(x_title: str, y_title: str, highest: float) -> str:
-    """Grid and ticks: 0..1 across, 0..``highest`` up."""
+    """Grid and ticks: 0..1 on the horizontal axis, 0..``highest`` on the vertical axis."""
     parts = []
     for step in range(6):
         share = step / 5
@@ -115,7 +115,7 @@ def _axes(x_title: str, y_title: str, highest: float) -> str:
 
 
 def _round_above(count: int) -> int:
-    """The smallest of 5, 10, 20, 50, 100, ... that is not below a count."""
+    """The smallest of 5, 10, 20, 50, 100, ... that is at least a count."""
     power = 1
     while True:
         for digit in (5, 10, 20):

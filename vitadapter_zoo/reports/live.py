@@ -1,4 +1,4 @@
-"""The live display of an evaluation: one line on stderr, only where that is a terminal."""
+"""The progress line of an evaluation on stderr, if that is a terminal."""
 
 from __future__ import annotations
 
@@ -7,34 +7,33 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vitadapter_zoo.evaluation.dataset import Image
+from vitadapter_zoo.evaluation.dataset import Dataset, Image
 from vitadapter_zoo.evaluation.run import ImageResult, Run
-from vitadapter_zoo.evaluation.scoring import KINDS, NOTHING, Annotations, tabulate
+from vitadapter_zoo.evaluation.scoring import KINDS, NOTHING, Annotations
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-SCORING_SHARE = 50  # at least this many times as long passes between two scorings as one takes
+SCORING_SHARE = 50  # scoring takes at most 1/50 of the time
 
 Watch = Callable[[Run, Sequence[Image]], None]
 
 
 @contextlib.contextmanager
 def evaluation(
-    annotations: Path, shown: bool = True, max_minutes: float | None = None
+    data: Dataset, shown: bool = True, max_minutes: float | None = None
 ) -> Iterator[Watch | None]:
-    """Show images done, images per second, time left and the AP so far while the block runs.
+    """Show finished images, images per second, remaining time and the AP so far.
 
     Args:
-        annotations: the annotation file, for the running AP.
-        shown: False shows nothing, as does a stderr that is no terminal.
-        max_minutes: after which the run ends by itself.
+        data: the data set, for the running AP.
+        shown: False shows nothing; nothing is shown either if stderr is not a terminal.
+        max_minutes: after which the run ends.
 
     Yields:
-        What ``verify`` takes as ``watch``; None where nothing is shown.
+        The argument ``watch`` of ``verify``; None if nothing is shown.
     """
     if not (shown and sys.stderr.isatty()):
         yield None
@@ -61,11 +60,11 @@ def evaluation(
     )
     with ThreadPoolExecutor(1, "running-ap") as scorer, contextlib.ExitStack() as ending:
         ending.callback(progress.stop)
-        yield _Line(progress, RunningAP(annotations, scorer)).show
+        yield _Line(progress, RunningAP(data, scorer)).show
 
 
 class _Line:
-    """The line; it begins with the first image, after the progress bars of downloads."""
+    """The progress line; it starts with the first image, after the progress bars of downloads."""
 
     def __init__(self, progress: Progress, running: RunningAP) -> None:
         self._progress = progress
@@ -76,7 +75,7 @@ class _Line:
         self._began = time.monotonic()
 
     def show(self, run: Run, images: Sequence[Image]) -> None:
-        """Take note of one more image."""
+        """Count another image and update the line."""
         self._calls += 1
         if self._task is None:
             self._before = sum(image.image_id in run.results for image in images) - 1
@@ -84,7 +83,7 @@ class _Line:
             self._progress.start()
             if self._before:
                 self._progress.console.print(
-                    f"{self._before:,} of {len(images):,} images were there already"
+                    f"{self._before:,} of {len(images):,} images were evaluated in an earlier call"
                 )
             self._task = self._progress.add_task(
                 "", total=len(images), completed=self._before, speed="", ap=""
@@ -100,15 +99,15 @@ class _Line:
 
 
 class RunningAP:
-    """The AP of the images so far, computed beside the run and seldom enough not to slow it.
+    """The AP of the images so far, computed in another thread for a small share of the time.
 
     Args:
-        annotations: the annotation file.
-        scorer: where the scoring is done; one thread.
+        data: the data set.
+        scorer: runs the scoring, with one thread.
     """
 
-    def __init__(self, annotations: Path, scorer: ThreadPoolExecutor) -> None:
-        self._path = annotations
+    def __init__(self, data: Dataset, scorer: ThreadPoolExecutor) -> None:
+        self._data = data
         self._scorer = scorer
         self._annotations: Annotations | None = None
         self._pending: Future[tuple[str, float]] | None = None
@@ -116,7 +115,7 @@ class RunningAP:
         self._not_before = 0.0
 
     def text(self, run: Run, images: Sequence[Image]) -> str:
-        """The last known AP; begins the next scoring where that is due."""
+        """The last known AP; starts the next scoring if it is due."""
         if self._pending is not None and self._pending.done():
             self._text, cost = self._pending.result()
             self._pending = None
@@ -131,10 +130,10 @@ class RunningAP:
     def _score(self, results: Sequence[ImageResult]) -> tuple[str, float]:
         began = time.monotonic()
         if self._annotations is None:
-            self._annotations = Annotations(self._path)
-        good = tabulate([result for result in results if not result.skipped])
+            self._annotations = Annotations(self._data)
+        good = self._annotations.tabulate([one for one in results if not one.skipped])
         values = []
         for kind in KINDS:
             ap = self._annotations.score(good, kind).ap
             values.append(f"{kind} {'-' if ap == NOTHING else f'{100 * ap:.1f}'}")
-        return f"AP of {len(good.image_ids):,}: {', '.join(values)}", time.monotonic() - began
+        return f"AP of {len(good.images):,}: {', '.join(values)}", time.monotonic() - began

@@ -1,4 +1,4 @@
-"""Every row of the catalog verified: one page and one JSON for the zoo."""
+"""``verify --all``: every published checkpoint, with one page and one JSON file for all."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from vitadapter_zoo.errors import ZooError
 from vitadapter_zoo.evaluation.scoring import NOTHING
 from vitadapter_zoo.evaluation.verdict import Verdict, Verification
 from vitadapter_zoo.reports import page, report
+from vitadapter_zoo.text import shown
 from vitadapter_zoo.weights import atomic, cache
 
 PAGE, FIGURES_FILE = "index.html", "index.json"
@@ -20,7 +21,7 @@ PAGE, FIGURES_FILE = "index.html", "index.json"
 
 @dataclass(frozen=True)
 class Figures:
-    """One AP of a row in points (0..100); None where it is not known, or was not measured."""
+    """An AP of a row in points (0..100); None if it is not known or was not measured."""
 
     published: float | None
     measured: float | None = None
@@ -29,15 +30,15 @@ class Figures:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one row.
+    """The outcome of a row.
 
     Attributes:
         model: load name.
-        status: the verdict; failed where the row could not run, pending before its turn.
+        status: the verdict; failed if the row could not run, pending before its turn.
         reason: of the verdict, or the error.
         box: box AP.
         mask: mask AP.
-        report: path of the row's own page, from the page of all.
+        report: path of the row's own page, relative to the index.
     """
 
     model: str
@@ -56,14 +57,14 @@ def verify_all(
     command: str | None = None,
     rows: Sequence[Row] = ROWS,
 ) -> dict[str, Any]:
-    """Evaluate one row after the other; one that cannot run does not stop the others.
+    """Evaluate one row after the other; a row that cannot run does not stop the others.
 
     Args:
-        evaluate: what verifies a row.
-        annotations: what it is evaluated on.
+        evaluate: verifies a row.
+        annotations: the annotation file.
         directory: where ``index.html``, ``index.json`` and a folder for each row are written,
-            anew after each row; None writes nothing.
-        command: that led to it, for those who want to repeat it.
+            again after each row; None writes nothing.
+        command: the command line, for the index.
         rows: of the catalog.
 
     Returns:
@@ -72,8 +73,6 @@ def verify_all(
     Raises:
         ZooError: ``directory`` cannot be written to.
     """
-    import torch
-
     outcomes = {
         row.name: Outcome(row.name, "pending", "not yet evaluated", *_published(row))
         for row in rows
@@ -82,8 +81,8 @@ def verify_all(
     for row in rows:
         try:
             found = evaluate(row)
-        except (ZooError, torch.OutOfMemoryError) as error:
-            outcomes[row.name] = Outcome(row.name, "failed", str(error), *_published(row))
+        except Exception as error:  # also one that nobody expects: the other rows still run
+            outcomes[row.name] = Outcome(row.name, "failed", _reason(error), *_published(row))
         else:
             place = None if directory is None else f"{row.name}/{report.PAGE}"
             if directory is not None:
@@ -103,6 +102,10 @@ def verify_all(
         if directory is not None:
             _write(content, directory)
     return content
+
+
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, ZooError) else f"{type(error).__name__}: {shown(error)}"
 
 
 def _published(row: Row) -> tuple[Figures, Figures]:
@@ -138,7 +141,7 @@ def print_table(content: dict[str, Any]) -> None:
 
 
 def _cell(figures: dict[str, float | None]) -> str:
-    """Published, measured and difference below those of the other rows."""
+    """Published, measured and difference, aligned with those of the other rows."""
     published, measured, difference = (
         figures[name] for name in ("published", "measured", "difference")
     )

@@ -1,4 +1,4 @@
-"""The pages of reports: one file each, with everything in it."""
+"""The HTML pages of reports: self-contained files without any external resource."""
 
 from __future__ import annotations
 
@@ -9,18 +9,10 @@ from typing import Any
 import jinja2
 
 from vitadapter_zoo.catalog import PAPER
-from vitadapter_zoo.evaluation.scoring import FIGURES, NOTHING
+from vitadapter_zoo.evaluation.scoring import FIGURES, MEANINGS, NOTHING
 from vitadapter_zoo.reports import charts
 from vitadapter_zoo.reports.worst_images import SCORE, Pictures
 
-MEANINGS = {
-    "AP": "IoU 0.50:0.95", "AP50": "IoU 0.50", "AP75": "IoU 0.75",
-    "APs": "small objects, below 32 x 32 pixels", "APm": "medium objects",
-    "APl": "large objects, above 96 x 96 pixels",
-    "AR1": "recall, 1 detection an image", "AR10": "recall, 10 detections an image",
-    "AR100": "recall, 100 detections an image", "ARs": "recall, small objects",
-    "ARm": "recall, medium objects", "ARl": "recall, large objects",
-}  # fmt: skip
 SIZES = {"small": "APs", "medium": "APm", "large": "APl"}
 
 
@@ -28,8 +20,8 @@ def report(content: Mapping[str, Any], pictures: Sequence[Pictures | str]) -> st
     """The page of one verification.
 
     Args:
-        content: what report.json holds, as ``vitadapter_zoo.reports.write`` puts it together.
-        pictures: for each of its ``worst_images``, or why there are none.
+        content: the content of report.json, from ``vitadapter_zoo.reports.write``.
+        pictures: for each of its ``worst_images``, or the reason why there are none.
     """
     figures = {kind: content[kind]["figures"] for kind in ("box", "mask")}
     return _render(
@@ -67,7 +59,7 @@ def index(content: Mapping[str, Any]) -> str:
     """The page of the whole zoo.
 
     Args:
-        content: what index.json holds, as ``vitadapter_zoo.reports.overview`` puts it together.
+        content: the content of index.json, from ``vitadapter_zoo.reports.overview``.
     """
     return _render("index.html", zoo=content)
 
@@ -86,7 +78,7 @@ def _render(template: str, **values: Any) -> str:
 
 
 def _points(figure: float) -> float | None:
-    """0..1 in points; None where COCO has nothing to measure."""
+    """A figure in points; None if no object is annotated."""
     return None if figure == NOTHING else 100 * figure
 
 
@@ -110,7 +102,7 @@ def _sources(shown: Pictures | str) -> str | list[str]:
 
 
 def _facts(content: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-    """What the figures rest on, by section; what a score of a file has not is left out."""
+    """Everything that the figures depend on, by section; values that are not known are left out."""
     identity = content.get("identity", {})
     environment = content.get("environment", {})
     data = {

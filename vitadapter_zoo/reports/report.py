@@ -1,4 +1,4 @@
-"""Reports of a verification: a table for the terminal, JSON, and a page for people."""
+"""Reports of a verification: tables for the terminal, JSON, and an HTML page."""
 
 from __future__ import annotations
 
@@ -7,15 +7,19 @@ import math
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from vitadapter_zoo import settings
 from vitadapter_zoo.errors import ZooError
-from vitadapter_zoo.evaluation.scoring import ALL, FIGURES, NOTHING, Scores
+from vitadapter_zoo.evaluation.scoring import ALL, FIGURES, MEANINGS, NOTHING, Scores
 from vitadapter_zoo.evaluation.verdict import Comparison, Verification
+from vitadapter_zoo.text import shown
 from vitadapter_zoo.weights import atomic, cache
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 PAGE, FIGURES_FILE, DETECTIONS = "report.html", "report.json", "detections.json"
 BINS = 20  # of the score histogram, over 0..1
@@ -29,6 +33,7 @@ def record(found: Verification) -> dict[str, Any]:
         "model": found.model,
         "verdict": found.verdict,
         "reason": found.reason,
+        "reference": found.reference,
         "comparisons": {one.kind: _comparison(one) for one in found.comparisons},
         "box": _scores(found.box),
         "mask": _scores(found.mask),
@@ -73,26 +78,26 @@ def _scores(scores: Scores) -> dict[str, Any]:
 
 
 def check_folder(directory: Path) -> None:
-    """Tell of a folder that no report can go to, before the hours that lead to one.
+    """Refuse a folder that no report can be written to, before the evaluation starts.
 
     Raises:
-        ZooError: it cannot be made or written to.
+        ZooError: it cannot be created or written to.
     """
     there = next(path for path in (directory, *directory.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise ZooError(
-            f"no report can be written to {directory}: {there} is no folder that can be written "
-            "to; choose another one with --report"
+            f"no report can be written to {directory}: {there} is not a folder with write "
+            "permission; choose another one with --report"
         )
 
 
 def write(found: Verification, directory: Path, *, command: str | None = None) -> dict[str, Any]:
-    """Write report.json, report.html and detections.json; each is there whole or as before.
+    """Write report.json, report.html and detections.json; each file is replaced in one step.
 
     Args:
-        found: what was found.
-        directory: made where it does not exist.
-        command: that led to it, for those who want to repeat it.
+        found: the outcome of the evaluation.
+        directory: created if it does not exist.
+        command: the command line, for the report.
 
     Returns:
         The content of report.json.
@@ -120,7 +125,7 @@ def write(found: Verification, directory: Path, *, command: str | None = None) -
 
 
 def _write_detections(found: Verification, target: Path) -> None:
-    """COCO's result format, a line for each detection; never all of it in memory."""
+    """Write COCO's result format with a line for each detection, without building it in memory."""
     with atomic.replacing(target) as partial, partial.open("w", encoding="utf-8") as file:
         separator = "[\n"
         for result in found.results:
@@ -131,9 +136,9 @@ def _write_detections(found: Verification, target: Path) -> None:
 
 
 def curves(scores: Scores) -> dict[str, list[float]]:
-    """Precision at recall 0:0.01:1, the mean over the annotated classes; empty without any.
+    """Precision at recall 0:0.01:1 by IoU, the mean over the annotated classes; empty without any.
 
-    By the IoU: 0.50, 0.75, and the mean over 0.50:0.05:0.95. The mean of each is the AP.
+    The IoU is 0.50, 0.75, or the mean over 0.50:0.05:0.95. The mean of each curve is the AP.
     """
     of_all = scores.precision[:, :, :, ALL, -1]
     annotated = of_all[:, :, (of_all > NOTHING).all(axis=(0, 1))]
@@ -148,25 +153,45 @@ def curves(scores: Scores) -> dict[str, list[float]]:
 
 
 def score_histogram(found: Verification) -> list[int]:
-    """How many detections have a score in each twentieth of 0..1."""
+    """The number of detections with a score in each twentieth of 0..1."""
     scores = np.concatenate([np.zeros(0), *(np.asarray(one.scores) for one in found.results)])
     counts: list[int] = np.histogram(scores, bins=BINS, range=(0, 1))[0].tolist()
     return counts
 
 
 def print_table(found: Verification) -> None:
-    """Print published, measured, difference and verdict."""
+    """Print the comparison, the 12 figures of box and mask, and the verdict."""
     from rich.console import Console
+    from rich.markup import escape
+
+    console = Console(highlight=False)
+    console.print(_comparison_table(found))
+    console.print(_figure_table(found))
+    before = found.details.get("images_before", 0)
+    if before:
+        console.print(f"{before:,} images were evaluated in an earlier call.")
+    color = COLORS[found.verdict]
+    console.print(f"[{color}]{found.verdict}[/{color}]: {escape(found.reason)}", soft_wrap=True)
+    if found.comparisons[0].interval is not None:
+        console.print(
+            f"The AP of a part cannot be compared with the {found.reference} value: it is biased, "
+            "by chance and by the classes that do not occur in the part"
+            + (f" ({len(found.unseen)} here)." if found.unseen else "."),
+            soft_wrap=True,
+        )
+
+
+def _comparison_table(found: Verification) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
-    console = Console(highlight=False)
-    table = Table(title=escape(found.model))
+    table = Table(title=escape(shown(found.model)))
     table.add_column("AP")
-    for name in ("published", "measured", "difference"):
+    for name in (found.reference, "measured", "difference"):
         table.add_column(name, justify="right")
-    if found.comparisons[0].interval is not None:
-        table.add_column(f"{found.comparisons[0].interval.level:.0%} interval, whole set")
+    interval = found.comparisons[0].interval
+    if interval is not None:
+        table.add_column(f"{interval.level:.0%} interval, whole set")
     for one in found.comparisons:
         cells = [
             one.kind,
@@ -177,16 +202,19 @@ def print_table(found: Verification) -> None:
         if one.interval is not None:
             cells.append(f"{100 * one.interval.low:.1f} to {100 * one.interval.high:.1f}")
         table.add_row(*cells)
-    console.print(table)
-    before = found.details.get("images_before", 0)
-    if before:
-        console.print(f"{before:,} images were there already, from an earlier call.")
-    color = COLORS[found.verdict]
-    console.print(f"[{color}]{found.verdict}[/{color}]: {escape(found.reason)}", soft_wrap=True)
-    if found.comparisons[0].interval is not None:
-        console.print(
-            "The AP of a part is not set beside the published value: it is biased, by chance and "
-            "by the classes that do not occur in it"
-            + (f" ({len(found.unseen)} here)." if found.unseen else "."),
-            soft_wrap=True,
-        )
+    return table
+
+
+def _figure_table(found: Verification) -> Table:
+    """COCO's 12 figures in points; "-" where nothing is annotated."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for name in ("", "box", "mask"):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    table.add_column("")
+    for name in FIGURES:
+        values = (scores.figures[name] for scores in (found.box, found.mask))
+        cells = ["-" if value == NOTHING else f"{100 * value:.2f}" for value in values]
+        table.add_row(name, *cells, MEANINGS[name])
+    return table

@@ -1,4 +1,4 @@
-"""The images with the most mistakes, and pictures that show them."""
+"""The images with the most mistakes, and pictures of the mistakes."""
 
 from __future__ import annotations
 
@@ -14,32 +14,36 @@ from hotcoco import mask as coco_mask
 from PIL import Image, ImageDraw, ImageFont
 
 from vitadapter_zoo.errors import ImageError
+from vitadapter_zoo.evaluation import ids
+from vitadapter_zoo.evaluation.annotation_file import Object
+from vitadapter_zoo.evaluation.ids import Id
 from vitadapter_zoo.evaluation.run import ImageResult
 from vitadapter_zoo.evaluation.scoring import Annotations, Unmatched
 from vitadapter_zoo.evaluation.verdict import Verification
-from vitadapter_zoo.images import RGB, read_image
+from vitadapter_zoo.images import RGB, read_image, stored_pixels
+from vitadapter_zoo.text import shown
 
-SCORE = 0.3  # detections that count here; what `vitadapter-zoo predict` shows too
+SCORE = 0.3  # lowest score of a detection that counts, as in `vitadapter-zoo predict`
 SHOWN = 8
 LONGEST_SIDE = 480  # pixels of a picture
 TEXT_HEIGHT = 14
-PICTURE_BYTES = 2_000_000  # of all pictures together: a page that can be mailed
+PICTURE_BYTES = 2_000_000  # of all pictures together, so that the page can be mailed
 GOOD, FALSE, MISSED, CROWD = (72, 199, 116), (255, 92, 92), (255, 179, 64), (170, 170, 170)
 
 
 @dataclass(frozen=True)
 class WorstImage:
-    """One image and what the detector got wrong in it.
+    """An image and the numbers of mistakes in it.
 
     Attributes:
         image_id: the annotation file's.
         file_name: inside the folder of images.
-        objects: annotated ones, crowds left out.
-        missed: how many of them no detection of their class matches at mask IoU 0.5.
-        false: detections that match no object.
+        objects: number of annotated objects, without crowds.
+        missed: number of objects that no detection of their class matches at mask IoU 0.5.
+        false: number of detections that match no object.
     """
 
-    image_id: int
+    image_id: Id
     file_name: str
     objects: int
     missed: int
@@ -48,7 +52,7 @@ class WorstImage:
 
 @dataclass(frozen=True)
 class _Outline:
-    """One object to draw: RLE, ``[x, y, width, height]`` in image pixels, text, RGB."""
+    """An object to draw: RLE, ``[x, y, width, height]`` in image pixels, text, RGB."""
 
     rle: dict[str, Any]
     box: Sequence[float]
@@ -58,7 +62,7 @@ class _Outline:
 
 @dataclass(frozen=True)
 class Pictures:
-    """JPEG files of one image: the annotations on it, and the detections."""
+    """Two JPEG files of an image: one with its annotations, one with the detections."""
 
     annotations: bytes
     detections: bytes
@@ -68,41 +72,48 @@ def worst(found: Verification) -> list[tuple[WorstImage, Pictures | str]]:
     """The images with the most mistakes, the worst first.
 
     A mistake is an object that no detection of its class with a score of at least 0.3 matches at
-    mask IoU 0.5, or such a detection without an object. Of images with equally many, the one of
-    the lowest id comes first.
+    mask IoU 0.5, or such a detection that matches no object. Images with the same number of
+    mistakes are ordered by id.
 
     Args:
         found: an evaluation.
 
     Returns:
-        At most 8, with pictures or with why there are none.
+        At most 8 images, each with pictures or the reason why there are none.
     """
     results = [_confident(result) for result in found.results]
-    annotations = Annotations(found.annotations)
+    annotations = Annotations(found.data)
     judged = zip(results, annotations.unmatched(results, "mask"), strict=True)
     ranked = sorted(
-        judged, key=lambda pair: (-len(pair[1].missed) - len(pair[1].false), pair[0].image_id)
+        judged,
+        key=lambda pair: (-len(pair[1].missed) - len(pair[1].false), ids.order(pair[0].image_id)),
     )
-    names = dict(zip(annotations.category_ids, annotations.category_names, strict=True))
+    names = dict(found.data.categories)
+    paths = {image.image_id: image.path for image in found.data.images}
     chosen: list[tuple[WorstImage, Pictures | str]] = []
     room = PICTURE_BYTES
     for result, unmatched in ranked[:SHOWN]:
         if not (unmatched.missed or unmatched.false):
             break
-        objects = annotations.objects(result.image_id)
+        objects = [one for one in found.data.objects if one.image_id == result.image_id]
         mistakes = WorstImage(
             image_id=result.image_id,
-            file_name=annotations.file_name(result.image_id),
-            objects=sum(not one["iscrowd"] for one in objects),
+            file_name=_inside(paths[result.image_id], found.data.folder),
+            objects=sum(not one.is_crowd for one in objects),
             missed=len(unmatched.missed),
             false=len(unmatched.false),
         )
         shown = _pictures(found, mistakes.file_name, result, unmatched, objects, names)
         if isinstance(shown, Pictures):
             room -= len(shown.annotations) + len(shown.detections)
-            shown = shown if room >= 0 else "the page has as many pictures as it may"
+            shown = shown if room >= 0 else "the page has reached its limit for pictures"
         chosen.append((mistakes, shown))
     return chosen
+
+
+def _inside(path: Path, folder: Path) -> str:
+    """A path as the annotation file has it."""
+    return str(path.relative_to(folder)) if path.is_relative_to(folder) else str(path)
 
 
 def _confident(result: ImageResult) -> ImageResult:
@@ -121,24 +132,26 @@ def _pictures(
     file_name: str,
     result: ImageResult,
     unmatched: Unmatched,
-    objects: Sequence[dict[str, Any]],
-    names: Mapping[int, str],
+    objects: Sequence[Object],
+    names: Mapping[Id, str],
 ) -> Pictures | str:
     if found.images is None:
         return "the images were not given"
     path: Path = found.images / file_name
     try:
-        rgb = read_image(path)
+        rgb = stored_pixels(path.read_bytes()) if found.data.ignore_exif else read_image(path)
+    except OSError as error:
+        return f"cannot read the image {shown(path, 300)}: {error.strerror}"
     except ImageError as error:
         return str(error)
     if rgb.shape[:2] != result.size:
-        return f"{path} is not the annotated image: its size differs"
+        return f"{shown(path, 300)} is not the annotated image: its size differs"
     annotated = [
         _Outline(
-            one["rle"],
-            one["bbox"],
-            names[one["category_id"]],
-            CROWD if one["iscrowd"] else MISSED if one["id"] in unmatched.missed else GOOD,
+            {"size": list(result.size), "counts": one.mask},
+            one.box,
+            names[one.category_id],
+            CROWD if one.is_crowd else MISSED if one.annotation_id in unmatched.missed else GOOD,
         )
         for one in objects
     ]
@@ -158,7 +171,7 @@ def _pictures(
 
 
 def _drawn(rgb: RGB, outlines: Sequence[_Outline]) -> bytes:
-    """The image at 480 pixels with masks and texts, as JPEG; mistakes and small objects on top."""
+    """The image as JPEG of 480 pixels, with masks and texts; mistakes and small objects on top."""
     height, width = rgb.shape[:2]
     scale = LONGEST_SIDE / max(height, width)
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
@@ -187,7 +200,7 @@ def _area(one: _Outline) -> float:
 
 
 def _write_texts(picture: Image.Image, outlines: Sequence[_Outline], scale: float) -> None:
-    """A text at each box's upper left corner, the first ones first, where there is room for it."""
+    """Write a text at the upper left corner of each box, if it does not cover an earlier text."""
     draw = ImageDraw.Draw(picture)
     font = ImageFont.load_default()
     taken: list[tuple[float, float, float, float]] = []

@@ -7,8 +7,9 @@ continued at any step without any state of the loader.
 from __future__ import annotations
 
 import pickle
+import signal
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
@@ -17,17 +18,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from vitadapter_zoo.errors import DatasetError
+from vitadapter_zoo.errors import DatasetError, ZooError
 from vitadapter_zoo.images import PAD_MULTIPLE, RGB, NetworkInput, read_image
 from vitadapter_zoo.training.annotations import Sample
-from vitadapter_zoo.training.data import rasterised
+from vitadapter_zoo.training.masks import rasterised
 from vitadapter_zoo.training.transforms import Objects, Sizes, augmented
 
 Key = tuple[int, int]  # epoch, place of the sample
 View = tuple[RGB, Objects]
+ViewOrError = View | ZooError  # errors travel as they are: torch's own way adds a traceback
 
 
-class Views(Dataset[View]):
+class Views(Dataset[ViewOrError]):
     """Random views of the training images.
 
     Args:
@@ -54,8 +56,13 @@ class Views(Dataset[View]):
         # The bytes are those that the constructor made.
         return pickle.loads(self._bytes[start : self._ends[place]].tobytes())  # noqa: S301
 
-    def __getitem__(self, key: Key) -> View:
-        epoch, place = key
+    def __getitem__(self, key: Key) -> ViewOrError:
+        try:
+            return self._view(*key)
+        except ZooError as error:
+            return error
+
+    def _view(self, epoch: int, place: int) -> View:
         sample = self.sample(place)
         image = read_image(Path(sample.path))
         if sample.size is not None and image.shape[:2] != sample.size:
@@ -157,8 +164,13 @@ class Batch:
 
     def pin_memory(self) -> Batch:
         """In memory from which a GPU copies without waiting."""
-        tensors = (self.images, self.boxes, self.labels, self.masks)
-        return Batch(*(x.pin_memory() for x in tensors), self.counts, self.sizes)
+        return replace(
+            self,
+            images=self.images.pin_memory(),
+            boxes=self.boxes.pin_memory(),
+            labels=self.labels.pin_memory(),
+            masks=self.masks.pin_memory(),
+        )
 
     def to(self, device: torch.device) -> Batch:
         """With images and masks on a device, copied beside the computing from pinned memory.
@@ -166,11 +178,16 @@ class Batch:
         Boxes and labels stay: ``losses`` checks them, which would make it wait for the device.
         """
         images, masks = (x.to(device, non_blocking=True) for x in (self.images, self.masks))
-        return Batch(images, self.boxes, self.labels, masks, self.counts, self.sizes)
+        return replace(self, images=images, masks=masks)
 
 
-def collate(views: Sequence[View]) -> Batch:
-    """Views to one batch."""
+def collate(found: Sequence[ViewOrError]) -> Batch | ZooError:
+    """Views to one batch; the first error where there is one."""
+    views: list[View] = []
+    for view in found:
+        if isinstance(view, ZooError):
+            return view
+        views.append(view)
     height, width = (
         -(-max(image.shape[side] for image, _ in views) // PAD_MULTIPLE) * PAD_MULTIPLE
         for side in (0, 1)
@@ -198,7 +215,7 @@ def collate(views: Sequence[View]) -> Batch:
 
 def data_loader(
     views: Views, batches: Batches, workers: int, device: torch.device
-) -> DataLoader[View]:
+) -> DataLoader[ViewOrError]:
     """The loader of a whole run: its processes go on over the epochs' ends.
 
     Args:
@@ -213,12 +230,15 @@ def data_loader(
         num_workers=workers,
         collate_fn=collate,
         pin_memory=device.type == "cuda",
-        worker_init_fn=_one_thread,
+        worker_init_fn=_start_worker,
         prefetch_factor=4 if workers else None,
     )
 
 
-def _one_thread(_: int) -> None:
+def _start_worker(_: int) -> None:
+    # Ctrl-C reaches all processes of a terminal; the main one ends the others when it is ready.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
 

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from vitadapter_zoo.errors import DatasetError
+from vitadapter_zoo.settings import expanded
 from vitadapter_zoo.training.annotations import (
     NO_MASK,
-    OUTSIDE,
-    Instance,
     Sample,
     Split,
     read_coco,
@@ -69,11 +68,11 @@ def read_data(
     if (data is None) == (train is None):
         raise DatasetError("give a data set's folder, or its annotation file and image folder")
     if train is not None:
-        parts = [read_coco(Path(train[0]), Path(train[1]))]
+        parts = [read_coco(expanded(train[0]), expanded(train[1]))]
         if valid is not None:
-            parts.append(read_coco(Path(valid[0]), Path(valid[1]), parts[0].classes))
+            parts.append(read_coco(expanded(valid[0]), expanded(valid[1]), parts[0].classes))
     else:
-        parts = _read_folder(Path(os.fspath(data or "")).expanduser())
+        parts = _read_folder(expanded(data or ""))
     checked = [_checked(part) for part in parts]
     return TrainingData(
         _for_training(checked[0], keep_empty),
@@ -301,7 +300,7 @@ def write_coco(split: Split, target: Path) -> None:
     """Write what is left of a part in COCO's format, for ``read_dataset`` and the scorer."""
     from hotcoco import mask
 
-    annotations = []
+    annotations: list[dict[str, Any]] = []
     for sample in split.samples:
         height, width = sample.size or (0, 0)
         for one in sample.instances:
@@ -335,24 +334,3 @@ def write_coco(split: Split, target: Path) -> None:
     from vitadapter_zoo.weights import atomic
 
     atomic.write_text(target, json.dumps(content))
-
-
-def rasterised(instances: Sequence[Instance], height: int, width: int) -> Any:
-    """Masks of objects, uint8 ``[n, height, width]``, drawn as COCO's own tools draw them."""
-    import numpy as np
-    from hotcoco import mask
-
-    if not instances:
-        return np.zeros((0, height, width), np.uint8)
-    encoded = [
-        one.segmentation
-        if isinstance(one.segmentation, dict)
-        else mask.merge(mask.frPyObjects(one.segmentation, height, width))
-        for one in instances
-    ]
-    return np.ascontiguousarray(np.asarray(mask.decode(encoded), np.uint8).transpose(2, 0, 1))
-
-
-__all__ = [
-    "OUTSIDE", "TrainingData", "counted", "described", "rasterised", "read_data", "write_coco",
-]  # fmt: skip

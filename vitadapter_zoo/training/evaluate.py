@@ -8,7 +8,7 @@ from vitadapter_zoo.errors import ImageError
 from vitadapter_zoo.evaluation.dataset import Dataset
 from vitadapter_zoo.evaluation.evaluator import Evaluator, read, stream
 from vitadapter_zoo.evaluation.run import ImageResult
-from vitadapter_zoo.evaluation.scoring import KINDS, Annotations, tabulate
+from vitadapter_zoo.evaluation.scoring import KINDS, Annotations
 from vitadapter_zoo.models import MaskRCNN
 
 if TYPE_CHECKING:
@@ -38,13 +38,16 @@ def evaluate(model: MaskRCNN, dataset: Dataset, accelerator: Accelerator) -> dic
         results.append(result)
 
     mine = dataset.images[accelerator.process_index :: accelerator.num_processes]
-    evaluator = Evaluator(model, dataset.category_ids(model.categories))
+    evaluator = Evaluator(
+        model, dataset.category_ids(model.categories), ignore_exif=dataset.ignore_exif
+    )
     stream(evaluator, (read(image) for image in mine), keep)
     if accelerator.num_processes > 1:
         from accelerate.utils import gather_object
 
         results = gather_object(results)
-    table, annotations = tabulate(results), Annotations(dataset.annotations)
+    annotations = Annotations(dataset)
+    table = annotations.tabulate(results)
     figures: dict[str, float] = {}
     for kind in KINDS:
         scores = annotations.score(table, kind).figures

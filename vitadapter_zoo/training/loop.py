@@ -119,7 +119,8 @@ class Training:
         self._evaluated_at = -1
         self._window, self._norms = Window(), Window()
         self._parameters = [x for x in self.model.parameters() if x.requires_grad]
-        self._share = 0.0  # of the time limit that has passed, the same in every process
+        # Of the time limit that has passed; the same in every process.
+        self._share = self.progress.seconds / (self.max_seconds or math.inf)
 
     def run(self) -> None:
         """Train to the end, to the time limit, or until the mask AP no longer rises."""
@@ -129,8 +130,11 @@ class Training:
         )
         loader = data_loader(self.views, self.batches, self.workers, device)
         training_mode(self.model)
+        done = self.progress.step * self.accumulate
         with Interrupt() as interrupt:
-            for number, batch in enumerate(loader, self.progress.step * self.accumulate):
+            for number, batch in enumerate(loader if self._share < 1 else (), done):
+                if isinstance(batch, ZooError):
+                    raise batch
                 self._set_learning_rate()
                 _seed(self.seed, number, self.accelerator.process_index)
                 with self.accelerator.accumulate(self.net):
@@ -155,9 +159,11 @@ class Training:
     def _after_step(self, interrupt: Interrupt) -> bool:
         """Look, evaluate and save when it is time; whether the run is over."""
         step = self.progress.step
-        if step % LOOK_EVERY == 0 or step >= self.steps or interrupt.asked:
+        if step % LOOK_EVERY == 0 or step >= self.steps:
             self._look()
-        if interrupt.asked:
+            self._share_time()
+        if interrupt.asked:  # of several processes each on its own, so nothing is exchanged
+            self._look()
             self._save()
             raise KeyboardInterrupt
         if step >= self.steps or self._share >= 1:
@@ -205,13 +211,6 @@ class Training:
         figures = {**self._window.means(), **self._norms.means()}
         if not all(math.isfinite(value) for value in figures.values()):
             raise ZooError(self._diverged(figures))
-        if self.max_seconds is not None:
-            shares = [self.progress.seconds / self.max_seconds]
-            if self.accelerator.num_processes > 1:
-                from accelerate.utils import broadcast_object_list
-
-                broadcast_object_list(shares)
-            self._share = shares[0]
         if self.reporter is not None and figures:
             entry: dict[str, Any] = {
                 "step": self.progress.step,
@@ -227,6 +226,17 @@ class Training:
                 entry["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
             self.reporter.progress(entry)
         self._looked, self._images = time.monotonic(), 0
+
+    def _share_time(self) -> None:
+        """How much of the time limit has passed, by the main process's clock."""
+        if self.max_seconds is None:
+            return
+        shares = [self.progress.seconds / self.max_seconds]
+        if self.accelerator.num_processes > 1:
+            from accelerate.utils import broadcast_object_list
+
+            broadcast_object_list(shares)
+        self._share = shares[0]
 
     def _diverged(self, figures: dict[str, float]) -> str:
         names = [name for name, value in figures.items() if not math.isfinite(value)]

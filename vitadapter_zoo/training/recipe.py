@@ -124,7 +124,7 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        decays = parameter.ndim > 1 and not name.endswith(UNDECAYED)
+        decays = parameter.ndim > 1 and not any(word in name for word in UNDECAYED)
         depth = depth_of(name, blocks) if recipe.layer_decay is not None else blocks + 1
         if (depth, decays) not in groups:
             scale = (recipe.layer_decay or 1.0) ** (blocks + 1 - depth)

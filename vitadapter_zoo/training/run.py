@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-import logging
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -12,26 +10,29 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from torch import nn
-
 from vitadapter_zoo.errors import ZooError
 from vitadapter_zoo.evaluation.dataset import Dataset, read_dataset
 from vitadapter_zoo.models import MaskRCNN
+from vitadapter_zoo.settings import expanded
+from vitadapter_zoo.text import shown
 from vitadapter_zoo.training import state as disk
 from vitadapter_zoo.training.batches import Batches, Views
 from vitadapter_zoo.training.data import Source, TrainingData, described, read_data, write_coco
-from vitadapter_zoo.training.loop import Progress, Step, Training, out_of_memory, restore
-from vitadapter_zoo.training.memory import checkpoint_blocks
+from vitadapter_zoo.training.loop import Progress, Training, out_of_memory, restore
 from vitadapter_zoo.training.progress import Reporter
 from vitadapter_zoo.training.recipe import (
     Augment,
     Recipe,
     Schedule,
-    parameter_groups,
     published,
 )
-from vitadapter_zoo.training.start import PUBLISHED, starting_model
+from vitadapter_zoo.training.setup import (
+    accelerator_of,
+    freeze_parameters,
+    loader_workers,
+    prepared,
+)
+from vitadapter_zoo.training.start import PUBLISHED, SCRATCH, starting_model
 from vitadapter_zoo.training.transforms import sizes
 from vitadapter_zoo.weights import atomic, cache
 
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 SAVE_SECONDS = 600.0
-MOST_WORKERS = 16
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class TrainingResult:
         figures: of the last evaluation: ``box_ap``, ``box_ap50``, ``mask_ap``, ``mask_ap50`` in
             points, 0..100; empty without validation images.
         best_mask_ap: in points; -1 without validation images.
+        is_main_process: whether this is the process, of several, that wrote the files.
     """
 
     directory: Path
@@ -64,6 +65,7 @@ class TrainingResult:
     classes: tuple[str, ...]
     figures: dict[str, float]
     best_mask_ap: float
+    is_main_process: bool
 
 
 def train(
@@ -88,7 +90,7 @@ def train(
     input_size: tuple[int, int] | None = None,
     keep_empty: bool = False,
     freeze: Sequence[str] = (),
-    checkpoint: bool = False,
+    checkpoint_blocks: bool = False,
     early_stop: int | None = None,
     eval_every: int = 1,
     max_minutes: float | None = None,
@@ -102,7 +104,7 @@ def train(
     offline: bool | None = None,
     progress: bool = True,
 ) -> TrainingResult:
-    """Train a detector on one's own data; the defaults are the row's published recipe.
+    """Train a detector on your own data; the defaults are the row's published recipe.
 
     Args:
         name: load name, or a folder or repository as for ``load``: the network to train.
@@ -128,7 +130,7 @@ def train(
         input_size: (longest, shortest) side of the resized images; the row's own by default.
         keep_empty: train on images without objects too; published: left out.
         freeze: prefixes of parameter names that keep their values, ``"backbone"`` for instance.
-        checkpoint: compute the activations of the blocks twice instead of keeping them.
+        checkpoint_blocks: compute the activations of the blocks twice instead of keeping them.
         early_stop: end after so many evaluations without a better mask AP.
         eval_every: epochs between evaluations.
         max_minutes: end after that time; the schedule is then compressed to end with it.
@@ -155,68 +157,52 @@ def train(
     if ema is not None and not 0 < ema < 1:
         raise ValueError(f"ema is a decay between 0 and 1, 0.999 for instance, not {ema}")
     began = time.monotonic()
-    accelerator = _accelerator(precision, device, accumulate)
-    with _own_directory(Path(out), accelerator) as directory, out_of_memory(batch_size):
+    accelerator = accelerator_of(precision, device, accumulate)
+    images = batch_size * accumulate * accelerator.num_processes
+    with _own_directory(out, accelerator) as directory, out_of_memory(batch_size):
         saved = _saved(directory, resume)
         found = read_data(data, train=train_files, valid=valid_files, keep_empty=keep_empty)
+        # A saved state holds all weights, so that what they began from is not read again.
         model, origin = starting_model(
-            name, start, found.classes, input_size=input_size, seed=seed,
-            cache_dir=cache_dir, offline=offline, progress=progress,
+            name, start if saved is None else SCRATCH, found.classes, input_size=input_size,
+            seed=seed, cache_dir=cache_dir, offline=offline, progress=progress,
         )  # fmt: skip
-        given = {
-            "epochs": epochs, "schedule": schedule, "weight_decay": weight_decay, "lr": lr,
-            "layer_decay": layer_decay, "clip": clip, "augment": augment, "ema": ema,
-        }  # fmt: skip
-        images = batch_size * accumulate * accelerator.num_processes
-        recipe = replace(
-            published(model.row).scaled(images),
-            **{key: value for key, value in given.items() if value is not None},
-        )
-        settings = {
-            "model": model.row.name, "start": os.fspath(start), "classes": list(found.classes),
-            "images": len(found.train.samples), "input_size": list(model.row.input_size),
-            "recipe": _plain(asdict(recipe)), "batch_size": batch_size, "accumulate": accumulate,
-            "processes": accelerator.num_processes, "freeze": list(freeze), "seed": seed,
-            "precision": precision,
-        }  # fmt: skip
-        _check_same(saved, settings, directory)
-        done = Progress() if saved is None else Progress(**{key: saved[key] for key in _PROGRESS})
+        recipe = _recipe(
+            published(model.row).scaled(images), epochs=epochs, schedule=schedule, lr=lr, ema=ema,
+            weight_decay=weight_decay, layer_decay=layer_decay, clip=clip, augment=augment,
+        )  # fmt: skip
+        settings = _settings(
+            model, found, recipe, start=os.fspath(start), batch_size=batch_size, seed=seed,
+            accumulate=accumulate, processes=accelerator.num_processes, freeze=list(freeze),
+            precision=precision,
+        )  # fmt: skip
+        done = _progress(saved, settings, directory)
         done.seconds += time.monotonic() - began
-        wide = [_is_wide(sample.size) for sample in found.train.samples]
-        batches = Batches(
-            wide, batch_size, recipe.epochs, seed, done.step * accumulate,
-            accelerator.process_index, accelerator.num_processes,
-        )  # fmt: skip
-        _freeze(model, freeze)
-        net, optimizer, average = _prepared(accelerator, model, recipe, checkpoint)
-        validation = _validation(found, directory, accelerator)
+        freeze_parameters(model, freeze)
+        net, optimizer, average = prepared(accelerator, model, recipe, checkpoint_blocks)
         training = Training(
             accelerator=accelerator, model=model, net=net, optimizer=optimizer, average=average,
-            recipe=recipe, batches=batches, validation=validation, directory=directory,
-            views=Views(found.train.samples, sizes(recipe.augment, model.row.input_size), seed),
-            settings=settings, accumulate=accumulate, seed=seed, eval_every=eval_every,
-            workers=_workers(workers, accelerator), early_stop=early_stop,
+            recipe=recipe, directory=directory, settings=settings, accumulate=accumulate,
+            seed=seed, workers=loader_workers(workers, accelerator), eval_every=eval_every,
+            early_stop=early_stop, save_seconds=60 * save_minutes, progress=done, reporter=None,
             max_seconds=None if max_minutes is None else 60 * max_minutes,
-            save_seconds=60 * save_minutes, progress=done, reporter=None,
+            views=Views(found.train.samples, sizes(recipe.augment, model.row.input_size), seed),
+            batches=Batches(
+                [_is_wide(sample.size) for sample in found.train.samples], batch_size,
+                recipe.epochs, seed, done.step * accumulate, accelerator.process_index,
+                accelerator.num_processes,
+            ),
+            validation=_validation(found, directory, accelerator),
         )  # fmt: skip
-        if accelerator.is_main_process:
-            disk.recover(directory)
-            disk.truncate_log(directory, done.step)
-            training.reporter = Reporter(
-                directory, training.steps, done.step, tensorboard=tensorboard, shown=progress
-            )
-            _introduce(training, found, origin)
         if saved is not None:
             restore(training, saved)
-        try:
+            origin = f"continued from step {done.step:,}"
+        with _reporting(training, tensorboard=tensorboard, visible=progress):
+            _introduce(training, found, origin)
             training.run()
-        finally:
-            if training.reporter:
-                training.reporter.close()
-            accelerator.end_training()
     return TrainingResult(
-        directory, directory / disk.LAST, directory / disk.BEST, training.progress.step,
-        found.classes, training.progress.figures, training.progress.best,
+        directory, directory / disk.LAST, directory / disk.BEST, done.step, found.classes,
+        done.figures, done.best, accelerator.is_main_process,
     )  # fmt: skip
 
 
@@ -229,33 +215,10 @@ def _check_positive(**values: float | None) -> None:
             raise ValueError(f"{name} must be above 0, got {value}")
 
 
-def _accelerator(
-    precision: Literal["no", "bf16"], device: str | None, accumulate: int
-) -> Accelerator:
-    try:
-        from accelerate import Accelerator
-        from accelerate.utils import DistributedDataParallelKwargs
-    except ImportError as error:
-        raise ZooError("training needs accelerate: pip install 'vitadapter-zoo[train]'") from error
-    if device is not None and device != "cpu":
-        torch.empty(0, device=device)
-        # What accelerate reads instead of an argument.
-        os.environ["ACCELERATE_TORCH_DEVICE"] = device
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
-    # An image without objects uses neither the boxes' nor the masks' last layers.
-    shared = DistributedDataParallelKwargs(find_unused_parameters=True)
-    return Accelerator(
-        cpu=device == "cpu",
-        mixed_precision=precision,
-        gradient_accumulation_steps=accumulate,
-        kwargs_handlers=[shared],
-    )
-
-
 @contextlib.contextmanager
-def _own_directory(out: Path, accelerator: Accelerator) -> Iterator[Path]:
+def _own_directory(out: str | os.PathLike[str], accelerator: Accelerator) -> Iterator[Path]:
     """The run's folder, which no other run may write to meanwhile."""
-    directory = out.expanduser().absolute()
+    directory = expanded(out).absolute()
     if not accelerator.is_main_process:
         yield directory
         return
@@ -282,64 +245,63 @@ def _saved(directory: Path, resume: bool) -> dict[str, Any] | None:
     return None
 
 
-def _check_same(saved: dict[str, Any] | None, settings: dict[str, Any], directory: Path) -> None:
-    """Refuse to continue a run as another one.
+def _recipe(base: Recipe, **changes: Any) -> Recipe:
+    """The recipe with the numbers that are given, those that are not None."""
+    return replace(base, **{key: value for key, value in changes.items() if value is not None})
+
+
+def _settings(model: MaskRCNN, found: TrainingData, recipe: Recipe, **more: Any) -> dict[str, Any]:
+    """What the weights of a run depend on, as plain data."""
+    settings = {
+        "model": model.row.name,
+        "classes": list(found.classes),
+        "images": len(found.train.samples),
+        "input_size": list(model.row.input_size),
+        **asdict(recipe),
+        **more,
+    }
+    return {
+        key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()
+    }
+
+
+def _progress(saved: dict[str, Any] | None, settings: dict[str, Any], directory: Path) -> Progress:
+    """How far the run is that is continued; a new one otherwise.
 
     Raises:
         ZooError: a setting that the weights depend on differs.
     """
     if saved is None:
-        return
+        return Progress()
     before = saved["settings"]
-    flat = {**settings, **settings["recipe"]}
-    flat_before = {**before, **before["recipe"]}
-    for name in flat:
-        if name != "recipe" and flat[name] != flat_before.get(name):
+    for name, value in settings.items():
+        if value != before.get(name):
             raise ZooError(
-                f"the run in {directory} was begun with {name} = {flat_before.get(name)}, not "
-                f"{flat[name]}: continue it with the same settings, or begin another with --out"
+                f"the run in {directory} was begun with {name} = {shown(before.get(name))}, not "
+                f"{shown(value)}: continue it with the same settings, or begin another with --out"
             )
+    return Progress(**{key: saved[key] for key in _PROGRESS})
 
 
-def _freeze(model: MaskRCNN, prefixes: Sequence[str]) -> None:
-    """Keep parameters from changing.
-
-    Raises:
-        ZooError: no parameter has a prefix, or none is left to train.
-    """
-    for prefix in prefixes:
-        named = [x for name, x in model.named_parameters() if name.startswith(prefix)]
-        if not named:
-            first = sorted({name.partition(".")[0] for name, _ in model.named_parameters()})
-            raise ZooError(
-                f"no parameter's name begins with {prefix!r}: freeze {', '.join(first)}, or "
-                "backbone.blocks, for instance"
-            )
-        for parameter in named:
-            parameter.requires_grad_(False)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ZooError("everything is frozen: leave something to train")
-
-
-def _prepared(
-    accelerator: Accelerator, model: MaskRCNN, recipe: Recipe, checkpoint: bool
-) -> tuple[nn.Module, Any, disk.Average | None]:
-    """The losses' module and the optimizer as the accelerator wraps them, and the average."""
-    model.to(accelerator.device)
-    average = None
-    if recipe.ema is not None:
-        average = disk.Average(model, copy.deepcopy(model), recipe.ema)
-    if checkpoint:
-        checkpoint_blocks(model.backbone)
-    on_gpu = accelerator.device.type == "cuda"
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, recipe), lr=recipe.lr, betas=recipe.betas, fused=on_gpu
+@contextlib.contextmanager
+def _reporting(training: Training, *, tensorboard: bool, visible: bool) -> Iterator[None]:
+    """While it is open, the main process has a reporter; the directory is put in order first."""
+    if not training.accelerator.is_main_process:
+        yield
+        return
+    disk.recover(training.directory)
+    disk.truncate_log(training.directory, training.progress.step)
+    training.reporter = Reporter(
+        training.directory,
+        training.steps,
+        training.progress.step,
+        tensorboard=tensorboard,
+        shown=visible,
     )
-    net: nn.Module = Step(model)
-    if on_gpu and accelerator.num_processes > 1:
-        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
-    net, optimizer = accelerator.prepare(net, optimizer)
-    return net, optimizer, average
+    try:
+        yield
+    finally:
+        training.reporter.close()
 
 
 def _validation(found: TrainingData, directory: Path, accelerator: Accelerator) -> Dataset | None:
@@ -353,16 +315,10 @@ def _validation(found: TrainingData, directory: Path, accelerator: Accelerator) 
     return read_dataset(annotations, found.valid.folder.absolute())
 
 
-def _workers(workers: int | None, accelerator: Accelerator) -> int:
-    if workers is not None:
-        return workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(MOST_WORKERS, max(1, (cores or 1) // accelerator.num_processes - 1))
-
-
 def _introduce(training: Training, found: TrainingData, origin: str) -> None:
     """Say what is trained on what, once."""
-    assert training.reporter is not None  # noqa: S101  the main process has it
+    if training.reporter is None:
+        return
     say, recipe = training.reporter.say, training.recipe
     say(f"{training.model.row.name}: {origin}")
     say(described(found.train, "train"))
@@ -376,16 +332,8 @@ def _introduce(training: Training, found: TrainingData, origin: str) -> None:
     say(
         f"{recipe.epochs} epochs, {training.steps:,} steps of {images} images, learning rate "
         f"{recipe.lr:.3g} ({recipe.schedule}), on {training.accelerator.device}"
-        + (f", from step {training.progress.step:,}" if training.progress.step else "")
     )
 
 
 def _is_wide(size: tuple[int, int] | None) -> bool:
     return size is not None and size[1] > size[0]
-
-
-def _plain(value: Any) -> Any:
-    """Tuples as lists, as they come back from a saved state's settings."""
-    if isinstance(value, dict):
-        return {key: _plain(one) for key, one in value.items()}
-    return [_plain(one) for one in value] if isinstance(value, (list, tuple)) else value

@@ -5,25 +5,21 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from vitadapter_zoo.catalog import Row, get_row, list_models
+from vitadapter_zoo import settings
+from vitadapter_zoo.catalog import list_models
 from vitadapter_zoo.errors import CheckpointError
-from vitadapter_zoo.loader import load
+from vitadapter_zoo.loader import find, load
 from vitadapter_zoo.models import MaskRCNN, build
 from vitadapter_zoo.models.adapter import MSDeformAttn
+from vitadapter_zoo.text import shown
+from vitadapter_zoo.weights.heads import for_classes
+from vitadapter_zoo.weights.pretraining import read_pretraining
 
 PUBLISHED, PRETRAINING, SCRATCH = "published", "pretraining", "scratch"
-
-# Parameters with rows for each class: rows for a class, and whether the background follows.
-CLASS_ROWS = {
-    "roi_head.bbox_head.fc_cls": (1, True),
-    "roi_head.bbox_head.fc_reg": (4, False),
-    "roi_head.mask_head.conv_logits": (1, False),
-}
 
 
 def starting_model(
@@ -33,7 +29,7 @@ def starting_model(
     *,
     input_size: tuple[int, int] | None = None,
     seed: int = 0,
-    cache_dir: str | os.PathLike[str] | None = None,
+    cache_dir: settings.Home = None,
     offline: bool | None = None,
     progress: bool = True,
 ) -> tuple[MaskRCNN, str]:
@@ -44,7 +40,7 @@ def starting_model(
         start: ``"published"`` (the weights of ``name`` itself), ``"pretraining"`` (the trunk's,
             as the paper's own training began), ``"scratch"``, or another load name, folder or
             checkpoint file.
-        classes: names of the classes to learn.
+        classes: names of the classes to learn. Heads keep the classes of the same name.
         input_size: (longest, shortest) side in pixels; the row's own by default.
         seed: of the fresh weights.
         cache_dir: as for ``load``.
@@ -54,49 +50,35 @@ def starting_model(
     Raises:
         ZooError: what ``load`` raises, or weights that are not this network's.
     """
-    published = os.fspath(name) in list_models()
-    source = None
-    if not published or start not in (PRETRAINING, SCRATCH):
-        source = _trained(name, start, cache_dir, offline, progress)
-    row = get_row(os.fspath(name)) if published or source is None else source.row
+    row = find(name, cache_dir=cache_dir, offline=offline, progress=progress).row
     model = build(row if input_size is None else replace(row, input_size=input_size), classes)
-    initialize(model, seed)
+    if start in (SCRATCH, PRETRAINING):
+        initialize(model, seed)
     if start == SCRATCH:
         return model, "all weights are fresh"
     if start == PRETRAINING:
-        return model, _with_pretraining(model, row, cache_dir, offline, progress)
-    assert source is not None  # noqa: S101  the two other starts are done
-    return model, carry_over(source, model, os.fspath(name if start == PUBLISHED else start))
-
-
-def _trained(
-    name: str | os.PathLike[str],
-    start: str | os.PathLike[str],
-    cache_dir: str | os.PathLike[str] | None,
-    offline: bool | None,
-    progress: bool,
-) -> MaskRCNN:
-    wanted = name if start in (PUBLISHED, PRETRAINING, SCRATCH) else start
-    checkpoint = None
-    if wanted is start and os.fspath(start) not in list_models() and Path(start).is_file():
-        wanted, checkpoint = name, start
-    return load(
+        if not row.pretraining_url:
+            raise CheckpointError(
+                f"{row.name} has no pretraining: it was trained from scratch (`--from scratch`)"
+            )
+        read_pretraining(
+            model.backbone,
+            row.pretraining_url,
+            resize_positions=True,
+            cache_dir=cache_dir,
+            offline=offline,
+            progress=progress,
+        )
+        return model, f"trunk of {row.pretraining_name}, all else is fresh"
+    wanted, checkpoint = (name if start == PUBLISHED else start), None
+    if start != PUBLISHED and os.fspath(start) not in list_models():
+        path = settings.expanded(start)
+        if path.is_file():
+            wanted, checkpoint = name, path
+    source = load(
         wanted, checkpoint=checkpoint, cache_dir=cache_dir, offline=offline, progress=progress
     )
-
-
-def _with_pretraining(
-    model: MaskRCNN,
-    row: Row,
-    cache_dir: str | os.PathLike[str] | None,
-    offline: bool | None,
-    progress: bool,
-) -> str:
-    from vitadapter_zoo.training.pretraining import read_pretraining
-
-    return read_pretraining(
-        model.backbone, row, cache_dir=cache_dir, offline=offline, progress=progress
-    )
+    return model, carry_over(source, model, shown(os.fspath(checkpoint or wanted)))
 
 
 def carry_over(source: MaskRCNN, target: MaskRCNN, origin: str) -> str:
@@ -104,7 +86,7 @@ def carry_over(source: MaskRCNN, target: MaskRCNN, origin: str) -> str:
 
     Args:
         source: the trained one.
-        target: the new one, whose own weights stay where a class is new.
+        target: the new one; heads of classes that ``source`` does not have are drawn afresh.
         origin: what ``source`` is called.
 
     Returns:
@@ -113,36 +95,20 @@ def carry_over(source: MaskRCNN, target: MaskRCNN, origin: str) -> str:
     Raises:
         CheckpointError: they are different networks.
     """
-    old, new = source.state_dict(), target.state_dict()
-    by_class = {f"{name}.{kind}" for name in CLASS_ROWS for kind in ("weight", "bias")}
-    wrong = [
-        name for name in old.keys() ^ new.keys() | (old.keys() & new.keys())
-        if name not in by_class and (
-            name not in old or name not in new or old[name].shape != new[name].shape
-        )
-    ]  # fmt: skip
+    weights = for_classes(source.state_dict(), source.categories, target.categories)
+    wanted = target.state_dict()
+    wrong = sorted(weights.keys() ^ wanted.keys()) or [
+        name for name, value in weights.items() if value.shape != wanted[name].shape
+    ]
     if wrong:
         raise CheckpointError(
             f"{origin} is another network than {target.row.name}: {len(wrong)} weights differ in "
-            f"name or shape, {sorted(wrong)[0]} for instance; start from weights of the same "
-            "network, or with `--from pretraining` or `--from scratch`"
+            f"name or shape, {wrong[0]} for instance; start from weights of the same network, or "
+            "with `--from pretraining` or `--from scratch`"
         )
-    places = {name: label for label, name in enumerate(source.categories)}
-    kept = [name for name in target.categories if name in places]
-    pairs = [(target.categories.index(name), places[name]) for name in kept]
-    with torch.no_grad():
-        for name, value in new.items():
-            if name not in by_class:
-                value.copy_(old[name])
-                continue
-            rows, background = CLASS_ROWS[name.rpartition(".")[0]]
-            for new_label, old_label in pairs:
-                value[new_label * rows : (new_label + 1) * rows] = old[name][
-                    old_label * rows : (old_label + 1) * rows
-                ]
-            if background:
-                value[-1] = old[name][-1]
-    fresh = [name for name in target.categories if name not in places]
+    target.load_state_dict(weights)
+    kept = [name for name in target.categories if name in source.categories]
+    fresh = [name for name in target.categories if name not in source.categories]
     line = f"weights of {origin}"
     if kept:
         line += f"; heads kept for {_few(kept)}"
@@ -151,7 +117,7 @@ def carry_over(source: MaskRCNN, target: MaskRCNN, origin: str) -> str:
 
 def _few(names: list[str]) -> str:
     more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return ", ".join(names[:4]) + more
+    return ", ".join(shown(name, 30) for name in names[:4]) + more
 
 
 def initialize(model: MaskRCNN, seed: int = 0) -> None:

@@ -1,1 +1,1 @@
-"""From a name to tensors that fit: sources, downloads, the cache, reading and conversion."""
+"""Download, cache, read, check and convert weights."""

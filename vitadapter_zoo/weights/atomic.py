@@ -1,4 +1,4 @@
-"""Writing files so that a crash at any moment leaves the old one, the new one, or none."""
+"""Write files atomically: after a crash there is the old file, the new file, or none."""
 
 import contextlib
 import datetime
@@ -15,7 +15,7 @@ from vitadapter_zoo.errors import ZooError
 
 
 def now() -> str:
-    """The time, ISO 8601, UTC, to the second."""
+    """The current time as ISO 8601, UTC, to the second."""
     return time_of(time.time())
 
 
@@ -40,11 +40,10 @@ def sha256(path: Path) -> str:
 
 
 def sha256_of_all(paths: Sequence[Path]) -> str:
-    """One sha256 for what may be several files, such as the shards of one checkpoint.
+    """One sha256 for one or several files, such as the shards of a checkpoint.
 
-    That of a single file is its own. That of several is the sha256 of what ``sha256sum`` prints
-    for them in the order of their names, so that ``sha256sum model-*.safetensors | sha256sum``
-    gives it too.
+    For a single file it is the file's own sha256. For several files it is the sha256 of the output
+    of ``sha256sum`` in the order of their names: ``sha256sum model-*.safetensors | sha256sum``.
     """
     if len(paths) == 1:
         return sha256(paths[0])
@@ -54,7 +53,7 @@ def sha256_of_all(paths: Sequence[Path]) -> str:
 
 @contextlib.contextmanager
 def writing_to(directory: Path) -> Iterator[None]:
-    """Turn the system's errors into one that says what can be done.
+    """Turn errors of the operating system into one error with advice.
 
     Raises:
         ZooError: the directory cannot be written to, or the disk is full.
@@ -70,14 +69,14 @@ def writing_to(directory: Path) -> Iterator[None]:
 
 
 def check_space(directory: Path, needed: int) -> None:
-    """Refuse to begin what cannot end.
+    """Check the free disk space before a file is written.
 
     Args:
-        directory: where the bytes will go.
-        needed: how many.
+        directory: where the file will be written.
+        needed: its size in bytes.
 
     Raises:
-        ZooError: fewer bytes are free.
+        ZooError: the disk has less free space.
     """
     free = shutil.disk_usage(directory).free
     if needed > free:
@@ -90,12 +89,11 @@ def check_space(directory: Path, needed: int) -> None:
 
 @contextlib.contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """A file beside ``target`` that takes its place when the block succeeds.
+    """A temporary file that replaces ``target`` when the block succeeds.
 
-    It is flushed to disk before the rename, and removed if the block fails. It lies in a folder of
-    its own, because libraries that write it may put temporary files beside it; the folder's name is
-    always the same, so that what a killed process leaves goes with the next: the caller holds a
-    lock.
+    The file is flushed to disk before it is renamed, and removed if the block fails. It has a
+    folder of its own because libraries may write temporary files next to it. The folder's name is
+    fixed, so the next call removes what a killed process left; the caller must hold a lock.
 
     Raises:
         ZooError: the directory cannot be written to, or the disk is full.
@@ -137,16 +135,16 @@ def write_json(target: Path, content: Mapping[str, Any]) -> None:
 
 
 def part_of(target: Path) -> Path:
-    """Where the bytes of a download lie until they are whole."""
+    """The path of an incomplete download of ``target``."""
     return target.with_name(f"{target.name}.part")
 
 
 def part_record_of(target: Path) -> Path:
-    """The JSON that says what a download is part of; of all that it leaves, it goes last."""
+    """The JSON record of an incomplete download; it is removed last."""
     return target.with_name(f"{target.name}.part.json")
 
 
 def discard_download(target: Path) -> None:
-    """Remove a download and everything beside it, finished or not."""
+    """Remove a download, complete or not, and its record."""
     for path in (target, part_of(target), part_record_of(target)):
         path.unlink(missing_ok=True)

@@ -1,22 +1,21 @@
-"""Where converted weights are kept, and what is known of each file.
+"""The cache of converted weights, with a record of the origin of each file.
 
-Layout, readable by a person::
+Layout::
 
     <home>/adapter-t-deit-3x/mask_rcnn_..._coco.zoo-1a2b3c4d.safetensors   the weights
-    <home>/adapter-t-deit-3x/mask_rcnn_..._coco.zoo-1a2b3c4d.json          where they came from
-    <home>/adapter-t-deit-3x/mask_rcnn_..._coco.zoo-1a2b3c4d.download*     a download under way
+    <home>/adapter-t-deit-3x/mask_rcnn_..._coco.zoo-1a2b3c4d.json          their origin
+    <home>/adapter-t-deit-3x/mask_rcnn_..._coco.zoo-1a2b3c4d.download*     an incomplete download
     <home>/.sources/mask_rcnn_..._coco.zoo-1a2b3c4d.json                   the source's first sha256
-    <home>/.locks/                                                         held while a file is made
+    <home>/.locks/                                                         held during a write
 
-``<home>`` is ``$VITADAPTER_ZOO_HOME``, else the platform's cache directory. The eight digits come
-from the source's path or URL, so that files of the same name do not collide; ``.zoo-`` before them
-is what no other file has, whatever directory the cache was told to live in. Nothing here needs
-torch.
+``<home>`` is ``$VITADAPTER_ZOO_HOME``, else the platform's cache directory. The eight hexadecimal
+digits are a hash of the source's path or URL, so files of the same name do not collide. The prefix
+``.zoo-`` marks the files of the cache, because the user may point it at a folder with other files.
+This module does not need torch.
 """
 
 import contextlib
 import hashlib
-import json
 import logging
 import re
 import shutil
@@ -31,11 +30,14 @@ from filelock import FileLock, Timeout
 from vitadapter_zoo import settings
 from vitadapter_zoo.catalog import ROWS
 from vitadapter_zoo.errors import ZooError
+from vitadapter_zoo.text import read_json
 from vitadapter_zoo.weights import atomic
 
 logger = logging.getLogger(__name__)
 
-# Nothing else is ever removed, whatever directory the cache was told to live in.
+LARGEST_RECORD = 16 << 20  # bytes
+
+# Only files of this form are ever removed: the folder may hold the user's own files too.
 OWN_FILE = re.compile(
     r"\.?(.+\.zoo-[0-9a-f]{8})\.(?:safetensors|json|download|download\.part|download\.part\.json)"
     r"(?:\.tmp)?"
@@ -44,7 +46,7 @@ OWN_FILE = re.compile(
 
 @dataclass(frozen=True)
 class Provenance:
-    """What is known of one converted file.
+    """The origin of one converted file.
 
     Attributes:
         model: load name of the row.
@@ -55,13 +57,14 @@ class Provenance:
         container: what the source file was: torch zip, legacy torch pickle or safetensors.
         sha256: hash of the converted file.
         size: its size in bytes.
-        mtime_ns: its modification time; while size and time stand, the hash is taken to stand.
+        mtime_ns: its modification time; while size and time are unchanged, the hash is trusted.
         date: when it was converted, ISO 8601, UTC.
         tool_version: version of vitadapter-zoo that converted it.
-        etag: the server's name for the source's content, where it gave one.
+        etag: the server's ETag for the source, if it sent one.
         commit: the Hub's commit that the source came from.
-        cast: dtypes that were turned into float32, with how many tensors each.
+        cast: dtypes that were converted, with the number of tensors of each.
         filled: parameters absent from the source that were filled in.
+        removed: prefixes that were removed from names, such as ``module.``.
         metadata: the training framework's plain metadata (versions, epoch).
     """
 
@@ -80,18 +83,19 @@ class Provenance:
     commit: str | None = None
     cast: dict[str, int] = field(default_factory=dict)
     filled: list[str] = field(default_factory=list)
+    removed: list[str] = field(default_factory=list)
     metadata: dict[str, str | int | float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Known:
-    """What a download of a source was; the first one without a published hash is kept.
+    """The content of a download; the first one is recorded where no hash was published.
 
     Attributes:
         source: its URL or ``hf://`` name.
         sha256: of its content.
         size: in bytes.
-        etag: the server's name for this content, where it gave one.
+        etag: the server's ETag for this content, if it sent one.
         date: when it was downloaded, ISO 8601, UTC.
     """
 
@@ -104,7 +108,7 @@ class Known:
 
 @dataclass(frozen=True)
 class Entry:
-    """The place in the cache for one source of one model."""
+    """The files in the cache for one source of one model."""
 
     home: Path
     weights: Path
@@ -116,31 +120,31 @@ class Entry:
 
     @property
     def download(self) -> Path:
-        """The source file, while it waits for its conversion."""
+        """The downloaded source file, before its conversion."""
         return self.weights.with_suffix(".download")
 
     @property
     def known_record(self) -> Path:
-        """The JSON with the source's first hash; it outlives the weights."""
+        """The JSON with the source's first hash; it is kept when the weights are removed."""
         return self.home / ".sources" / self.record.name
 
     def read(self) -> Provenance | None:
-        """The provenance, or None where the entry is absent, incomplete or not readable."""
+        """The provenance, or None if the entry is absent, incomplete or unreadable."""
         try:
-            provenance = Provenance(**json.loads(self.record.read_text()))
+            provenance = Provenance(**read_json(self.record, LARGEST_RECORD))
             complete = self.weights.stat().st_size == provenance.size
         except (OSError, ValueError, TypeError):
-            return None  # a damaged entry is made anew
+            return None  # a damaged entry is converted again
         return provenance if complete else None
 
     def is_touched(self, provenance: Provenance) -> bool:
-        """Whether the weights were written to, or copied, since their hash was taken."""
+        """Whether the weights were written or copied after they were hashed."""
         return self.weights.stat().st_mtime_ns != provenance.mtime_ns
 
     def is_intact(self, provenance: Provenance) -> bool:
         """Whether the weights still have their hash.
 
-        The new time of an intact copy is noted, where the cache can be written to.
+        The new modification time of an intact copy is recorded if the cache is writable.
         """
         if atomic.sha256(self.weights) != provenance.sha256:
             return False
@@ -148,36 +152,36 @@ class Entry:
             try:
                 self.write(replace(provenance, mtime_ns=self.weights.stat().st_mtime_ns))
             except ZooError as error:
-                logger.info("%s was hashed, and will be again: %s", self.weights, error)
+                logger.info("the hash of %s could not be recorded: %s", self.weights, error)
         return True
 
     def write(self, provenance: Provenance) -> None:
-        """Write the provenance; the entry counts as complete from here on."""
+        """Write the provenance, which completes the entry."""
         atomic.write_json(self.record, asdict(provenance))
 
     def known(self) -> Known | None:
-        """What the first download of this source was; None before it."""
-        try:
-            return Known(**json.loads(self.known_record.read_text()))
-        except FileNotFoundError:
+        """The record of the first download of this source; None before it."""
+        if not self.known_record.exists():
             return None
-        except (OSError, ValueError, TypeError) as error:
+        try:
+            return Known(**read_json(self.known_record, LARGEST_RECORD))
+        except (ValueError, TypeError) as error:
             raise ZooError(
                 f"the record of the source's hash {self.known_record} cannot be read ({error}); "
-                "delete it if the source is to be trusted anew"
+                "delete it to accept the source's content again"
             ) from error
 
     def remember(self, known: Known) -> None:
-        """Keep the hash that every later download of this source must have."""
+        """Record the hash that every later download of this source must have."""
         atomic.write_json(self.known_record, asdict(known))
 
     @contextlib.contextmanager
     def locked(self, *, wait: bool = True) -> Iterator[None]:
-        """Hold the entry against other processes while it is made.
+        """Hold the entry's lock while it is written.
 
         Raises:
             ZooError: the cache cannot be written to, or ``wait`` is False and another process
-                holds the entry.
+                holds the lock.
         """
         with locked(self.home, self.weights.stem, wait=wait):
             yield
@@ -185,7 +189,7 @@ class Entry:
 
 @contextlib.contextmanager
 def locked(root: Path, name: str, *, wait: bool = True) -> Iterator[None]:
-    """Hold a name against other processes; a killed process lets go of it."""
+    """Hold the lock of a name; the lock of a killed process is released."""
     path = root / ".locks" / f"{name}.lock"
     with atomic.writing_to(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -201,7 +205,7 @@ def locked(root: Path, name: str, *, wait: bool = True) -> Iterator[None]:
 
 
 def entry(model: str, source: str, cache_dir: settings.Home = None) -> Entry:
-    """The place for the weights of ``model`` that come from ``source`` (URL or absolute path)."""
+    """The entry for the weights of ``model`` from ``source`` (URL or absolute path)."""
     filename = Path(unquote(urlparse(source).path)).name if "://" in source else Path(source).name
     stem = filename.removesuffix(".tar").rpartition(".")[0] or filename or "weights"
     root = settings.home(cache_dir)
@@ -209,17 +213,17 @@ def entry(model: str, source: str, cache_dir: settings.Home = None) -> Entry:
 
 
 def digest(text: str) -> str:
-    """Eight digits that tell names apart."""
+    """The first eight hexadecimal digits of the sha256 of a text."""
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 @dataclass(frozen=True)
 class Listed:
-    """A file of the cache as ``cache list`` shows it.
+    """An entry of the cache as ``cache list`` shows it.
 
     Attributes:
-        entry: the place that it belongs to.
-        size: bytes on the disk, of the weights or of what a download left.
+        entry: its files.
+        size: bytes on the disk, of the weights or of an incomplete download.
         provenance: None for an unfinished download or a damaged entry.
         state: ``complete``, ``unfinished`` or ``damaged``.
     """
@@ -231,7 +235,7 @@ class Listed:
 
 
 def listing(cache_dir: settings.Home = None) -> list[Listed]:
-    """Everything in the cache, by model and name; empty where there is no cache."""
+    """The entries of the cache, by model and name; empty if there is no cache."""
     root = settings.home(cache_dir)
     stems = {
         (directory, stem)
@@ -252,7 +256,7 @@ def listing(cache_dir: settings.Home = None) -> list[Listed]:
 
 
 def _stem(path: Path) -> str | None:
-    """The name of the entry that a file belongs to; None for a file that is not the cache's."""
+    """The name of the entry that a file belongs to; None for other files."""
     found = OWN_FILE.fullmatch(path.name)
     return found[1] if found else None
 
@@ -264,18 +268,18 @@ def _all_files(place: Entry) -> list[Path]:
 def prune(
     older_than: float | None = None, *, everything: bool = False, cache_dir: settings.Home = None
 ) -> list[Listed]:
-    """Remove what is unfinished or damaged, and by request what is old, or all of it.
+    """Remove unfinished and damaged entries, and old or all entries on request.
 
-    The hashes of sources are kept, so that a source that changes is still noticed. What another
-    process is making is left alone.
+    The recorded hashes of sources are kept, so that a changed source is still detected. Entries
+    that another process is writing are skipped.
 
     Args:
-        older_than: seconds; complete weights that were made longer ago are removed too.
+        older_than: seconds; complete weights of a greater age are removed too.
         everything: remove complete weights of any age.
         cache_dir: as for ``load``.
 
     Returns:
-        What was removed.
+        The removed entries.
 
     Raises:
         ZooError: the cache cannot be written to.
@@ -300,7 +304,7 @@ def prune(
 
 def _remove(place: Entry) -> None:
     with atomic.writing_to(place.weights.parent):
-        # The record goes first: without it, nothing that is left counts as complete.
+        # The record is removed first: without it the entry is not complete.
         place.record.unlink(missing_ok=True)
         for path in _all_files(place):
             if path.is_dir():

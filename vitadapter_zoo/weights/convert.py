@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,19 +14,37 @@ from torch import Tensor
 from vitadapter_zoo.catalog import COCO_CLASSES, ROWS, Row
 from vitadapter_zoo.errors import CheckpointError, ZooError
 from vitadapter_zoo.models import MaskRCNN, build
+from vitadapter_zoo.text import shown
 from vitadapter_zoo.weights import atomic, checkpoint
+from vitadapter_zoo.weights import fit as fitting
+from vitadapter_zoo.weights.checkpoint import Checkpoint
+from vitadapter_zoo.weights.fit import Fitted
+from vitadapter_zoo.weights.shards import MOST_CLASSES
 
 logger = logging.getLogger(__name__)
+
+CLASS_BIAS = "roi_head.bbox_head.fc_cls.bias"  # one value for each class and the background
 
 
 @dataclass(frozen=True)
 class Converted:
-    """What a source file was, and what was done to its tensors."""
+    """What a source file was, and what was done to its tensors.
+
+    Attributes:
+        container: torch zip, legacy torch pickle or safetensors.
+        cast: dtypes that were converted, with how many tensors each.
+        filled: parameters absent from the source that were filled in.
+        removed: prefixes that were removed from names, such as ``module.``.
+        metadata: the training framework's plain metadata.
+        classes: number of classes of the heads.
+    """
 
     container: str
     cast: dict[str, int]
     filled: list[str]
+    removed: list[str]
     metadata: dict[str, str | int | float]
+    classes: int
 
 
 def to_safetensors(
@@ -37,25 +55,29 @@ def to_safetensors(
     *,
     sha256: str,
     dtype: torch.dtype | None = None,
+    classes: Sequence[str] | None = None,
+    allow_nonfinite: bool = False,
 ) -> Converted:
     """Write the weights of one row as safetensors.
 
-    Zip and safetensors sources are memory-mapped, so the weights are in memory once at most; a
-    legacy pickle is read into memory and written from there.
+    Sources are memory-mapped, so the weights are in memory once at most. The number of classes is
+    the file's.
 
     Args:
         paths: the source file, or the shards that it consists of.
         origin: what errors and metadata call it.
-        row: the row that the weights must fit, strictly.
+        row: the row that the weights must fit, strictly, but for the number of classes.
         target: file to write; it is replaced in one step.
         sha256: hash of the source, for the metadata; of shards, as ``atomic.sha256_of_all`` has it.
         dtype: floating-point type to store; float32 by default.
+        classes: names of the classes; the file's own, or COCO's, by default.
+        allow_nonfinite: accept NaN and infinite values.
 
     Raises:
-        CheckpointError: damaged, unsafe, or not the row's weights.
+        CheckpointError: damaged, unsafe, not the row's weights, or too large for ``dtype``.
         ZooError: the target cannot be written.
     """
-    loaded, fitted = _fitted(paths, origin, row)
+    loaded, fitted, categories = _fitted(paths, origin, row, classes, allow_nonfinite)
     metadata = {
         "format": "pt",
         "model": row.name,
@@ -64,8 +86,11 @@ def to_safetensors(
         "license": row.license,
         "training": json.dumps(loaded.metadata),
     }
-    write_safetensors(_cast(fitted.tensors, dtype), target, metadata)
-    return Converted(loaded.container, fitted.cast, fitted.filled, loaded.metadata)
+    if categories and categories != COCO_CLASSES:
+        metadata["classes"] = json.dumps(categories)
+    tensors = _cast(fitted.tensors, dtype, allow_nonfinite)
+    write_safetensors(tensors, target, metadata)
+    return _converted(loaded, fitted)
 
 
 def to_mmdet(
@@ -75,6 +100,8 @@ def to_mmdet(
     target: Path,
     *,
     dtype: torch.dtype | None = None,
+    classes: Sequence[str] | None = None,
+    allow_nonfinite: bool = False,
 ) -> Converted:
     """Write the weights of one row as mmdet's ``.pth``, which the original code loads strictly.
 
@@ -84,25 +111,27 @@ def to_mmdet(
     Args:
         paths: the source file, or the shards that it consists of.
         origin: what errors call it.
-        row: the row that the weights must fit, strictly.
+        row: the row that the weights must fit, strictly, but for the number of classes.
         target: file to write; it is replaced in one step.
         dtype: floating-point type to store; float32 by default.
+        classes: names of the classes; the file's own, or COCO's, by default.
+        allow_nonfinite: accept NaN and infinite values.
 
     Raises:
-        CheckpointError: damaged, unsafe, or not the row's weights.
+        CheckpointError: damaged, unsafe, not the row's weights, or too large for ``dtype``.
         ZooError: the target cannot be written.
     """
-    loaded, fitted = _fitted(paths, origin, row)
-    meta = {**loaded.metadata, "CLASSES": COCO_CLASSES}
-    tensors = _cast(fitted.tensors, dtype)
+    loaded, fitted, categories = _fitted(paths, origin, row, classes, allow_nonfinite)
+    meta = {**loaded.metadata, **({"CLASSES": categories} if categories else {})}
+    tensors = _cast(fitted.tensors, dtype, allow_nonfinite)
     with atomic.replacing(target) as partial:
         atomic.check_space(target.parent, _size(tensors))
         try:
             torch.save({"meta": meta, "state_dict": tensors}, partial)
-        except RuntimeError as error:  # torch's word for a full disk
+        except RuntimeError as error:  # torch's way to report a full disk
             reason = str(error).partition("\n")[0]
             raise ZooError(f"cannot write {target}: {reason}; make room and try again") from error
-    return Converted(loaded.container, fitted.cast, fitted.filled, loaded.metadata)
+    return _converted(loaded, fitted)
 
 
 def write_safetensors(
@@ -117,23 +146,45 @@ def write_safetensors(
         atomic.check_space(target.parent, _size(tensors))
         try:
             safetensors.torch.save_file(dict(tensors), partial, metadata)
-        except safetensors.SafetensorError as error:  # its word for a full disk too
+        except safetensors.SafetensorError as error:  # a full disk too
             raise ZooError(
                 f"cannot write the converted weights to {target.parent}: {error}; make room there "
                 "(`vitadapter-zoo cache prune`) and try again"
             ) from error
 
 
-def fit(loaded: checkpoint.Checkpoint, row: Row, model: MaskRCNN, origin: str) -> checkpoint.Fitted:
-    """``checkpoint.fit`` with the catalog's knowledge in its error: which row would fit.
+def class_names(loaded: Checkpoint, classes: Sequence[str] | None = None) -> tuple[str, ...] | int:
+    """The names of the classes of a checkpoint, or their number where the names are not known.
+
+    Args:
+        loaded: the checkpoint.
+        classes: names to use where their number is the file's.
+    """
+    bias = next((x for name, x in loaded.tensors.items() if name.endswith(CLASS_BIAS)), None)
+    count = bias.shape[0] - 1 if bias is not None and bias.ndim == 1 else len(COCO_CLASSES)
+    if not 0 < count <= MOST_CLASSES:
+        count = len(COCO_CLASSES)
+    for names in (classes, loaded.classes, COCO_CLASSES):
+        if names and len(names) == count:
+            is_coco = [x.casefold() for x in names] == list(COCO_CLASSES)
+            return COCO_CLASSES if is_coco else tuple(names)
+    return count
+
+
+def fit(
+    loaded: Checkpoint, row: Row, model: MaskRCNN, origin: str, *, allow_nonfinite: bool = False
+) -> Fitted:
+    """``weights.fit.fit`` with the catalog's knowledge in its error: which row would fit.
 
     Raises:
-        CheckpointError: the tensors are not the model's.
+        CheckpointError: the tensors are not the model's, or not finite.
     """
+    origin = shown(origin, 300)
+    expected = model.state_dict()
     try:
-        fitted = checkpoint.fit(loaded.tensors, model.state_dict(), row.name)
+        fitted = fitting.fit(loaded.tensors, expected, row.name, allow_nonfinite=allow_nonfinite)
     except CheckpointError as error:
-        hint = _what_it_is(loaded.tensors)
+        hint = _what_it_is(loaded.tensors, row, model.categories)
         raise CheckpointError(f"{origin}: {error}{hint}") from error
     if fitted.filled:
         logger.warning(
@@ -142,42 +193,84 @@ def fit(loaded: checkpoint.Checkpoint, row: Row, model: MaskRCNN, origin: str) -
             len(fitted.filled),
             fitted.filled[0],
         )
+    if fitted.removed:
+        prefixes = ", ".join(shown(prefix) for prefix in fitted.removed)
+        logger.warning("%s: the prefixes %s were removed from the names", origin, prefixes)
+    if fitted.ignored:
+        names = ", ".join(shown(name) for name in fitted.ignored[:4])
+        logger.warning("%s: %d entries were ignored: %s", origin, len(fitted.ignored), names)
     return fitted
 
 
 def _fitted(
-    paths: list[Path], origin: str, row: Row
-) -> tuple[checkpoint.Checkpoint, checkpoint.Fitted]:
-    with torch.device("meta"):
-        model = build(row)
+    paths: list[Path],
+    origin: str,
+    row: Row,
+    classes: Sequence[str] | None,
+    allow_nonfinite: bool,
+) -> tuple[Checkpoint, Fitted, tuple[str, ...] | None]:
+    """The checkpoint, its tensors for a network with its number of classes, and their names."""
     loaded = checkpoint.read_all(paths, origin)
-    return loaded, fit(loaded, row, model, origin)
+    names = class_names(loaded, classes)
+    if classes is not None and names != tuple(classes):
+        count = names if isinstance(names, int) else len(names)
+        raise CheckpointError(
+            f"{shown(origin, 300)} has {count} classes and {len(classes)} names were given; "
+            "give one name for each class"
+        )
+    with torch.device("meta"):
+        model = build(row, placeholders(names) if isinstance(names, int) else names)
+    fitted = fit(loaded, row, model, origin, allow_nonfinite=allow_nonfinite)
+    return loaded, fitted, None if isinstance(names, int) else names
 
 
-def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    return {
+def placeholders(count: int) -> tuple[str, ...]:
+    """Names for classes whose names are not known."""
+    return tuple(f"class {index}" for index in range(count))
+
+
+def _converted(loaded: Checkpoint, fitted: Fitted) -> Converted:
+    return Converted(
+        container=loaded.container,
+        cast=fitted.cast,
+        filled=fitted.filled,
+        removed=fitted.removed,
+        metadata=loaded.metadata,
+        classes=fitted.tensors[CLASS_BIAS].shape[0] - 1,
+    )
+
+
+def _cast(
+    tensors: Mapping[str, Tensor], dtype: torch.dtype | None, allow_nonfinite: bool
+) -> dict[str, Tensor]:
+    cast = {
         name: value.to(dtype) if dtype and value.is_floating_point() else value
         for name, value in tensors.items()
     }
+    if dtype and not allow_nonfinite:
+        fitting.check_finite(cast, "the converted file")
+    return cast
 
 
 def _size(tensors: Mapping[str, Tensor]) -> int:
     return sum(value.nbytes for value in tensors.values())
 
 
-def _what_it_is(tensors: Mapping[str, Tensor]) -> str:
-    if any(name.startswith("neck.lateral_convs.0.bn.") for name in tensors):
+def _what_it_is(tensors: Mapping[str, Tensor], asked: Row, categories: tuple[str, ...]) -> str:
+    if any(name.endswith("neck.lateral_convs.0.bn.weight") for name in tensors):
         return (
             "\nThis looks like the older adapter-l file of release v0.1.2 (BatchNorm in neck and "
             "heads, 50.9 / 44.8 AP), which the published link has replaced: use v0.3.1"
         )
-    fitting = []
+    found = []
     for row in ROWS:
+        if row.name == asked.name:
+            continue
         with torch.device("meta"):
-            candidate = build(row)
+            candidate = build(row, categories)
         try:
-            checkpoint.fit(tensors, candidate.state_dict(), row.name)
+            fitting.fit(tensors, candidate.state_dict(), row.name, allow_nonfinite=True)
         except CheckpointError:
             continue
-        fitting.append(row.name)
-    return f"\nThe file fits {' or '.join(fitting)}: load it under that name" if fitting else ""
+        found.append(row.name)
+    return f"\nThe file fits {' or '.join(found)}: load it under that name" if found else ""

@@ -1,16 +1,19 @@
-"""Fetch one file over HTTP: whole, or not at all, going on where a lost connection left it.
+"""Download one file over HTTP, completely or not at all, with resume after lost connections.
 
-The bytes go to ``<target>.part``, and ``<target>.part.json`` says what they are part of, so that a
-later call, in this process or another, asks for the rest alone (Range with If-Range). A part whose
-server gives nothing to recognise the file by is not kept, because its rest cannot be asked for.
+The bytes are written to ``<target>.part``. ``<target>.part.json`` records the URL and the
+validators, so that a later call, in this process or another, requests only the rest (Range with
+If-Range). A part is removed if the server sends no validator,
+because such a download cannot be resumed.
 """
 
 import email.utils
+import errno
 import hashlib
 import io
 import json
 import os
 import re
+import socket
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -20,24 +23,27 @@ from urllib.parse import unquote, urlparse
 import requests
 
 from vitadapter_zoo.errors import DownloadError, ZooError
+from vitadapter_zoo.text import read_json, shown
 from vitadapter_zoo.weights import atomic
-from vitadapter_zoo.weights.cache import Known
+from vitadapter_zoo.weights.cache import LARGEST_RECORD, Known
 from vitadapter_zoo.weights.progress import Report, silent
 
-CHUNK = 1 << 16  # bytes; what a lost connection loses at most
-RETRY_STATUSES = (408, 425, 429)  # statuses that may pass, beside every 5xx
+CHUNK = 1 << 16  # bytes; a lost connection loses at most these
+RETRY_STATUSES = (408, 425, 429)  # temporary errors, in addition to every 5xx
+# Errors of a machine without a network: another attempt would not help.
+NO_NETWORK = (socket.EAI_NONAME, socket.EAI_AGAIN, errno.ENETUNREACH, errno.EHOSTUNREACH)
 HASH_IN_NAME = re.compile(r"-(?=\d*[a-f])([0-9a-f]{8,64})\.(?:pth|pt|bin|npz|safetensors)\b")
 
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How long a server is borne with.
+    """When a failed request is repeated, and when the download fails.
 
     Attributes:
-        attempts: failures in a row, without one new byte, before giving up.
-        failures: failures in all before giving up.
+        attempts: consecutive failures without a new byte before giving up.
+        failures: total failures before giving up.
         backoff: seconds before the second attempt; doubled for each further one.
-        longest_wait: seconds; a Retry-After beyond it is an error rather than a wait.
+        longest_wait: seconds; a longer Retry-After is an error.
         connect: seconds to connect.
         stall: seconds without any data after which a connection counts as lost.
     """
@@ -55,7 +61,7 @@ DEFAULT_RETRY = RetryPolicy()
 
 @dataclass(frozen=True)
 class _RemoteFile:
-    """What the server said of the file that a part belongs to."""
+    """The file that a part belongs to, as the server announced it."""
 
     url: str
     total: int | None
@@ -64,12 +70,12 @@ class _RemoteFile:
 
     @property
     def validator(self) -> str | None:
-        """What makes If-Range sure that it is still the same file; weak ETags do not."""
+        """The value for If-Range; weak ETags do not identify a file."""
         weak = self.etag is None or self.etag.startswith("W/")
         return self.modified if weak else self.etag
 
     def differs(self, headers: Mapping[str, str]) -> bool:
-        """Whether an answer to a Range names another file: not every server minds If-Range."""
+        """Whether the response to a Range is of another file: some servers ignore If-Range."""
         named = (headers.get("ETag"), headers.get("Last-Modified"))
         known = (self.etag, self.modified)
         return any(
@@ -78,15 +84,16 @@ class _RemoteFile:
 
 
 class _InterruptedError(Exception):
-    """An attempt failed in a way that may pass."""
+    """An attempt failed with a temporary error."""
 
-    def __init__(self, reason: str, wait: float | None = None) -> None:
+    def __init__(self, reason: str, wait: float | None = None, *, no_network: bool = False) -> None:
         super().__init__(reason)
         self.wait = wait
+        self.no_network = no_network  # the server's name or address cannot be found from here
 
 
 class _Part:
-    """The bytes so far on the disk, with their running hash."""
+    """The bytes of an incomplete download, with their running hash."""
 
     def __init__(self, target: Path, url: str) -> None:
         self.path = atomic.part_of(target)
@@ -98,7 +105,7 @@ class _Part:
 
     def _resume(self, url: str) -> None:
         try:
-            announced = _RemoteFile(**json.loads(self.record.read_text()))
+            announced = _RemoteFile(**read_json(self.record, LARGEST_RECORD))
             size = self.path.stat().st_size
         except (OSError, ValueError, TypeError):
             self.drop()
@@ -127,7 +134,7 @@ class _Part:
             self.drop()
 
     def finish(self, target: Path) -> None:
-        """Give the file its name; the record stays, for a process that dies before it uses it."""
+        """Rename the file; the record stays in case the process dies before it uses the file."""
         with self.path.open("rb") as written:
             os.fsync(written.fileno())
         self.path.replace(target)
@@ -141,21 +148,21 @@ def download(
     report: Report = silent,
     retry: RetryPolicy = DEFAULT_RETRY,
 ) -> Known:
-    """Download ``url`` into ``target``, which appears only when it is whole.
+    """Download ``url`` into ``target``, which exists only once it is complete.
 
-    Lost connections, stalls and busy servers are met with further attempts that go on where the
-    last one ended. Proxies come from the environment. Only one process may download into a target
-    at a time: the caller holds a lock.
+    After lost connections, stalls and temporary errors the download is resumed. Proxies come from
+    the environment. Only one process may download into a target at a time: the caller must hold a
+    lock.
 
     Args:
         url: http or https.
-        target: file to write; the parts lie beside it.
-        sha256: the hash that the file must have, or its first digits, where it is known.
-        report: told of the bytes so far and in all.
-        retry: how often and how long to try.
+        target: file to write; the part is stored next to it.
+        sha256: the expected hash or its first digits, if known.
+        report: called with the bytes so far and in total.
+        retry: the retry policy.
 
     Raises:
-        DownloadError: unreachable, refused, cut short, a web page, or another hash.
+        DownloadError: unreachable, refused, truncated, a web page, or a wrong hash.
         ZooError: the disk is full or cannot be written to.
     """
     finished = _finished(url, target, sha256)
@@ -166,15 +173,15 @@ def download(
     with requests.Session() as session:
         _fetch(session, url, part, report, retry)
         if resumed and not _is(part, sha256):
-            part.drop()  # the part may have been damaged: once more, from the first byte
+            part.drop()  # the part may have been damaged: start again from the first byte
             _fetch(session, url, part, report, retry)
     digest, size = part.digest.hexdigest(), part.size
     if not _is(part, sha256):
         part.drop()
         raise DownloadError(
             f"{url} is not the published file: sha256 {digest}, expected {sha256}; the file was "
-            "changed or damaged on its way. To use it all the same, download it yourself and pass "
-            "its path as the checkpoint"
+            "changed or damaged in transit. To use it anyway, download it yourself and pass its "
+            "path as the checkpoint"
         )
     etag = part.announced.etag if part.announced else None
     with atomic.writing_to(target.parent):
@@ -183,9 +190,9 @@ def download(
 
 
 def _finished(url: str, target: Path, sha256: str | None) -> Known | None:
-    """An earlier process's whole download that it died before using; removed if it is not that."""
+    """The complete download of a process that died before it used it; other files are removed."""
     try:
-        announced = _RemoteFile(**json.loads(atomic.part_record_of(target).read_text()))
+        announced = _RemoteFile(**read_json(atomic.part_record_of(target), LARGEST_RECORD))
         status = target.stat()
     except (OSError, ValueError, TypeError):
         announced = None
@@ -197,7 +204,7 @@ def _finished(url: str, target: Path, sha256: str | None) -> Known | None:
 
 
 def hash_in_name(url: str) -> str | None:
-    """The first digits of the sha256 that a name like ``deit_tiny-a1311bcf.pth`` carries."""
+    """The first digits of the sha256 in a name like ``deit_tiny-a1311bcf.pth``."""
     name = unquote(urlparse(url).path).rpartition("/")[2]
     found = HASH_IN_NAME.search(name)
     return found[1] if found else None
@@ -210,7 +217,7 @@ def _is(part: _Part, sha256: str | None) -> bool:
 def _fetch(
     session: requests.Session, url: str, part: _Part, report: Report, retry: RetryPolicy
 ) -> None:
-    """Try until the part is whole or the policy gives up."""
+    """Repeat requests until the part is complete or the policy gives up."""
     in_a_row, furthest = 0, part.size
     for failures in range(1, retry.failures + 1):
         try:
@@ -220,7 +227,9 @@ def _fetch(
             in_a_row = 1 if part.size > furthest else in_a_row + 1
             furthest = max(furthest, part.size)
             wait = retry.backoff * 2 ** (in_a_row - 1) if error.wait is None else error.wait
-            if wait > retry.longest_wait:
+            if error.no_network and not part.size and failures == 1:
+                reason = str(error)
+            elif wait > retry.longest_wait:
                 reason = f"{error}, and asks to wait {wait:.0f} seconds"
             elif in_a_row < retry.attempts and failures < retry.failures:
                 time.sleep(wait)
@@ -244,10 +253,10 @@ def _fetch(
 def _attempt(
     session: requests.Session, url: str, part: _Part, report: Report, retry: RetryPolicy
 ) -> None:
-    """One request for what is missing."""
+    """One request for the missing bytes."""
     known = part.announced
     if known and known.total is not None and part.size == known.total:
-        return  # a process that died after the last byte
+        return  # a process died after the last byte
     headers = {"Accept-Encoding": "identity"}  # ranges count the bytes of the file itself
     if known and known.validator and part.size:
         headers |= {"Range": f"bytes={part.size}-", "If-Range": known.validator}
@@ -264,21 +273,25 @@ def _attempt(
         requests.exceptions.ChunkedEncodingError,
         requests.exceptions.ContentDecodingError,
     ) as error:
-        raise _InterruptedError(_reason(error)) from error
+        cause = _innermost(error)
+        unreachable = isinstance(cause, OSError) and cause.errno in NO_NETWORK
+        raise _InterruptedError(_reason(error), no_network=unreachable) from error
 
 
 def _prepare(response: requests.Response, url: str, part: _Part) -> int | None:
-    """Judge the answer's head and make the part ready for its body; the file's size if known."""
+    """Check the response's header and prepare the part; the file's size if known."""
     status = response.status_code
     if status in RETRY_STATUSES or status >= 500:
-        raise _InterruptedError(f"it answers {status} {response.reason}", _retry_after(response))
+        raise _InterruptedError(
+            f"it answers {status} {shown(response.reason)}", _retry_after(response)
+        )
     if status == 416:
         part.drop()
-        raise _InterruptedError("it cannot go on where the download ended")
+        raise _InterruptedError("it cannot resume the download")
     if status not in (200, 206):
         login = ", or log in (requests reads ~/.netrc)" if status in (401, 403) else ""
         raise DownloadError(
-            f"{url} answers {status} {response.reason}; check the address{login}, "
+            f"{url} answers {status} {shown(response.reason)}; check the address{login}, "
             "or download the file yourself and pass its path as the checkpoint"
         )
     if "html" in response.headers.get("Content-Type", ""):
@@ -291,13 +304,13 @@ def _prepare(response: requests.Response, url: str, part: _Part) -> int | None:
         start, total = (int(answered[1]), int(answered[2])) if answered else (-1, -1)
         if start != part.size or expected not in (None, total):
             part.drop()
-            raise _InterruptedError("it sends another range than the one asked for")
+            raise _InterruptedError("it sends another range than requested")
         if part.announced and part.announced.differs(response.headers):
             part.drop()
             raise _InterruptedError("the file changed while it was downloaded")
         atomic.check_space(part.path.parent, total - part.size)
         return total
-    # Compressed transfers are decoded on the way: their length and ETag are not the file's.
+    # requests decodes compressed transfers: their length and ETag are not the file's.
     decoded = "Content-Encoding" in response.headers
     length = response.headers.get("Content-Length", "")
     announced = int(length) if length.isdigit() and not decoded else None
@@ -331,7 +344,7 @@ def _write(file: io.FileIO, chunk: bytes, part: _Part) -> None:
     try:
         with atomic.writing_to(part.path.parent):
             rest = memoryview(chunk)
-            while rest:  # a raw file may take less than it is given
+            while rest:  # a raw file may write less than it is given
                 rest = rest[file.write(rest) :]
     except ZooError:
         part.drop_unless_resumable()
@@ -346,13 +359,13 @@ def _is_html(head: bytes) -> bool:
 
 def _web_page(url: str) -> DownloadError:
     return DownloadError(
-        f"{url} sends a web page (HTML), not weights: a login or error page perhaps; "
+        f"{shown(url, 300)} sends a web page (HTML), not weights: perhaps a login or error page; "
         "open it in a browser, download the file and pass its path as the checkpoint"
     )
 
 
 def _retry_after(response: requests.Response) -> float | None:
-    """Seconds that the server asks to wait, from either form of Retry-After."""
+    """Seconds to wait, from either form of Retry-After."""
     value = response.headers.get("Retry-After", "").strip()
     if value.isdigit():
         return float(value)
@@ -363,8 +376,13 @@ def _retry_after(response: requests.Response) -> float | None:
     return max(0.0, date.timestamp() - time.time())
 
 
-def _reason(error: BaseException) -> str:
-    """The innermost cause, which is the one that a person can do something about."""
+def _innermost(error: BaseException) -> BaseException:
     while error.__cause__ or error.__context__:
         error = error.__cause__ or error.__context__  # type: ignore[assignment]
-    return str(error) or type(error).__name__
+    return error
+
+
+def _reason(error: BaseException) -> str:
+    """The message of the innermost cause, which is the most specific one."""
+    cause = _innermost(error)
+    return shown(str(cause) or type(cause).__name__, 200)

@@ -1,12 +1,15 @@
-"""Files of the Hugging Face Hub: huggingface_hub fetches and keeps them, we check their hashes."""
+"""Files of the Hugging Face Hub: huggingface_hub downloads and caches them, we check hashes."""
 
 import contextlib
 import hashlib
 import logging
+import socket
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import urlparse
 
 import huggingface_hub
 from huggingface_hub import constants
@@ -21,17 +24,20 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils.tqdm import tqdm
 
 from vitadapter_zoo.errors import CheckpointError, DownloadError, ZooError
+from vitadapter_zoo.text import shown
 from vitadapter_zoo.weights import atomic, cache
-from vitadapter_zoo.weights.checkpoint import INDEX, SINGLE, shard_names
 from vitadapter_zoo.weights.progress import Report
+from vitadapter_zoo.weights.shards import INDEX, SINGLE, shard_names
 from vitadapter_zoo.weights.source import WEIGHTS, HubFile
 
 logger = logging.getLogger(__name__)
 
+CONNECT = 5.0  # seconds to open a connection
+
 
 @dataclass(frozen=True)
 class Announced:
-    """What the server says of a file: its commit, and the hash that serves as its ETag."""
+    """The metadata of a file on the server: its commit, and the hash that serves as its ETag."""
 
     commit: str | None
     etag: str | None
@@ -39,10 +45,10 @@ class Announced:
 
 @contextlib.contextmanager
 def _one_error(source: HubFile) -> Iterator[None]:
-    """Turn what huggingface_hub raises into one error that says what can be done.
+    """Turn the exceptions of huggingface_hub into one error with advice.
 
     Raises:
-        DownloadError: absent, not allowed, unreachable, or not there in offline mode.
+        DownloadError: absent, not allowed, unreachable, or not cached in offline mode.
     """
     try:
         yield
@@ -65,13 +71,13 @@ def _one_error(source: HubFile) -> Iterator[None]:
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         reason = f"{constants.ENDPOINT} cannot be reached and it is not in the cache"
         raise DownloadError(f"cannot download {source}: {reason}; go online once") from error
-    # Whatever else goes wrong comes as an error of theirs, of their HTTP library's, or OSError.
+    # Other failures are exceptions of huggingface_hub, of its HTTP library, or OSError.
     except Exception as error:
         theirs = type(error).__module__.startswith(("huggingface_hub", "httpx", "httpcore"))
-        # hf_xet raises RuntimeError for what fails inside of it.
+        # hf_xet raises RuntimeError for its own failures.
         if not theirs and not isinstance(error, (OSError, ValueError, RuntimeError)):
             raise
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        reason = shown(str(error).strip().partition("\n")[0] or type(error).__name__, 200)
         raise DownloadError(
             f"cannot download {source}: {reason}; check the connection and HF_ENDPOINT "
             f"({constants.ENDPOINT}) and try again"
@@ -79,16 +85,38 @@ def _one_error(source: HubFile) -> Iterator[None]:
 
 
 def is_offline(offline: bool) -> bool:
-    """Whether huggingface_hub may use the network: ours and its own offline mode both count."""
+    """Whether the network must not be used: our offline mode and huggingface_hub's both count."""
     return offline or constants.HF_HUB_OFFLINE
 
 
+def _unreachable() -> str | None:
+    """Why the Hub, or the proxy before it, cannot be reached; None where it can.
+
+    huggingface_hub tries a dead connection five times, for half a minute in all. One attempt to
+    open a connection tells a machine without a network at once.
+    """
+    address = urlparse(constants.ENDPOINT)
+    proxy = urllib.request.getproxies().get(address.scheme)
+    if proxy and not urllib.request.proxy_bypass(address.hostname or ""):
+        address = urlparse(proxy if "://" in proxy else f"http://{proxy}")
+    port = address.port or (443 if address.scheme == "https" else 80)
+    try:
+        socket.create_connection((address.hostname or "", port), timeout=CONNECT).close()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        return f"{constants.ENDPOINT} cannot be reached ({reason}) and it is not in the cache"
+    return None
+
+
 def announced(source: HubFile) -> Announced:
-    """Ask the server for a file's commit and hash, without its content.
+    """Request a file's commit and hash, without its content.
 
     Raises:
         DownloadError: absent, not allowed, or unreachable.
     """
+    reason = _unreachable()
+    if reason:
+        raise _not_cached(source, reason)
     url = huggingface_hub.hf_hub_url(source.repo, str(source.file), revision=source.revision)
     with _one_error(source):
         metadata = huggingface_hub.get_hf_file_metadata(url)
@@ -96,19 +124,20 @@ def announced(source: HubFile) -> Announced:
 
 
 def choose(source: HubFile, preferred: str | None = None, *, offline: bool = False) -> HubFile:
-    """The repository's weights, where the name leaves the file open.
+    """The weights file of a repository, for a name without a file.
 
-    Safetensors under the Hub's usual names come first, then the file whose name without its ending
-    is ``preferred``, then the only weights file that there is.
+    Safetensors under the Hub's usual names have priority, then the file whose name without its
+    suffix is ``preferred``, then the only weights file of the repository.
 
     Raises:
-        DownloadError: no such repository, or not reachable.
-        CheckpointError: no weights, or several without a way to choose.
+        DownloadError: the repository does not exist or cannot be reached.
+        CheckpointError: no weights, or several without a preference.
     """
     if source.file:
         return source
-    if is_offline(offline):
-        names = _kept_names(source)
+    reason = _reason_offline(offline)
+    if reason:
+        names = _cached_names(source, reason)
     else:
         with _one_error(source):
             names = huggingface_hub.HfApi().list_repo_files(source.repo, revision=source.revision)
@@ -121,23 +150,24 @@ def choose(source: HubFile, preferred: str | None = None, *, offline: bool = Fal
             return replace(source, file=name)
     if len(weights) == 1:
         return replace(source, file=weights[0])
-    have = f"several: {', '.join(sorted(weights)[:8])}" if weights else "none"
+    have = (
+        f"several: {', '.join(shown(name) for name in sorted(weights)[:8])}" if weights else "none"
+    )
     raise CheckpointError(
-        f"{source} leaves the weights file open and the repository has {have}; "
-        f"name one as {source}/FILE"
+        f"{source} names no weights file and the repository has {have}; name one as {source}/FILE"
     )
 
 
 def fetch(source: HubFile, home: Path, report: Report, *, offline: bool = False) -> Path:
-    """Bring one file into huggingface_hub's cache and check it against its announced hash.
+    """Download one file into huggingface_hub's cache and check it against its announced hash.
 
-    A file that was checked before and is not newer than that is not hashed again.
+    A file that was not modified since its last check is not hashed again.
 
     Args:
-        source: with its file.
+        source: the repository and the file.
         home: our own cache, where the check is recorded.
-        report: told of the bytes so far and in all.
-        offline: take it from huggingface_hub's cache or not at all.
+        report: called with the bytes so far and in total.
+        offline: use huggingface_hub's cache only.
 
     Raises:
         DownloadError: absent, not allowed, unreachable, or with another hash than announced.
@@ -151,7 +181,7 @@ def fetch(source: HubFile, home: Path, report: Report, *, offline: bool = False)
             return path
     raise DownloadError(
         f"{source} is not the file that the server announces: sha256 {atomic.sha256(path)}, "
-        f"expected {path.resolve().name}; it was damaged on its way or on the server. Try again "
+        f"expected {path.resolve().name}; it was damaged in transit or on the server. Try again "
         "later"
     )
 
@@ -159,7 +189,7 @@ def fetch(source: HubFile, home: Path, report: Report, *, offline: bool = False)
 def fetch_weights(
     source: HubFile, home: Path, report: Report, *, offline: bool = False
 ) -> list[Path]:
-    """A weights file, or all the files that an index of shards names, as ``fetch`` brings them."""
+    """Download a weights file, or all files of an index of shards, as ``fetch`` does."""
     path = fetch(source, home, report, offline=offline)
     if not str(source.file).endswith(".index.json"):
         return [path]
@@ -176,7 +206,7 @@ def commit_of(path: Path) -> str | None:
     return parts[parts.index("snapshots") + 1] if "snapshots" in parts else None
 
 
-def _kept_names(source: HubFile) -> list[str]:
+def _cached_names(source: HubFile, reason: str) -> list[str]:
     """The files of a repository in huggingface_hub's cache.
 
     Raises:
@@ -191,27 +221,35 @@ def _kept_names(source: HubFile) -> list[str]:
                 if wanted in {revision.commit_hash, *revision.refs}:
                     folder = revision.snapshot_path
                     return [str(file.file_path.relative_to(folder)) for file in revision.files]
-    raise _not_kept(source)
+    raise _not_cached(source, reason)
 
 
-def _not_kept(source: HubFile) -> DownloadError:
+def _reason_offline(offline: bool) -> str | None:
+    """Why a file can only come from the cache; None where the network can be used."""
+    if is_offline(offline):
+        return "it is not in huggingface_hub's cache, and this is offline mode"
+    return _unreachable()
+
+
+def _not_cached(source: HubFile, reason: str) -> DownloadError:
     return DownloadError(
-        f"cannot download {source}: it is not in huggingface_hub's cache, and this is offline "
-        "mode; go online once"
+        f"cannot download {source}: {reason}; go online once, check HF_ENDPOINT and the proxy "
+        "settings, or pass the path of a local file as the checkpoint"
     )
 
 
 def _download(source: HubFile, report: Report, *, offline: bool, force: bool = False) -> Path:
-    if is_offline(offline):  # hf_hub_download may ask the server for other things even then
+    reason = _reason_offline(offline)
+    if reason:  # hf_hub_download may ask the server for other things even then
         path = huggingface_hub.try_to_load_from_cache(
             source.repo, str(source.file), revision=source.revision
         )
         if not isinstance(path, str):
-            raise _not_kept(source)
+            raise _not_cached(source, reason)
         return Path(path)
 
     class Forwarding(tqdm):
-        """Hands huggingface_hub's progress on to our own bar."""
+        """Forwards huggingface_hub's progress to our own bar."""
 
         def __init__(self, *args: Any, **options: Any) -> None:
             super().__init__(*args, **{**options, "disable": True})  # type: ignore[no-untyped-call]
@@ -250,7 +288,7 @@ def _is_checked(path: Path, home: Path) -> bool:
 
 def _is_announced(path: Path, source: HubFile, home: Path, *, offline: bool) -> bool:
     """Whether the content has the announced hash: a sha256, or git's sha1 for small files."""
-    etag = path.resolve().name  # huggingface_hub names its blobs so
+    etag = path.resolve().name  # huggingface_hub names its blobs by their ETag
     if len(etag) not in (40, 64) and not is_offline(offline):
         etag = announced(source).etag or ""
     digest = atomic.sha256(path)
@@ -259,14 +297,14 @@ def _is_announced(path: Path, source: HubFile, home: Path, *, offline: bool) -> 
     elif len(etag) == 40:
         matches = _git_hash(path) == etag
     else:
-        logger.warning("the server announces no hash of %s; it is taken as it is", source)
+        logger.warning("the server announces no hash of %s; it was not checked", source)
         matches = True
     if matches:
         known = cache.Known(str(source), digest, path.stat().st_size, etag, atomic.now())
         try:
             _checked_record(path, home).remember(known)
         except ZooError as error:
-            logger.info("%s was hashed, and will be again: %s", source, error)
+            logger.info("the hash of %s could not be recorded: %s", source, error)
     return matches
 
 

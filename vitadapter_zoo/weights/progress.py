@@ -5,20 +5,20 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
-# Told of the bytes so far and in all (None where that is not known).
+# Called with the bytes so far and in total (None if unknown).
 Report: TypeAlias = Callable[[int, int | None], None]
 
 
 def silent(done: int, total: int | None) -> None:
-    """Report to nobody."""
+    """Show no progress."""
 
 
 @contextlib.contextmanager
 def bars(shown: bool = True) -> Iterator[Callable[[str], Report]]:
-    """Show progress while the block runs; yields what makes a line for a file's name.
+    """Show progress bars while the block runs; yields a function that adds a bar for a file name.
 
     Args:
-        shown: False shows nothing, as does a stderr that is no terminal.
+        shown: False shows nothing. Without a terminal on stderr nothing is shown either.
     """
     if not (shown and sys.stderr.isatty()):
         yield lambda name: silent

@@ -1,4 +1,4 @@
-"""From a source to safetensors files on this machine: fetched, checked, converted, cached."""
+"""From a source to local safetensors files: download, check, convert, cache."""
 
 import logging
 import os
@@ -11,13 +11,13 @@ from vitadapter_zoo._version import __version__
 from vitadapter_zoo.catalog import Row
 from vitadapter_zoo.errors import CheckpointError, DownloadError, ZooError
 from vitadapter_zoo.weights import atomic, cache, checkpoint, convert
-from vitadapter_zoo.weights.checkpoint import shard_names
 from vitadapter_zoo.weights.progress import Report
+from vitadapter_zoo.weights.shards import shard_names
 from vitadapter_zoo.weights.source import HubFile, LocalFile, Source, Url, parse
 
 logger = logging.getLogger(__name__)
 
-# Makes a progress line for a file's name.
+# Adds a progress bar for a file name.
 Lines: TypeAlias = Callable[[str], Report]
 
 
@@ -29,23 +29,25 @@ def obtain(
     cache_dir: settings.Home = None,
     offline: bool | None = None,
     accept_change: bool = False,
+    allow_nonfinite: bool = False,
 ) -> list[Path]:
     """The safetensors file of ``row`` from ``source``, or its shards, ready to be mapped.
 
-    Safetensors are used where they are: a local file, or one in huggingface_hub's cache. Anything
-    else is converted once and kept in our cache.
+    Safetensors are used in place: a local file, or a file in huggingface_hub's cache. Other
+    formats are converted once and stored in our cache.
 
     Args:
         row: the row that the weights must fit.
-        source: where they come from.
-        lines: makes a progress line for a file's name.
+        source: where the weights come from.
+        lines: adds a progress bar for a file name.
         cache_dir: our cache.
         offline: True never uses the network; None asks the environment.
-        accept_change: let the source have another content than at its first download.
+        accept_change: accept another content of the source than at its first download.
+        allow_nonfinite: accept NaN and infinite weights.
 
     Raises:
-        DownloadError: the source cannot be fetched, is not what was published, has changed, or is
-            not here in offline mode.
+        DownloadError: the source cannot be downloaded, is not the published file, has changed, or
+            is not cached in offline mode.
         CheckpointError: it is damaged, unsafe, or not the row's weights.
         ZooError: the cache cannot be written to.
     """
@@ -56,10 +58,12 @@ def obtain(
             return in_place
     place = cache.entry(row.name, str(source), cache_dir)
     if _is_current(place, row, source, without_network):
-        _sweep(place)
+        _remove_download(place)
         return [place.weights]
     if isinstance(source, HubFile):
-        return _from_hub(row, source, place, lines, offline=without_network)
+        return _from_hub(
+            row, source, place, lines, offline=without_network, allow_nonfinite=allow_nonfinite
+        )
     if isinstance(source, Url) and without_network:
         raise DownloadError(
             f"{row.name} from {source} is not in the cache {place.home}, and this is offline mode: "
@@ -67,27 +71,36 @@ def obtain(
             "local file as the checkpoint"
         )
     with place.locked():
-        if not _is_current(place, row, source, without_network):  # made by another process?
+        if not _is_current(
+            place, row, source, without_network
+        ):  # perhaps another process converted it
             if isinstance(source, LocalFile):
                 digest = atomic.sha256(source.path)
-                place.write(_convert(row, source, place, source.path, digest))
+                place.write(
+                    _convert(
+                        row, source, place, source.path, digest, allow_nonfinite=allow_nonfinite
+                    )
+                )
             else:
-                _from_url(row, source, place, lines, accept_change=accept_change)
+                _from_url(
+                    row, source, place, lines, accept_change=accept_change,
+                    allow_nonfinite=allow_nonfinite,
+                )  # fmt: skip
     return [place.weights]
 
 
 def as_they_are(path: Path) -> list[Path] | None:
-    """The safetensors files behind a local path, shards included; None for a pickle."""
+    """The safetensors files of a local path, shards included; None for a pickle."""
     if path.name.endswith(".index.json"):
         return [path.parent / name for name in shard_names(path)]
     return [path] if checkpoint.is_safetensors(path) else None
 
 
 def source_sha256(paths: list[Path]) -> str:
-    """The hash of the source behind the files that ``obtain`` or ``as_they_are`` gave.
+    """The hash of the source of the files that ``obtain`` or ``as_they_are`` returned.
 
-    It is the source's own where our cache holds a conversion of it, and that of several files, as
-    ``atomic.sha256_of_all`` defines it, for shards.
+    For a conversion in our cache it is the hash of the original file; for shards it is defined by
+    ``atomic.sha256_of_all``.
     """
     home = settings.home()
     converted = cache.Entry(home, paths[0]).read() if paths[0].is_relative_to(home) else None
@@ -95,17 +108,27 @@ def source_sha256(paths: list[Path]) -> str:
 
 
 def published(row: Row) -> Source:
-    """The source that the catalog names."""
-    return parse(row.checkpoint_url)
+    """The source that the catalog names.
+
+    Raises:
+        CheckpointError: a file of this package that is not there.
+    """
+    source = parse(row.checkpoint_url)
+    if isinstance(source, LocalFile) and not source.path.is_file():
+        raise CheckpointError(
+            f"the weights of {row.name} are missing from the package ({source.path}): install "
+            "vitadapter-zoo again"
+        )
+    return source
 
 
 def _is_current(place: cache.Entry, row: Row, source: Source, offline: bool) -> bool:
-    """Whether the cache holds whole weights of what the source is now, as far as is known."""
+    """Whether the cache holds complete weights of the source's present content."""
     provenance = place.read()
     if provenance is None:
         return False
     if place.is_touched(provenance) and not place.is_intact(provenance):
-        logger.warning("%s was damaged since it was written: it is made anew", place.weights)
+        logger.warning("%s was damaged after it was written; it is converted again", place.weights)
         return False
     if isinstance(source, LocalFile):
         status = source.path.stat()
@@ -135,7 +158,13 @@ def _expected(row: Row, source: Source) -> str | None:
 
 
 def _from_hub(
-    row: Row, source: HubFile, place: cache.Entry, lines: Lines, *, offline: bool
+    row: Row,
+    source: HubFile,
+    place: cache.Entry,
+    lines: Lines,
+    *,
+    offline: bool,
+    allow_nonfinite: bool,
 ) -> list[Path]:
     from vitadapter_zoo.weights import hub
 
@@ -156,16 +185,27 @@ def _from_hub(
         if expected and not digest.startswith(expected):
             raise DownloadError(
                 f"{chosen} is not the published file: sha256 {digest}, expected {expected}; it "
-                "was changed. To use it all the same, pass its path as the checkpoint: "
+                "was changed. To use it anyway, pass its path as the checkpoint: "
                 f"{paths[0]}"
             )
         etag, commit = paths[0].resolve().name, hub.commit_of(paths[0])
-        place.write(_convert(row, chosen, place, paths[0], digest, etag=etag, commit=commit))
+        place.write(
+            _convert(
+                row, chosen, place, paths[0], digest, etag=etag, commit=commit,
+                allow_nonfinite=allow_nonfinite,
+            )
+        )  # fmt: skip
     return [place.weights]
 
 
 def _from_url(
-    row: Row, source: Url, place: cache.Entry, lines: Lines, *, accept_change: bool
+    row: Row,
+    source: Url,
+    place: cache.Entry,
+    lines: Lines,
+    *,
+    accept_change: bool,
+    allow_nonfinite: bool,
 ) -> None:
     from vitadapter_zoo.weights.download import download
 
@@ -180,23 +220,26 @@ def _from_url(
             raise DownloadError(
                 f"{source} has changed since {known.date}: it had {known.size:,} bytes with sha256 "
                 f"{known.sha256}, now it has {fetched.size:,} bytes with sha256 {fetched.sha256}. "
-                f"If the change is meant, accept it: `vitadapter-zoo download {row.name} "
+                f"If the change is intended, accept it: `vitadapter-zoo download {row.name} "
                 f"--checkpoint {source} --accept-change`"
             )
-        provenance = _convert(row, source, place, place.download, fetched.sha256, etag=fetched.etag)
+        provenance = _convert(
+            row, source, place, place.download, fetched.sha256, etag=fetched.etag,
+            allow_nonfinite=allow_nonfinite,
+        )  # fmt: skip
     except (CheckpointError, DownloadError):
-        atomic.discard_download(place.download)  # the next attempt shall ask the server again
+        atomic.discard_download(place.download)  # the next attempt must ask the server again
         raise
-    # After the conversion, which a wrong file does not pass, and before the entry counts as
-    # complete: a process killed in between has kept the hash of a right file, or made no entry.
+    # The hash is recorded after the conversion, which fails for a wrong file, and before the entry
+    # is complete: a process killed in between has recorded the hash of a good file, or nothing.
     if expected is None and (known is None or known.sha256 != fetched.sha256):
         place.remember(fetched)
     place.write(provenance)
     atomic.discard_download(place.download)
 
 
-def _sweep(place: cache.Entry) -> None:
-    """Remove what a process left that was killed between its last write and its own sweeping."""
+def _remove_download(place: cache.Entry) -> None:
+    """Remove the download of a process that was killed before it removed it."""
     record = atomic.part_record_of(place.download)
     if record.exists() and os.access(record.parent, os.W_OK):
         atomic.discard_download(place.download)
@@ -209,12 +252,15 @@ def _convert(
     path: Path,
     digest: str,
     *,
+    allow_nonfinite: bool,
     etag: str | None = None,
     commit: str | None = None,
 ) -> cache.Provenance:
-    """Write the entry's weights; what has to be written after them for it to be complete."""
+    """Write the entry's weights; returns the provenance, which the caller must write after them."""
     status = path.stat()
-    done = convert.to_safetensors([path], str(source), row, place.weights, sha256=digest)
+    done = convert.to_safetensors(
+        [path], str(source), row, place.weights, sha256=digest, allow_nonfinite=allow_nonfinite
+    )
     if isinstance(source, LocalFile) and path.stat().st_mtime_ns != status.st_mtime_ns:
         place.weights.unlink()
         raise ZooError(f"{path} was written to while it was converted; try again")
@@ -235,5 +281,6 @@ def _convert(
         commit=commit,
         cast=done.cast,
         filled=done.filled,
+        removed=done.removed,
         metadata=done.metadata,
     )

@@ -1,4 +1,4 @@
-"""What a checkpoint may be called: a local file, an address, or a place on the Hugging Face Hub."""
+"""The names of checkpoints: local files, URLs, and files on the Hugging Face Hub."""
 
 import os
 import re
@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import TypeAlias
 from urllib.parse import quote, unquote, urlparse
 
-from vitadapter_zoo.catalog import PACKAGED
+from vitadapter_zoo.catalog import PACKAGE, PACKAGED
 from vitadapter_zoo.errors import CheckpointError
+from vitadapter_zoo.settings import expanded
+from vitadapter_zoo.text import quoted, shown
 
-PACKAGE = Path(__file__).parents[1]
 HUB = "https://huggingface.co"
 REPO = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 WEIGHTS = (".pth", ".pth.tar", ".pt", ".bin", ".ckpt", ".safetensors")
@@ -19,7 +20,7 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 
 @dataclass(frozen=True)
 class LocalFile:
-    """A file on this machine; it is read and never altered."""
+    """A local file; it is read and never modified."""
 
     path: Path
 
@@ -29,7 +30,7 @@ class LocalFile:
 
 @dataclass(frozen=True)
 class Url:
-    """A file behind an http(s) address."""
+    """A file at an http(s) URL."""
 
     url: str
 
@@ -39,12 +40,12 @@ class Url:
 
 @dataclass(frozen=True)
 class HubFile:
-    """A file, or the weights whatever their name, in a model repository of the Hub.
+    """A file in a model repository of the Hub, or the repository's weights.
 
     Attributes:
         repo: ``user/name``.
         revision: branch, tag or commit; the default branch where None.
-        file: path inside the repository; None for the repository's weights.
+        file: path inside the repository; None for the repository's weights file.
     """
 
     repo: str
@@ -65,36 +66,40 @@ Source: TypeAlias = LocalFile | Url | HubFile
 
 
 def parse(text: str | os.PathLike[str]) -> Source:
-    """Tell the kinds of names apart.
+    """Determine the kind of a name.
 
-    Taken for a Hub repository are ``hf://user/repo[@revision][/file]``, addresses of files on the
-    Hub (they are fetched through huggingface_hub, with its token and ``HF_ENDPOINT``), and
-    ``user/repo`` where no local file has that path and the name has no ending of a weights file.
+    A Hub repository is ``hf://user/repo[@revision][/file]`` (``hf_hub:`` as timm writes it means
+    the same), the URL of a file on the Hub (downloaded through huggingface_hub, with its token and
+    ``HF_ENDPOINT``), or ``user/repo`` if no local file has that path and the name does not end like
+    a weights file.
 
     ``package:`` begins the path of a file that this package carries.
 
     Raises:
-        CheckpointError: an ``hf://`` name that names no repository, or no such local file.
+        CheckpointError: an invalid ``hf://`` name, or the local file does not exist.
     """
     name = os.fspath(text)
     if name.startswith(PACKAGED):
         return LocalFile(PACKAGE / name.removeprefix(PACKAGED))
+    for prefix in ("hf_hub:", "hf-hub:"):  # as timm writes them
+        if name.startswith(prefix):
+            name = f"hf://{name.removeprefix(prefix)}"
     if name.startswith("hf://"):
         found = re.fullmatch(r"hf://([^/@]+/[^/@]+)(?:@([^/]+))?(?:/(.+))?", name)
         if not found or not REPO.fullmatch(found[1]):
             raise CheckpointError(
-                f"{name!r} names no file on the Hub: write hf://user/repo, "
+                f"{quoted(name)} names no file on the Hub: write hf://user/repo, "
                 "hf://user/repo@revision or hf://user/repo@revision/file"
             )
         return HubFile(found[1], unquote(found[2]) if found[2] else None, found[3])
     if name.startswith(("http://", "https://")):
         return _on_the_hub(name) or Url(name)
-    path = Path(name).expanduser().absolute()
+    path = expanded(name).absolute()
     is_id = isinstance(text, str) and REPO.fullmatch(name) and not name.lower().endswith(WEIGHTS)
     if not path.exists() and is_id:
         return HubFile(name)
     if not path.is_file():
-        raise CheckpointError(f"there is no checkpoint file {path}")
+        raise CheckpointError(f"there is no checkpoint file {shown(path, 300)}")
     return LocalFile(path)
 
 

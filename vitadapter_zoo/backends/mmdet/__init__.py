@@ -1,12 +1,12 @@
-"""The checkpoints inside mmdet 2.x: real mmdet detectors around this package's backbones.
+"""The models in mmdet 2.x: mmdet detectors with this package's backbones.
 
-Where mmdet is installed, importing this package puts ``ViTAdapter``, ``ViTBaseline``,
-``UniPerceiverAdapter``, ``ChannelMapperWithPooling`` and ``LayerDecayOptimizerConstructor`` into
-the registries of mmdet and mmcv, under the original project's names, so that its configuration
-files work with ``custom_imports = dict(imports=["vitadapter_zoo.backends.mmdet"])``.
+If mmdet is installed, importing this package registers ``ViTAdapter``, ``ViTBaseline``,
+``UniPerceiverAdapter``, ``ChannelMapperWithPooling`` and ``LayerDecayOptimizerConstructor`` in
+mmdet and mmcv under the original project's names, so that its configuration files work with
+``custom_imports = dict(imports=["vitadapter_zoo.backends.mmdet"])``.
 
-``config`` and ``modules`` need no mmdet. The functions raise a BackendError where it is missing,
-and importing this package raises one where it is installed and broken.
+``config`` and ``modules`` do not need mmdet. The functions raise a BackendError if mmdet is
+missing; importing this package raises one if mmdet is installed but broken.
 """
 
 import importlib

@@ -1,20 +1,20 @@
-"""The configuration that mmdet 2.x builds a row from. Needs neither mmdet nor mmcv.
+"""The mmdet 2.x configuration of a row. Needs neither mmdet nor mmcv.
 
-The training recipes are the original project's, by its configuration files (``Row.config``), for 8
-GPUs with 2 images each. They leave out mixed precision, which some of the files switch on: it needs
-a GPU, and ``fp16 = dict(loss_scale=dict(init_scale=512))`` adds it.
+The training recipes are those of the original configuration files (``Row.config``), for 8 GPUs with
+2 images each. Mixed precision, which some of the files enable, is left out because it needs a GPU;
+``fp16 = dict(loss_scale=dict(init_scale=512))`` enables it.
 """
 
 from pprint import pformat
 from typing import Any
 
-from vitadapter_zoo.catalog import COCO_CLASSES, Row
+from vitadapter_zoo.catalog import Row
+from vitadapter_zoo.detections.masks import MASK_THRESHOLD
 from vitadapter_zoo.models import heads
-from vitadapter_zoo.models.adapter import CONV_FFN_RATIO, POINTS, STEM_WIDTH
-from vitadapter_zoo.models.boxes import ANCHOR_RATIOS, ANCHOR_SCALE, ROI_STRIDES
-from vitadapter_zoo.models.build import SIZES, UNIPERCEIVER_DROP_PATH
-from vitadapter_zoo.models.mask_rcnn import MASK_THRESHOLD, SCORE_THRESHOLD
-from vitadapter_zoo.models.necks import WIDTH
+from vitadapter_zoo.models.adapter import CONV_FFN_RATIO, POINTS
+from vitadapter_zoo.models.boxes import ANCHOR_RATIOS, ROI_STRIDES
+from vitadapter_zoo.models.build import SIZES, UNIPERCEIVER_DROP_PATH, Size
+from vitadapter_zoo.models.mask_rcnn import SCORE_THRESHOLD
 from vitadapter_zoo.models.vit import PATCH, WINDOW
 
 MODULE = "vitadapter_zoo.backends.mmdet"
@@ -34,17 +34,18 @@ SHORT_SIDES_BEFORE_CROP = (400, 500, 600)
 Config = dict[str, Any]
 
 
-def mmdet_config(row: Row, categories: tuple[str, ...] = COCO_CLASSES) -> Config:
-    """Everything that mmdet's tools need to test and train a row: ``mmcv.Config(...)`` takes it.
+def mmdet_config(row: Row, categories: tuple[str, ...] | None = None) -> Config:
+    """The configuration with which mmdet's tools test and train a row, for ``mmcv.Config(...)``.
 
     Args:
         row: of the catalog.
-        categories: names of the classes, in the order of the outputs.
+        categories: names of the classes, in the order of the outputs; the row's by default.
 
     Returns:
-        The top-level names of a configuration file, in its usual order. The data are expected
-        under ``data/coco/``.
+        The top-level settings of a configuration file, in the usual order. The data set is
+        expected in ``data/coco/``.
     """
+    categories = row.classes if categories is None else categories
     return {
         "custom_imports": {"imports": [MODULE], "allow_failed_imports": False},
         "model": _model(row, len(categories)),
@@ -71,19 +72,24 @@ def as_python(config: Config) -> str:
 
 
 def _model(row: Row, classes: int) -> Config:
-    dim = SIZES[row.size].dim
+    size = SIZES[row.size]
     neck = "FPN" if row.fpn else "ChannelMapperWithPooling"
     return {
         "type": "MaskRCNN",
         "backbone": _backbone(row),
-        "neck": {"type": neck, "in_channels": [dim] * 4, "out_channels": WIDTH, "num_outs": 5},
+        "neck": {
+            "type": neck,
+            "in_channels": [size.dim] * 4,
+            "out_channels": size.neck_width,
+            "num_outs": 5,
+        },
         "rpn_head": {
             "type": "RPNHead",
-            "in_channels": WIDTH,
-            "feat_channels": WIDTH,
+            "in_channels": size.neck_width,
+            "feat_channels": size.neck_width,
             "anchor_generator": {
                 "type": "AnchorGenerator",
-                "scales": [ANCHOR_SCALE],
+                "scales": [size.anchor_scale],
                 "ratios": list(ANCHOR_RATIOS),
                 "strides": list(heads.RPN_STRIDES),
             },
@@ -93,11 +99,11 @@ def _model(row: Row, classes: int) -> Config:
         },
         "roi_head": {
             "type": "StandardRoIHead",
-            "bbox_roi_extractor": _roi_extractor(7),
+            "bbox_roi_extractor": _roi_extractor(7, size),
             "bbox_head": {
                 "type": "Shared2FCBBoxHead",
-                "in_channels": WIDTH,
-                "fc_out_channels": 1024,
+                "in_channels": size.neck_width,
+                "fc_out_channels": size.box_width,
                 "roi_feat_size": 7,
                 "num_classes": classes,
                 "bbox_coder": _coder(heads.BOX_STDS),
@@ -105,12 +111,12 @@ def _model(row: Row, classes: int) -> Config:
                 "loss_cls": {"type": "CrossEntropyLoss", "use_sigmoid": False, "loss_weight": 1.0},
                 "loss_bbox": {"type": "L1Loss", "loss_weight": 1.0},
             },
-            "mask_roi_extractor": _roi_extractor(14),
+            "mask_roi_extractor": _roi_extractor(14, size),
             "mask_head": {
                 "type": "FCNMaskHead",
-                "num_convs": 4,
-                "in_channels": WIDTH,
-                "conv_out_channels": WIDTH,
+                "num_convs": size.mask_convs,
+                "in_channels": size.neck_width,
+                "conv_out_channels": size.neck_width,
                 "num_classes": classes,
                 "loss_mask": {"type": "CrossEntropyLoss", "use_mask": True, "loss_weight": 1.0},
             },
@@ -122,7 +128,7 @@ def _model(row: Row, classes: int) -> Config:
             },
             "rpn_proposal": _proposals(2000),
             "rcnn": {
-                **_sampling(0.5, 0.5, 0.5, count=512, positive=0.25, with_truth=True),
+                **_sampling(0.5, 0.5, 0.5, count=size.regions, positive=0.25, with_truth=True),
                 "mask_size": 28,
             },
         },
@@ -153,7 +159,7 @@ def _backbone(row: Row) -> Config:
         "mlp_ratio": 4,
         "window_attn": list(size.windows),
         "window_size": [WINDOW if windowed else None for windowed in size.windows],
-        "pretrained": AUGREG_L_PTH if row.size == "L" else row.pretraining_url,
+        "pretrained": AUGREG_L_PTH if row.size == "L" else row.pretraining_url or None,
     }
     if not row.has_adapter:
         ends = [quarter * (part + 1) - 1 for part in range(4)]
@@ -166,7 +172,7 @@ def _backbone(row: Row) -> Config:
     spans = [[quarter * part, quarter * (part + 1) - 1] for part in range(4)]
     adapter = {
         "drop_path_rate": UNIPERCEIVER_DROP_PATH if uniperceiver else size.drop_path,
-        "conv_inplane": STEM_WIDTH,
+        "conv_inplane": size.stem_width,
         "n_points": POINTS,
         "deform_num_heads": size.deform_heads,
         "deform_ratio": size.deform_ratio,
@@ -186,12 +192,13 @@ def _coder(stds: tuple[float, float, float, float]) -> Config:
     }
 
 
-def _roi_extractor(size: int) -> Config:
+def _roi_extractor(bins: int, size: Size) -> Config:
     return {
         "type": "SingleRoIExtractor",
-        "roi_layer": {"type": "RoIAlign", "output_size": size, "sampling_ratio": 0},
-        "out_channels": WIDTH,
+        "roi_layer": {"type": "RoIAlign", "output_size": bins, "sampling_ratio": 0},
+        "out_channels": size.neck_width,
         "featmap_strides": list(ROI_STRIDES),
+        "finest_scale": size.finest_scale,
     }
 
 

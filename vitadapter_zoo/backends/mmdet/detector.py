@@ -1,6 +1,6 @@
-"""mmdet detectors with the weights and backbones of this package, and mmdet's own pipeline.
+"""mmdet detectors with the weights and backbones of this package, in mmdet's own pipeline.
 
-Importing this module registers the backbones, the channel mapper and the optimizer's constructor.
+Importing this module registers the backbones, the channel mapper and the optimizer constructor.
 """
 
 import copy
@@ -51,14 +51,14 @@ OPTIMIZER_BUILDERS.register_module(module=optimizer.LayerDecayOptimizerConstruct
 def from_native(model: MaskRCNN) -> nn.Module:
     """The same detector as a ``mmdet.models.MaskRCNN``, in evaluation mode.
 
-    ``CLASSES`` and ``cfg`` are set, so that ``mmdet.apis.inference_detector`` and mmdet's test loop
-    work on it. The weights are shared, not copied.
+    ``CLASSES`` and ``cfg`` are set as ``mmdet.apis.inference_detector`` and mmdet's test loop
+    expect. The weights are shared, not copied.
 
     Args:
         model: float32, on any device.
 
     Raises:
-        BackendError: the weights are not float32; mmdet has its own way to lower precision.
+        BackendError: the weights are not float32; mmdet has its own lower-precision mode.
     """
     weights = next(model.parameters())
     if weights.dtype != torch.float32:
@@ -67,7 +67,7 @@ def from_native(model: MaskRCNN) -> nn.Module:
             "wrap_fp16_model for half precision"
         )
     config = mmcv.Config(mmdet_config(model.row, model.categories))
-    # A row that was trained without layer scales has them here, filled with ones.
+    # For a row trained without layer scales, the checkpoint has them filled with ones.
     config.model.backbone.pop("layer_scale", None)
     detector: Any = build_detector(config.model)
     detector.load_state_dict(model.state_dict(), strict=True, assign=True)
@@ -94,7 +94,7 @@ def detect(model: nn.Module, image: ImageInput) -> Detections:
     rgb = read_image(image)
     detector: Any = model
     config = detector.cfg
-    # mmdet writes into the configuration how an array is loaded, and then finds no more files.
+    # inference_detector changes the configuration for arrays, after which it cannot load files.
     detector.cfg = copy.deepcopy(config)
     try:
         result = inference_detector(detector, _as_mmdet_takes_it(image, rgb))
@@ -105,9 +105,9 @@ def detect(model: nn.Module, image: ImageInput) -> Detections:
 
 
 def stages(model: nn.Module, image: ImageInput) -> Stages:
-    """What ``inference_detector`` computes on one image, stage by stage.
+    """The intermediate results of ``inference_detector`` on one image.
 
-    Arguments and errors are ``detect``'s.
+    Arguments and errors are those of ``detect``.
     """
     seen: dict[str, Any] = {}
 
@@ -150,14 +150,14 @@ def stages(model: nn.Module, image: ImageInput) -> Stages:
 
 
 def _as_mmdet_takes_it(image: ImageInput, rgb: np.ndarray[Any, Any]) -> Any:
-    """A path, or what mmcv's own decoder would have given: BGR."""
+    """A path, or the image as mmcv's decoder returns it: BGR."""
     if isinstance(image, (str, os.PathLike)):
         return os.fspath(image)
     return np.ascontiguousarray(rgb[:, :, ::-1])
 
 
 def _detections(result: Any, size: tuple[int, int], categories: tuple[str, ...]) -> Detections:
-    """The lists per class, boxes ``[N, 5]`` and masks ``[H, W]``, as one, best first."""
+    """Join the lists per class, boxes ``[N, 5]`` and masks ``[H, W]``, best score first."""
     boxes_by_class, masks_by_class = result
     labels = [
         torch.full((len(boxes),), label, dtype=torch.int64)

@@ -1,8 +1,8 @@
 """This package's backbones and channel mapper with the argument names of the original project.
 
-Its configuration files name every part of the network by arguments. Those that the published
-networks differ in are taken; the others are accepted with the one value that was published, and
-refused with any other: no argument goes by without an effect.
+The original configuration files set every part of the network by arguments. The arguments in which
+the published networks differ have an effect. The others are accepted with the published value and
+refused with any other, so that no argument is ignored silently.
 """
 
 import functools
@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from vitadapter_zoo.backends.mmdet.pretraining import read_pretraining
 from vitadapter_zoo.errors import ConfigError
 from vitadapter_zoo.models import adapter, necks, uniperceiver, vit
+from vitadapter_zoo.weights.pretraining import read_pretraining
 
-# Arguments that the published networks agree in, with the one value that is taken.
+# Arguments that have the same value in all published networks, with that value.
 PUBLISHED: dict[str, object] = {
     "patch_size": vit.PATCH,
     "in_chans": 3,
@@ -43,16 +43,16 @@ class ViTBaseline(vit.ViTBaseline):
     """The plain ViT backbone; arguments as in the original configuration files.
 
     Args:
-        img_size, pretrain_size: side in pixels of the images that the pretraining saw; equal.
+        img_size, pretrain_size: side of the pretraining's images in pixels; both are equal.
         embed_dim, depth, num_heads: width, blocks and heads of the trunk.
         drop_path_rate: largest stochastic-depth rate, in training.
-        layer_scale: False leaves the parameters ``gamma1`` and ``gamma2`` out.
+        layer_scale: False builds the blocks without ``gamma1`` and ``gamma2``.
         window_attn: per block, whether attention is windowed; one flag for all.
         window_size: per block, or one for all; 14 where attention is windowed.
-        out_indices: the last blocks of the four quarters, which is where the maps are taken from.
+        out_indices: the last blocks of the four quarters, whose outputs become the maps.
         with_cp: recompute the blocks in the backward pass, to save memory in training.
-        pretrained: file or URL of the trunk's pretraining, read by ``init_weights()``: when
-            training starts, not when the network is built.
+        pretrained: file or URL of the trunk's pretraining. ``init_weights()`` reads it when
+            training starts.
         patch_size, in_chans, mlp_ratio, qkv_bias, drop_rate, attn_drop_rate: 16, 3, 4, True, 0, 0.
 
     Raises:
@@ -98,7 +98,7 @@ class ViTBaseline(vit.ViTBaseline):
         return _contiguous(super().forward(image))
 
     def init_weights(self) -> None:
-        """Read ``pretrained``, as mmdet asks for when training starts.
+        """Read ``pretrained``; mmdet calls this when training starts.
 
         Raises:
             CheckpointError: it cannot be read, or is not the trunk's.
@@ -112,11 +112,12 @@ class ViTAdapter(adapter.ViTAdapter):
     Args:
         deform_num_heads, deform_ratio: heads of the deformable attention, and the width of its
             values relative to ``embed_dim``.
-        init_values: what the injectors' ``gamma`` start from.
+        init_values: initial value of the injectors' ``gamma``.
         interaction_indexes: first and last block of each interaction: the quarters of the trunk.
         use_extra_extractor: whether two more extractors follow the last interaction.
-        conv_inplane, n_points, with_cffn, cffn_ratio, add_vit_feature: 64, 4, True, 0.25, True.
-        others: ``ViTBaseline``'s.
+        conv_inplane: width of the spatial prior's stem.
+        n_points, with_cffn, cffn_ratio, add_vit_feature: 4, True, 0.25, True.
+        others: as for ``ViTBaseline``.
 
     Raises:
         ConfigError: an argument asks for a network that this package does not have.
@@ -155,9 +156,8 @@ class ViTAdapter(adapter.ViTAdapter):
     ) -> None:
         _only_as_published(
             patch_size=patch_size, in_chans=in_chans, mlp_ratio=mlp_ratio, qkv_bias=qkv_bias,
-            drop_rate=drop_rate, attn_drop_rate=attn_drop_rate, conv_inplane=conv_inplane,
-            n_points=n_points, with_cffn=with_cffn, cffn_ratio=cffn_ratio,
-            add_vit_feature=add_vit_feature,
+            drop_rate=drop_rate, attn_drop_rate=attn_drop_rate, n_points=n_points,
+            with_cffn=with_cffn, cffn_ratio=cffn_ratio, add_vit_feature=add_vit_feature,
         )  # fmt: skip
         _only("img_size", img_size, pretrain_size)
         _check_interactions(interaction_indexes, depth)
@@ -169,6 +169,7 @@ class ViTAdapter(adapter.ViTAdapter):
             drop_path_rate,
             deform_heads=deform_num_heads,
             deform_ratio=deform_ratio,
+            stem_width=conv_inplane,
         )
         self.pretrained = pretrained
         _finish(self, self.blocks, layer_scale=layer_scale, with_cp=with_cp)
@@ -330,7 +331,7 @@ def _windows(
 
 
 def _finish(network: nn.Module, blocks: nn.ModuleList, *, layer_scale: bool, with_cp: bool) -> None:
-    """What the original's arguments change about the trunk."""
+    """Apply the arguments of the original that change the trunk."""
     if not layer_scale:
         for block in blocks:
             for name in ("gamma1", "gamma2"):
@@ -341,13 +342,13 @@ def _finish(network: nn.Module, blocks: nn.ModuleList, *, layer_scale: bool, wit
         for block in blocks:
             block.forward = functools.partial(_recomputed, block.forward)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        # The original's BatchNorms are synchronised, which needs a process group.
+        # The original uses synchronised BatchNorm, which needs a process group.
         nn.SyncBatchNorm.convert_sync_batchnorm(network)
 
 
 def _contiguous(maps: list[Tensor]) -> list[Tensor]:
-    # mmcv's RoIAlign reads the memory as N, C, H, W whatever the strides say; these maps may have
-    # the channels last, as the tokens that they come from, and would pass that on to the neck.
+    # mmcv's RoIAlign ignores strides and reads the memory as N, C, H, W. These maps come from
+    # tokens and may have the channels last, and so would the neck's.
     return [x.contiguous() for x in maps]
 
 

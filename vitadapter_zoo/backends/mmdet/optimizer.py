@@ -1,4 +1,4 @@
-"""Learning rates that fall from block to block towards the image (BEiT, arXiv:2106.08254)."""
+"""Layer-wise learning rate decay (BEiT, arXiv:2106.08254)."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ BLOCKS = ("backbone.blocks.", "backbone.layers.")
 
 
 def depth_of(name: str, blocks: int) -> int:
-    """0 for the embeddings, 1 + N for block N, ``blocks`` + 1 for all that comes after them."""
+    """0 for the embeddings, 1 + N for block N, ``blocks`` + 1 for everything after the blocks."""
     if name.startswith(EMBEDDINGS):
         return 0
     if name.startswith(BLOCKS):
@@ -19,9 +19,9 @@ def depth_of(name: str, blocks: int) -> int:
 
 
 class LayerDecayOptimizerConstructor(DefaultOptimizerConstructor):  # type: ignore[misc]
-    """The original project's: ``paramwise_cfg=dict(num_layers=24, layer_decay_rate=0.8)``.
+    """As in the original project: ``paramwise_cfg=dict(num_layers=24, layer_decay_rate=0.8)``.
 
-    A parameter at depth d learns at ``lr * layer_decay_rate ** (num_layers + 1 - d)``. Vectors
+    A parameter at depth d has the rate ``lr * layer_decay_rate ** (num_layers + 1 - d)``. Vectors
     (norms, biases, layer scales) have no weight decay.
     """
 

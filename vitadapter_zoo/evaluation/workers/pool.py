@@ -1,7 +1,7 @@
-"""Images shared out among workers that may die, be slow, or be many; whoever they are.
+"""A pool of workers that evaluate images; a worker may die or be slow without loss of results.
 
-Processes of this machine are made by ``workers``, those of a cluster by ``cluster``. Both put what
-their workers say into one queue, and everything else is here, once.
+``processes`` starts workers on this machine, ``ray_cluster`` on the nodes of a cluster. All workers
+put their messages into one queue. Assigning images and handling failures is here, once for both.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from vitadapter_zoo.errors import ZooError
 from vitadapter_zoo.evaluation.dataset import Dataset, Image
 from vitadapter_zoo.evaluation.evaluator import AHEAD, Evaluator, Task
 from vitadapter_zoo.evaluation.identity import Facts, facts_of
+from vitadapter_zoo.evaluation.ids import Id
 from vitadapter_zoo.evaluation.loading import load_detector
 from vitadapter_zoo.evaluation.options import Options
 from vitadapter_zoo.evaluation.run import ImageResult
 
 IMAGES_PER_WORKER = AHEAD + 2  # one in the network, one being encoded, the others decoded
-MAX_EXITS = 3  # of workers, with one image in flight or before they began, until that is the cause
+MAX_EXITS = 3  # exits of workers with the same image in flight, or before they are ready
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Spec:
 
     Attributes:
         name: load name, folder or repository.
-        data: the data set; its images are not looked at.
+        data: the data set, without its images and objects.
         options: of the evaluation. ``device`` is where the worker computes; ``cache_dir`` None is
             the cache of the worker's own machine.
     """
@@ -59,7 +60,7 @@ class Spec:
 
 
 class WorkerEvaluator:
-    """A worker's place: the detector, with decoding and encoding beside the network.
+    """The detector in a worker; decoding and encoding run in parallel with the network.
 
     Args:
         spec: what to load.
@@ -73,8 +74,12 @@ class WorkerEvaluator:
         _use_threads(threads)
         detector, _ = load_detector(spec.name, replace(spec.options, progress=False))
         self.facts = facts_of(detector, spec.data)
-        self._evaluator = Evaluator(detector, spec.data.category_ids(detector.categories))
-        # One thread of its own: the number of OpenMP threads belongs to the thread that asks.
+        self._evaluator = Evaluator(
+            detector,
+            spec.data.category_ids(detector.categories),
+            ignore_exif=spec.data.ignore_exif,
+        )
+        # A thread for the network alone: the number of OpenMP threads is set for each thread.
         self._network = ThreadPoolExecutor(
             1, "network", initializer=_use_threads, initargs=(threads,)
         )
@@ -95,16 +100,16 @@ def _use_threads(threads: int | None) -> None:
 
 @dataclass(frozen=True)
 class WorkerExit:
-    """A worker's last word, or what is said of it: why it is no more."""
+    """The last message of a worker, or about it: why it ended."""
 
     reason: str
 
 
 class Worker(Protocol):
-    """One that evaluates images and puts what it has to say into the queue it was made with.
+    """A worker evaluates images and puts its messages into the queue that it was created with.
 
-    First its ``Facts``, or the ``ZooError`` that kept it from loading; then results; and, whatever
-    it dies of, ``WorkerExit`` at last.
+    The first message is its ``Facts``, or the ``ZooError`` that kept it from loading. Results
+    follow. The last message, whatever ends the worker, is ``WorkerExit``.
     """
 
     @property
@@ -112,10 +117,10 @@ class Worker(Protocol):
         """For messages."""
 
     def send(self, image: Image) -> None:
-        """Give it one more image, without waiting. A dead worker takes it too, and is silent."""
+        """Give it another image, without waiting. A dead worker ignores it."""
 
     def stop(self) -> None:
-        """End it at once, whatever it does."""
+        """End it at once."""
 
 
 Message: TypeAlias = Facts | ImageResult | ZooError | WorkerExit
@@ -126,7 +131,7 @@ Events: TypeAlias = "SimpleQueue[tuple[Worker, Message]]"
 class _WorkerState:
     ready: bool = False
     alone: bool = False  # with one image that was in flight when a worker died
-    holding: set[int] = field(default_factory=set)
+    holding: set[Id] = field(default_factory=set)
 
 
 @dataclass
@@ -136,14 +141,14 @@ class _Assignment:
 
 
 class Pool:
-    """Workers, and which images they have; a context that ends them.
+    """Workers and the images assigned to them; a context that ends the workers.
 
     Args:
-        start: makes one more worker that reports to the given queue.
-        size: how many there are to be.
+        start: starts another worker, which reports to the given queue.
+        size: number of workers.
 
     Attributes:
-        size: the same, less those that were left out.
+        size: number of workers, without those that were left out.
     """
 
     def __init__(self, start: Callable[[Events], Worker], size: int) -> None:
@@ -152,10 +157,10 @@ class Pool:
         self._events: Events = SimpleQueue()
         self._workers: dict[Worker, _WorkerState] = {}
         self._facts: Facts | None = None
-        self._assignments: dict[int, _Assignment] = {}  # in the order of their start
+        self._assignments: dict[Id, _Assignment] = {}  # in the order of their start
         self._retries: deque[Image] = deque()
         self._queue: deque[Image] = deque()
-        self._exits: Counter[int] = Counter()
+        self._exits: Counter[Id] = Counter()
         self._failed_starts = 0
         self._last_reason = ""
 
@@ -168,7 +173,7 @@ class Pool:
         self._workers.clear()
 
     def facts(self) -> Facts:
-        """What the first worker to be ready says of the detector.
+        """The facts about the detector from the first worker that is ready.
 
         Raises:
             ZooError: a worker could not load it, or none could be started.
@@ -184,12 +189,12 @@ class Pool:
         keep: Callable[[ImageResult], None],
         deadline: float | None = None,
     ) -> None:
-        """Evaluate images, each once as far as ``keep`` can see.
+        """Evaluate images; ``keep`` gets each result once.
 
         Args:
-            images: what to evaluate.
-            keep: takes each result, in this thread, in the order in which they are finished.
-            deadline: moment of ``time.monotonic`` after which no further image is begun.
+            images: the images to evaluate.
+            keep: called with each result, in this thread, in the order in which they finish.
+            deadline: time of ``time.monotonic`` after which no further image is started.
 
         Raises:
             ZooError: an image ended three workers, no worker is left and none can be started, or
@@ -218,14 +223,14 @@ class Pool:
             self._workers[self._start(self._events)] = _WorkerState()
         if not self._workers:
             raise ZooError(
-                f"no worker is left and none can be started ({self._last_reason}); what is "
-                "finished is kept, and the same command continues there"
+                f"no worker is left and none can be started ({self._last_reason}); finished images "
+                "are stored, and the same command continues from there"
             )
 
     def _on_message(self, worker: Worker, message: Message) -> None:
-        """Note what a worker says of itself."""
+        """Handle a message of a worker about itself."""
         state = self._workers.get(worker)
-        if state is None:  # it was sent away
+        if state is None:  # the worker was removed
             return
         if isinstance(message, Facts):
             self._on_worker_ready(worker, state, message)
@@ -240,7 +245,7 @@ class Pool:
         differing = _differences(self._facts, facts)
         if differing:
             warnings.warn(
-                f"{worker.name} is left out, because it would give other digits: {differing}",
+                f"{worker.name} is left out, its results would have other digits: {differing}",
                 stacklevel=2,
             )
             worker.stop()
@@ -252,7 +257,7 @@ class Pool:
         self._failed_starts = 0
 
     def _on_worker_exit(self, worker: Worker, state: _WorkerState, reason: str) -> None:
-        """A worker is dead: what it had in flight is for others."""
+        """Give the images of a worker that ended to other workers."""
         worker.stop()
         del self._workers[worker]
         self._last_reason = f"{worker.name}: {reason}"
@@ -265,15 +270,15 @@ class Pool:
             if self._exits[image_id] >= MAX_EXITS:
                 raise ZooError(
                     f"{assignment.image.path} was in flight in each of {MAX_EXITS} workers that "
-                    f"ended (the last, {self._last_reason}): it is probably the cause; what is "
-                    "finished is kept, and the same command continues there"
+                    f"ended (the last, {self._last_reason}): it is probably the cause; finished "
+                    "images are stored, and the same command continues from there"
                 )
             if not assignment.holders:
                 del self._assignments[image_id]
                 self._retries.append(assignment.image)
 
-    def _on_result(self, worker: Worker, image_id: int) -> bool:
-        """Whether this is the first result of an image."""
+    def _on_result(self, worker: Worker, image_id: Id) -> bool:
+        """Whether this is the first result for an image."""
         state = self._workers.get(worker)
         if state is not None:
             state.holding.discard(image_id)
@@ -281,7 +286,7 @@ class Pool:
         return self._assignments.pop(image_id, None) is not None
 
     def _dispatch(self) -> None:
-        """Give out images, evenly, as long as anybody has room."""
+        """Assign images evenly, as long as a worker can take another."""
         while True:
             ready = [(worker, state) for worker, state in self._workers.items() if state.ready]
             for worker, state in sorted(ready, key=lambda pair: len(pair[1].holding)):
@@ -297,20 +302,20 @@ class Pool:
 
     def _next_for(self, worker: Worker, state: _WorkerState) -> Image | None:
         if not state.holding and self._retries:
-            # Alone, so that the image which ends workers takes no other one with it.
+            # Without a second image, so that an image that ends workers costs no other image.
             state.alone = True
             return self._retries.popleft()
         if not state.alone and len(state.holding) < IMAGES_PER_WORKER and self._queue:
             return self._queue.popleft()
         if state.holding:
             return None
-        # Nothing is left: take the longest-running of those that the fewest are at.
+        # The queue is empty: repeat the oldest of the images that the fewest workers have.
         others = [one for one in self._assignments.values() if worker not in one.holders]
         return min(others, key=lambda one: len(one.holders)).image if others else None
 
 
 def _differences(first: Facts, other: Facts) -> str:
-    """In what a worker would compute something else than the first one."""
+    """The settings in which a worker differs from the first worker."""
     return "; ".join(
         f"{key} {other.identity.get(key)!r} instead of {value!r}"
         for key, value in first.identity.items()

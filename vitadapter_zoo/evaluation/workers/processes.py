@@ -1,4 +1,4 @@
-"""Several processes of this machine, each with the detector and a device of its own."""
+"""Workers on this machine: processes, each with its own detector and device."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from vitadapter_zoo.evaluation.workers.pool import (
 def processes(spec: Spec, count: int) -> Pool:
     """A pool of ``count`` processes.
 
-    On ``cuda`` they take the devices in turn. On the CPU each has its part of the cores, at least
+    On ``cuda`` they take the devices in turn. On the CPU each uses its share of the cores, at least
     one, unless the options say how many.
     """
     places = itertools.cycle(_places(spec, count))
@@ -58,7 +58,7 @@ def cores() -> int:
 
 
 class ProcessWorker:
-    """A worker of its own process, spoken to through a pipe."""
+    """A worker in its own process, connected by a pipe."""
 
     def __init__(self, spec: Spec, events: Events) -> None:
         context = multiprocessing.get_context("spawn")
@@ -68,20 +68,20 @@ class ProcessWorker:
             self._process.start()
         theirs.close()
         self.name = f"worker process {self._process.pid}"
-        self._waiting = threading.Lock()  # of two who wait for a process, one never learns its end
-        # A thread for each: a process that stops in the middle of a message holds up no other.
+        self._waiting = threading.Lock()  # of two threads that join a process, one may miss its end
+        # A thread for each worker: a process that stops within a message does not block the others.
         listener = threading.Thread(
             target=self._listen, args=(self._process, events), name=self.name, daemon=True
         )
         listener.start()
 
     def send(self, image: Image) -> None:
-        """Name the image; the process reads the file itself."""
-        with contextlib.suppress(OSError):  # it is dead, and the listener says so
+        """Send the image's path; the process reads the file."""
+        with contextlib.suppress(OSError):  # it ended, and the listener reports that
             self._pipe.send(image)
 
     def stop(self) -> None:
-        """Kill it, and wait until it is gone."""
+        """Kill it, and wait for its end."""
         self._process.kill()
         with self._waiting:
             self._process.join()
@@ -97,18 +97,18 @@ class ProcessWorker:
 
 def _cause(exit_code: int | None) -> str:
     if exit_code == -signal.SIGKILL:
-        return "killed, by the system perhaps, for want of memory: fewer workers need less"
+        return "killed, perhaps by the system because memory ran out: use fewer workers"
     if exit_code is not None and exit_code < 0:
         return f"ended by {signal.Signals(-exit_code).name}"
     return (
         f'ended with exit status {exit_code} (a script needs `if __name__ == "__main__":` around '
-        "what it does, because its workers import it)"
+        "its code, because the workers import it)"
     )
 
 
 @contextlib.contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Processes started meanwhile never see Ctrl-C: this one gets it, and ends them."""
+    """Hide Ctrl-C from processes that start in the block; this process gets it and ends them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -117,7 +117,7 @@ def _interrupts_held() -> Iterator[None]:
 
 
 def _work(spec: Spec, pipe: Connection) -> None:
-    """What a worker process does, until it is killed or its parent is gone."""
+    """Run in a worker process until it is killed or its parent ends."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     sending = threading.Lock()
 
@@ -143,13 +143,13 @@ def _work(spec: Spec, pipe: Connection) -> None:
         while True:
             try:
                 image = pipe.recv()
-            except (EOFError, OSError):  # the parent is gone
+            except (EOFError, OSError):  # the parent ended
                 os._exit(1)
             threads.submit(evaluate, image)
 
 
 def _give_up(say: Callable[[Message], None], error: Exception) -> NoReturn:
-    """Say why, and end at once: another thread may be in the network for minutes."""
+    """Report an error and end at once: another thread may be in the network for minutes."""
     with contextlib.suppress(OSError):
         say(WorkerExit(f"{type(error).__name__}: {error}"))
     os._exit(1)

@@ -1,4 +1,4 @@
-"""The nodes of a Ray cluster, each with the detector and a device of its own."""
+"""Workers on a Ray cluster: actors, each with its own detector and device."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ from vitadapter_zoo.evaluation.workers.pool import (
     WorkerExit,
 )
 
-PLACING_SECONDS = 300  # for a node with room for a worker; autoscalers need minutes to add one
+PLACING_SECONDS = 300  # until a node has room for a worker; autoscalers need minutes
 
 
 @contextlib.contextmanager
 def actors(spec: Spec, address: str, count: int | None, most: int) -> Iterator[Pool]:
-    """A pool on a Ray cluster, joined for as long as the block runs.
+    """A pool on a Ray cluster, which this process joins while the block runs.
 
-    Each worker has a GPU where ``spec.device`` is ``cuda``, and as many CPUs as it has threads
-    otherwise. The bytes of the images are sent; the detector comes from each node's own cache.
+    Each worker has a GPU if ``spec.device`` is ``cuda``, and as many CPUs as it has threads
+    otherwise. Workers get the bytes of the images; each loads the detector from its node's cache.
 
     Args:
-        spec: what the workers load.
+        spec: the detector that the workers load.
         address: ``"auto"`` or a cluster's address.
-        count: of workers; by default the cluster's GPUs, or its nodes with CPUs.
-        most: workers that would have something to do.
+        count: number of workers; by default that of the cluster's GPUs, or of its nodes with CPUs.
+        most: largest number of workers that is useful.
 
     Raises:
-        ZooError: Ray is not installed, no cluster is there, or it has no room for a worker.
+        ZooError: Ray is not installed, there is no cluster, or it has no room for a worker.
     """
     ray = _ray()
     joined = not ray.is_initialized()
@@ -49,7 +49,7 @@ def actors(spec: Spec, address: str, count: int | None, most: int) -> Iterator[P
         try:
             _check_reachable(address)
             ray.init(address=address, logging_level="warning", log_to_driver=False)
-        # Ray raises ConnectionError, ValueError, RuntimeError and its own, as the address has it.
+        # Depending on the address Ray raises ConnectionError, ValueError, RuntimeError or its own.
         except Exception as error:
             raise ZooError(
                 f"cannot join the Ray cluster {address!r}: {_first_line(error)}; start one with "
@@ -82,7 +82,7 @@ def _ray() -> Any:
 
 
 def _check_reachable(address: str) -> None:
-    """Fail where nobody listens, for which Ray itself would wait for minutes."""
+    """Fail at once if nothing listens at the address; Ray would wait for minutes."""
     host, _, port = address.rpartition(":")
     if host and "/" not in host and port.isdigit():
         socket.create_connection((host, int(port)), timeout=10).close()
@@ -91,7 +91,7 @@ def _check_reachable(address: str) -> None:
 def _plan(
     spec: Spec, nodes: list[dict[str, float]], count: int | None
 ) -> tuple[Spec, dict[str, float], int]:
-    """The spec with its threads, what a worker asks of a node, and how many are the default."""
+    """The spec with its threads, the resources of a worker, and the default number of workers."""
     if spec.device.type == "cuda":
         gpus = int(sum(node.get("GPU", 0) for node in nodes))
         if not gpus:
@@ -99,7 +99,7 @@ def _plan(
         return spec, {"num_gpus": 1, "num_cpus": 0}, gpus
     cores = [int(node.get("CPU", 0)) for node in nodes if node.get("CPU", 0) >= 1]
     if not cores:
-        raise ZooError("no node of the Ray cluster has CPUs to lend: start one with --num-cpus")
+        raise ZooError("no node of the Ray cluster offers CPUs: start one with --num-cpus")
     threads = spec.options.threads
     if threads is None:
         each = -(-(count or len(cores)) // len(cores))  # workers of a node, rounded up
@@ -113,14 +113,14 @@ def _plan(
 
 
 class _Actor:
-    """What runs on a node."""
+    """The worker on a node."""
 
     def place(self) -> str:
-        """Answered as soon as there is a node: its name."""
+        """The name of the node, as soon as the actor is placed on one."""
         return str(_ray().util.get_node_ip_address())
 
     def load(self, spec: Spec) -> Facts | ZooError:
-        """Load the detector; the error as a value, for Ray would wrap it."""
+        """Load the detector; an error is returned, because Ray would wrap it if it were raised."""
         try:
             self._evaluator = WorkerEvaluator(spec)
         except ZooError as error:
@@ -133,7 +133,7 @@ class _Actor:
 
 
 class _Remote:
-    """A worker on a node, spoken to through Ray."""
+    """A worker on a node, called through Ray."""
 
     def __init__(self, ray: Any, actor: Any, spec: Any, events: Events) -> None:
         self._ray, self._actor, self._spec, self._events = ray, actor, spec, events
@@ -157,7 +157,7 @@ class _Remote:
         self._actor.evaluate.remote(read(image)).future().add_done_callback(self._tell)
 
     def stop(self) -> None:
-        """Kill it, wherever it is."""
+        """Kill it."""
         self._late.cancel()
         self._ray.kill(self._actor)
 
@@ -167,14 +167,14 @@ class _Remote:
         self._events.put((self, message))
 
     def _give_up(self) -> None:
-        reason = f"in {PLACING_SECONDS} s no node of the cluster had room for it"
+        reason = f"no node of the cluster had room for it within {PLACING_SECONDS} s"
         self._events.put((self, WorkerExit(reason)))
 
 
 def _reason(error: BaseException) -> str:
-    """Ray's many lines in one."""
+    """Ray's message on one line."""
     cause = getattr(error, "cause", None)
-    if isinstance(cause, BaseException):  # what the actor's own code raised
+    if isinstance(cause, BaseException):  # raised by the actor's own code
         return f"{type(cause).__name__}: {cause}"
     return " ".join(line.strip() for line in str(error).splitlines() if line.strip())[:400]
 

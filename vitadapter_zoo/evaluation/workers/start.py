@@ -1,4 +1,4 @@
-"""Which workers an evaluation asks for, and what they load."""
+"""Starting the workers of an evaluation from its options."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def worker_pool(
     most: int,
     stack: contextlib.ExitStack,
 ) -> tuple[Pool, str]:
-    """Workers, no more than ``most``, that end with the stack; and what the detector is called.
+    """A pool of at most ``most`` workers that ends with the stack, and the detector's name.
 
     Raises:
         ZooError: what ``load`` raises, or no worker can be started.
@@ -52,7 +52,7 @@ def worker_pool(
         device=device,
         cache_dir=None if home is None else Path(home).absolute(),
     )
-    spec = Spec(path, replace(data, images=()), options)
+    spec = Spec(path, replace(data, images=(), objects=()), options)
     if options.ray is not None:
         from vitadapter_zoo.evaluation.workers.ray_cluster import actors
 
@@ -60,12 +60,12 @@ def worker_pool(
     from vitadapter_zoo.evaluation.workers.processes import processes
 
     if not isinstance(model, MaskRCNN):
-        # Once for all of them: it is downloaded where somebody sees how far it is.
+        # Load it here first, so that it is downloaded once and with a progress bar.
         load_detector(path, replace(options, device="cpu", dtype=None))
     return stack.enter_context(processes(spec, min(options.workers or 1, max(1, most)))), name
 
 
 def _absolute(name: str) -> str:
-    """What a worker in another directory finds too: a file or folder by its whole path."""
+    """A file or folder by its absolute path, which a worker in another directory finds too."""
     path = Path(name).expanduser()
     return os.fspath(path.absolute()) if path.exists() else name

@@ -1,12 +1,11 @@
-"""From a picture to the network's input, as the published numbers were measured.
+"""Decode an image and prepare it for the network, exactly as for the published figures.
 
-OpenCV decodes and resizes: Pillow's resize differs by up to 18 grey levels, and the original
-used OpenCV.
+OpenCV decodes and resizes, as in the original code: Pillow's resize differs by up to 18 grey
+levels.
 """
 
 from dataclasses import dataclass
 from os import PathLike
-from pathlib import Path
 from typing import TypeAlias
 
 import cv2
@@ -16,17 +15,21 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from vitadapter_zoo import settings
 from vitadapter_zoo.errors import ImageError
+from vitadapter_zoo.text import PATH, shown
 
 RGB: TypeAlias = npt.NDArray[np.uint8]
-ImageInput: TypeAlias = str | PathLike[str] | bytes | Image.Image | npt.NDArray[np.uint8]
+ImageInput: TypeAlias = str | PathLike[str] | bytes | Image.Image | npt.NDArray[np.uint8] | Tensor
 
 PAD_MULTIPLE = 32
+LARGEST_DOWNLOAD = 1 << 28  # bytes of an image behind a URL
+TIMEOUT = (10, 30)  # seconds to connect, and without any data
 
 
 @dataclass(frozen=True)
 class NetworkInput:
-    """One image as the network takes it, and the way back to the image's pixels.
+    """One image prepared for the network, and what maps its boxes back to the image's pixels.
 
     Attributes:
         tensor: float32 ``[1, 3, H, W]``, normalised RGB, zero-padded at the bottom and right to
@@ -46,8 +49,9 @@ def read_image(image: ImageInput) -> RGB:
     """Decode to uint8 RGB ``[H, W, 3]``, EXIF rotation applied, transparency dropped.
 
     Args:
-        image: a path, the bytes of an image file, a PIL image, or an array: uint8 RGB
-            ``[H, W, 3]``, grey ``[H, W]`` or ``[H, W, 1]``, or RGBA ``[H, W, 4]``.
+        image: a path, an http(s) URL, the bytes of an image file, a PIL image, an array (uint8 RGB
+            ``[H, W, 3]``, grey ``[H, W]`` or ``[H, W, 1]``, or RGBA ``[H, W, 4]``), or a tensor
+            (uint8 RGB ``[3, H, W]``, as torchvision's ``decode_image`` gives it).
 
     Raises:
         ImageError: not an image, or not one of these forms.
@@ -56,24 +60,76 @@ def read_image(image: ImageInput) -> RGB:
         return _from_pil(image)
     if isinstance(image, np.ndarray):
         return _from_array(image)
+    if isinstance(image, Tensor):
+        return _from_tensor(image)
     if isinstance(image, (bytes, bytearray, memoryview)):
         return _decode(bytes(image), "the given bytes")
+    if is_url(image):
+        return _decode(_download(str(image)), shown(image, PATH))
     if isinstance(image, (str, PathLike)):
-        path = Path(image)
+        path = settings.expanded(image)
         try:
             encoded = path.read_bytes()
         except OSError as error:
-            raise ImageError(f"cannot read the image {path}: {error.strerror}") from error
-        return _decode(encoded, str(path))
+            raise ImageError(
+                f"cannot read the image {shown(path, PATH)}: {error.strerror}"
+            ) from error
+        return _decode(encoded, shown(path, PATH))
     raise ImageError(
-        f"an image is a path, bytes, a PIL image or a numpy array, not {type(image).__name__}"
+        "an image is a path, a URL, bytes, a PIL image, a numpy array or a tensor, not "
+        f"{type(image).__name__}"
     )
 
 
-def _decode(encoded: bytes, source: str) -> RGB:
-    reason = "the data are empty" if not encoded else "OpenCV knows no such format"
+def is_url(image: object) -> bool:
+    """Whether it is an http or https URL."""
+    return isinstance(image, str) and image.lower().startswith(("http://", "https://"))
+
+
+def _download(url: str) -> bytes:
+    import requests
+
+    name = shown(url, PATH)
+    if settings.is_offline():
+        raise ImageError(f"{name} is not fetched: VITADAPTER_ZOO_OFFLINE is set")
+    content = bytearray()
     try:
-        bgr = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR) if encoded else None
+        with requests.get(url, stream=True, timeout=TIMEOUT) as answer:
+            answer.raise_for_status()
+            for chunk in answer.iter_content(1 << 16):
+                content += chunk
+                if len(content) > LARGEST_DOWNLOAD:
+                    break
+    except requests.HTTPError as error:
+        raise ImageError(
+            f"cannot fetch the image {name}: the server answers {error.response.status_code}"
+        ) from error
+    except (requests.RequestException, ValueError) as error:
+        reason = shown(str(error).partition("\n")[0] or type(error).__name__)
+        raise ImageError(f"cannot fetch the image {name}: {reason}") from error
+    if len(content) > LARGEST_DOWNLOAD:
+        raise ImageError(f"{name} has more than {LARGEST_DOWNLOAD >> 20} MB: it is no photo")
+    return bytes(content)
+
+
+def _decode(encoded: bytes, source: str) -> RGB:
+    return _decode_with(encoded, source, cv2.IMREAD_COLOR)
+
+
+def stored_pixels(encoded: bytes) -> RGB:
+    """Decode an image file's bytes to uint8 RGB ``[H, W, 3]`` without its EXIF rotation.
+
+    Raises:
+        ImageError: not an image.
+    """
+    flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+    return _decode_with(encoded, "the given bytes", flags)
+
+
+def _decode_with(encoded: bytes, source: str, flags: int) -> RGB:
+    reason = "the data are empty" if not encoded else "OpenCV does not know its format"
+    try:
+        bgr = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags) if encoded else None
     except cv2.error as error:  # more pixels than OpenCV allows, for instance
         bgr, reason = None, str(error.err)
     if bgr is None:
@@ -110,6 +166,20 @@ def _from_array(array: npt.NDArray[np.uint8]) -> RGB:
             f"[height, width] (grey), not {list(array.shape)}"
         )
     return np.repeat(array, 3, axis=2) if array.shape[2] == 1 else array[:, :, :3]
+
+
+def _from_tensor(tensor: Tensor) -> RGB:
+    if tensor.dtype != torch.uint8:
+        raise ImageError(
+            f"an image tensor is uint8 RGB in 0..255, not {tensor.dtype}; multiply 0..1 by 255 and "
+            "convert it with .to(torch.uint8)"
+        )
+    if tensor.dim() != 3 or tensor.shape[0] != 3 or tensor.numel() == 0:
+        raise ImageError(
+            f"an image tensor is [3, height, width] (RGB), not {list(tensor.shape)}; give several "
+            "images as a list"
+        )
+    return np.ascontiguousarray(tensor.detach().cpu().permute(1, 2, 0).numpy())
 
 
 def resized_size(height: int, width: int, input_size: tuple[int, int]) -> tuple[int, int]:
@@ -152,9 +222,8 @@ def network_input(
     # OpenCV's own arithmetic, to round as the original did.
     cv2.subtract(pixels, np.array([mean], np.float64), pixels)
     cv2.multiply(pixels, 1 / np.array([std], np.float64), pixels)
-    padded = torch.zeros(
-        1, 3, new_height + -new_height % PAD_MULTIPLE, new_width + -new_width % PAD_MULTIPLE
-    )
+    padded_size = (side + -side % PAD_MULTIPLE for side in (new_height, new_width))
+    padded = torch.zeros(1, 3, *padded_size, dtype=torch.float32, device="cpu")
     padded[0, :, :new_height, :new_width] = torch.from_numpy(pixels).permute(2, 0, 1)
     scale_x = float(np.float32(new_width / width))
     scale_y = float(np.float32(new_height / height))

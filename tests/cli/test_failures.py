@@ -1,0 +1,106 @@
+"""How commands fail: exit statuses, one line on stderr, a traceback only on request."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from forked import COMMAND, Done, workers
+
+BROKEN = """
+from vitadapter_zoo.{module} import {name} as broken
+def fail(*arguments, **more):
+    raise {error}
+import vitadapter_zoo.{module}
+vitadapter_zoo.{module}.{name} = fail
+"""
+PROGRAM = [sys.executable, "-m", "vitadapter_zoo.cli"]
+
+
+def broken(module: str, name: str, error: str, *arguments: str) -> Done:
+    """The command in a process where one of its functions raises what nobody expected."""
+    code = BROKEN.format(module=module, name=name, error=error) + COMMAND
+    return workers().run(code, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [
+        ("TypeError('no such thing')", "TypeError: no such thing"),
+        ("RecursionError()", "RecursionError"),
+        ("MemoryError()", "MemoryError"),
+        ("RuntimeError('a\\n\\nb\\x1b[2J' + 'x' * 10_000)", r"RuntimeError: a b\x1b[2Jxxx"),
+        ("FileNotFoundError(2, 'No such file', 'lost.txt')", "lost.txt"),
+    ],
+)
+def test_an_unforeseen_error_is_one_line_and_status_2(
+    error: str, shown: str, tmp_path: Path
+) -> None:
+    (tmp_path / "own.json").write_text("{}")
+    for command in ("verify", "score"):
+        arguments = ["--annotations", str(tmp_path / "own.json")]
+        arguments += (
+            ["vit-t-deit-3x"]
+            if command == "verify"
+            else [str(tmp_path / "own.json"), "--model", "vit-t-deit-3x"]
+        )
+        done = broken("evaluation.dataset", "read_dataset", error, command, *arguments)
+        assert done.returncode == 2
+        assert len(done.stderr.splitlines()) == 1
+        assert len(done.stderr) < 1000
+        assert shown in done.stderr
+        assert "--debug" in done.stderr
+
+
+def test_debug_prints_the_traceback(tmp_path: Path) -> None:
+    (tmp_path / "own.json").write_text("{}")
+    arguments = ("verify", "vit-t-deit-3x", "--annotations", str(tmp_path / "own.json"))
+    for before, after in (([], ["--debug"]), (["--debug"], [])):
+        done = broken(
+            "evaluation.dataset", "read_dataset", "TypeError('x')", *before, *arguments, *after
+        )
+        assert done.returncode == 2
+        assert "Traceback" in done.stderr
+        assert "in fail" in done.stderr
+        assert done.stderr.splitlines()[-1].startswith("Error: verify stopped on an error")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["list"],
+        ["list", "--json"],
+        ["info", "vit-t-deit-3x"],
+        ["--help"],
+        ["verify", "--help"],
+        ["--version"],
+        ["cache", "list"],
+        ["env"],
+    ],
+)
+def test_a_full_disk_on_stdout_is_one_line_and_status_2(arguments: list[str]) -> None:
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(
+            [*PROGRAM, *arguments], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "standard output: No space left on device" in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["list"], ["list", "--json"], ["--help"]])
+def test_a_reader_that_is_gone_is_no_error(arguments: list[str]) -> None:
+    with subprocess.Popen(
+        [*PROGRAM, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout
+        assert process.stderr
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 141
+
+
+def test_stderr_that_is_full_changes_no_exit_status() -> None:
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run([*PROGRAM, "info", "vit-x"], stderr=full, check=False)
+    assert done.returncode == 2

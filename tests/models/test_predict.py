@@ -1,0 +1,168 @@
+"""``predict`` gives the same digits in any process, and leaves the model as it was."""
+
+import locale
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scenes
+import torch
+from torch import nn
+
+from vitadapter_zoo import Detections, MaskRCNN, ZooError
+
+Ambient = Callable[[], AbstractContextManager[None]]
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return scenes.draw_pictures(tmp_path_factory.mktemp("pictures"), 1)[0]
+
+
+@pytest.fixture(scope="module")
+def expected(small: MaskRCNN, picture: Path) -> Detections:
+    found = small.predict(picture)[0]
+    assert len(found) > 3
+    return found
+
+
+def same(found: Detections, expected: Detections) -> bool:
+    return all(
+        torch.equal(getattr(found, name), getattr(expected, name))
+        for name in ("boxes", "scores", "labels", "masks")
+    )
+
+
+def default_dtype(dtype: torch.dtype) -> Ambient:
+    @contextmanager
+    def change() -> Iterator[None]:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
+
+    return change
+
+
+@contextmanager
+def default_device() -> Iterator[None]:
+    with torch.device("meta"):  # whatever is made on it cannot be computed with
+        yield
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@contextmanager
+def strict_numpy() -> Iterator[None]:
+    with np.errstate(all="raise"):
+        yield
+
+
+@contextmanager
+def other_locale() -> Iterator[None]:
+    before = locale.setlocale(locale.LC_ALL)
+    locale.setlocale(locale.LC_ALL, "C")
+    try:
+        yield
+    finally:
+        locale.setlocale(locale.LC_ALL, before)
+
+
+AMBIENT: dict[str, Ambient] = {
+    "bfloat16": default_dtype(torch.bfloat16),
+    "float16": default_dtype(torch.float16),
+    "float64": default_dtype(torch.float64),
+    "device": default_device,
+    "grad": torch.enable_grad,
+    "no grad": torch.no_grad,
+    "inference": torch.inference_mode,
+    "deterministic": deterministic,
+    "numpy": strict_numpy,
+    "locale": other_locale,
+}
+
+
+@pytest.mark.parametrize("name", AMBIENT)
+def test_no_state_of_the_process_changes_a_digit(
+    name: str, small: MaskRCNN, picture: Path, expected: Detections
+) -> None:
+    with AMBIENT[name]():
+        predicted = small.predict(picture)[0]
+        called = small([picture])[0]
+        masks = predicted.masks
+        results = predicted.to_coco(1)
+    assert predicted.boxes.dtype == predicted.scores.dtype == torch.float32
+    assert masks.dtype == torch.bool
+    assert same(predicted, expected)
+    assert same(called, expected)
+    assert results == expected.to_coco(1)
+
+
+@pytest.mark.parametrize("part", ["", "backbone.spm", "neck"])
+def test_predict_leaves_modes_and_statistics_as_they_were(
+    part: str, tiny: MaskRCNN, picture: Path, expected: Detections
+) -> None:
+    model = scenes.small(tiny)
+    model.get_submodule(part).train()
+    frozen = next(module for module in model.modules() if isinstance(module, nn.BatchNorm2d))
+    frozen.eval()
+    modes = [module.training for module in model.modules()]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for _ in range(2):
+        assert same(model.predict(picture)[0], expected)
+    assert [module.training for module in model.modules()] == modes
+    assert any(modes)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_modes_come_back_after_an_error(tiny: MaskRCNN, picture: Path) -> None:
+    model = scenes.small(tiny).train()
+    model.neck = nn.Linear(1, 1)
+    with pytest.raises(TypeError):
+        model.predict(picture)
+    assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("around", [nullcontext, torch.inference_mode])
+def test_detections_are_ordinary_tensors(
+    around: Ambient, small: MaskRCNN, picture: Path, expected: Detections
+) -> None:
+    with around():
+        found = small.predict(picture)[0]
+    masks = found.masks.clone()
+    assert not any(t.is_inference() for t in (found.boxes, found.scores, found.labels, masks))
+    found.boxes[:, 0] += 100
+    assert torch.equal(found.boxes[:, 0], expected.boxes[:, 0] + 100)
+    # The masks are where the network saw them.
+    assert torch.equal(found.masks, masks)
+    factor = torch.ones(1, requires_grad=True)
+    (found.boxes * factor).sum().backward()
+    assert factor.grad is not None
+
+
+@pytest.mark.parametrize(
+    "part",
+    ["backbone.spm.fc1", "neck", "rpn_head.rpn_cls", "roi_head.bbox_head", "roi_head.mask_head"],
+)
+def test_a_network_that_computes_nan_says_so(part: str, tiny: MaskRCNN, picture: Path) -> None:
+    model = scenes.small(tiny)
+    with torch.no_grad():
+        module = model.get_submodule(part)
+        for name in [name for name, _ in module.named_parameters()]:
+            owner, _, leaf = name.rpartition(".")
+            # New parameters: the old ones' memory is the fixture's.
+            broken = torch.full_like(module.get_parameter(name), float("nan"))
+            setattr(module.get_submodule(owner), leaf, nn.Parameter(broken))
+    with pytest.raises(ZooError, match="NaN or infinite"):
+        model.predict(picture, 0.01)

@@ -1,0 +1,125 @@
+"""How a command fails: one line on stderr and an exit status that scripts can rely on."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+
+import click
+
+from vitadapter_zoo.errors import ZooError
+
+COULD_NOT_RUN = 2  # 1 is a finding: `verify` refutes, `compare` sees a difference
+INTERRUPTED = 128 + signal.SIGINT  # as shells report a process that a signal ended
+READER_GONE = 128 + signal.SIGPIPE
+# Of writing to a stream. Files are named in the error, or written by code that raises ZooError.
+STREAM_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF, errno.EPIPE)
+LONGEST_REASON = 500  # characters of another library's message that are shown
+
+_DEBUG = "vitadapter_zoo.debug"  # key in click's context
+
+
+class CommandFailure(click.ClickException):
+    """An error that click prints as one line; the command could not do its work."""
+
+    exit_code = COULD_NOT_RUN
+
+
+def add_debug_option(command: click.Command) -> None:
+    """Give a command, and every command of a group, the option ``--debug``."""
+
+    def remember(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+        if value:
+            context.meta[_DEBUG] = True
+
+    option = click.Option(
+        ["--debug"],
+        is_flag=True,
+        expose_value=False,
+        callback=remember,
+        help="Print the traceback of an error.",
+    )
+    command.params.append(option)
+    if isinstance(command, click.Group):
+        for inner in command.commands.values():
+            add_debug_option(inner)
+
+
+def failure(
+    error: Exception, context: click.Context
+) -> click.ClickException | click.exceptions.Exit:
+    """What ends a command that raised an exception; with ``--debug`` the traceback is printed."""
+    if context.meta.get(_DEBUG):
+        traceback.print_exception(error)
+    if isinstance(error, ZooError):
+        return CommandFailure(str(error))
+    if isinstance(error, OSError) and is_of_output(error):
+        return output_failure(error)
+    name = context.invoked_subcommand or context.info_name
+    return CommandFailure(
+        f"{name} stopped on an error that it does not expect ({describe(error)}); repeat the "
+        "command with --debug for the traceback, and report it with the traceback"
+    )
+
+
+def is_of_output(error: OSError) -> bool:
+    """Whether an error comes from printing."""
+    return error.filename is None and error.errno in STREAM_ERRORS
+
+
+def output_failure(error: OSError) -> click.ClickException | click.exceptions.Exit:
+    """What ends a command whose output cannot be written; silent where nobody reads it."""
+    if error.errno == errno.EPIPE:
+        return click.exceptions.Exit(READER_GONE)
+    return CommandFailure(
+        f"cannot write to standard output: {error.strerror or error}; free some space, or send the "
+        "output elsewhere"
+    )
+
+
+def describe(error: BaseException) -> str:
+    """Type and message of an exception, on one line, without control characters."""
+    text = " ".join(str(error).split())
+    text = "".join(letter if letter.isprintable() else f"\\x{ord(letter):02x}" for letter in text)
+    if len(text) > LONGEST_REASON:
+        text = f"{text[:LONGEST_REASON]}..."
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def status_of(end: SystemExit) -> int:
+    """The exit status that a SystemExit asks for."""
+    if isinstance(end.__context__, BrokenPipeError):  # rich exits with 1 then
+        return READER_GONE
+    return end.code if isinstance(end.code, int) else int(end.code is not None)
+
+
+def finish_output(status: int) -> int:
+    """Write what is buffered; the exit status, which is another one where that fails."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        # Python flushes standard output again when it exits, and would print a traceback then.
+        with contextlib.suppress(OSError, ValueError), Path(os.devnull).open("wb") as nothing:
+            os.dup2(nothing.fileno(), sys.stdout.fileno())
+        if status not in (COULD_NOT_RUN, INTERRUPTED, READER_GONE):
+            return status_after(output_failure(error))
+    return status
+
+
+def status_after(end: click.ClickException | click.exceptions.Exit) -> int:
+    """Print the error if there is one; the exit status."""
+    if isinstance(end, click.ClickException):
+        show(end)
+    return end.exit_code
+
+
+def show(error: click.ClickException) -> None:
+    """Print an error. Where stderr cannot be written either, the exit status has to do."""
+    with contextlib.suppress(OSError):
+        error.show()

@@ -1,0 +1,5 @@
+"""Detections: the result of a detector for one image, its masks, drawing and other forms."""
+
+from vitadapter_zoo.detections.detections import Detections, Instances
+
+__all__ = ["Detections", "Instances"]

@@ -1,0 +1,108 @@
+"""Detections in the forms of other libraries: supervision, pandas, COCO's category ids."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vitadapter_zoo.catalog import COCO_CATEGORY_IDS, COCO_CLASSES
+from vitadapter_zoo.errors import ZooError
+from vitadapter_zoo.text import quoted
+
+if TYPE_CHECKING:
+    import pandas
+    import supervision
+
+    from vitadapter_zoo.detections import Detections
+
+
+def category_ids(
+    categories: tuple[str, ...], given: Sequence[int] | Mapping[str, int] | None
+) -> Sequence[int]:
+    """The data set's id of each class, see ``Detections.to_coco``.
+
+    Raises:
+        ZooError: the classes are not COCO's 80 and no ids are given, or a class has no id.
+    """
+    if given is None:
+        if categories != COCO_CLASSES:
+            raise ZooError(
+                "these detections have other classes than COCO's 80: give the ids of your data "
+                "set, to_coco(image_id, category_ids={name: id, ...})"
+            )
+        return COCO_CATEGORY_IDS
+    if isinstance(given, Mapping):
+        absent = [name for name in categories if name not in given]
+        if absent:
+            raise ZooError(f"category_ids has no id for the class {quoted(absent[0])}")
+        return [given[name] for name in categories]
+    if len(given) != len(categories):
+        raise ZooError(f"there are {len(given)} category_ids for {len(categories)} classes")
+    return given
+
+
+def to_dataframe(found: Detections) -> pandas.DataFrame:
+    """See ``Detections.to_dataframe``."""
+    try:
+        import pandas
+    except ImportError as error:
+        raise ZooError("to_dataframe needs pandas: pip install pandas") from error
+    x1, y1, x2, y2 = found.boxes.detach().numpy().T
+    return pandas.DataFrame(
+        {
+            "name": found.class_names,
+            "label": found.labels.numpy(),
+            "score": found.scores.detach().numpy(),
+            "x1": x1, "y1": y1, "x2": x2, "y2": y2,
+            "area": np.asarray(found.mask_areas(), np.int64),
+        }
+    )  # fmt: skip
+
+
+def to_supervision(found: Detections, *, with_masks: bool) -> supervision.Detections:
+    """See ``Detections.to_supervision``."""
+    try:
+        import supervision
+    except ImportError as error:
+        raise ZooError("to_supervision needs supervision: pip install supervision") from error
+    return supervision.Detections(
+        xyxy=found.boxes.detach().numpy().copy(),
+        mask=found.masks.numpy().copy() if with_masks else None,
+        confidence=found.scores.detach().numpy().copy(),
+        class_id=found.labels.numpy().astype(int),
+        data={"class_name": np.asarray(found.class_names, dtype=str)},
+    )
+
+
+def from_supervision(
+    found: supervision.Detections, classes: int, size: tuple[int, int] | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Boxes, scores, labels and masks, see ``Detections.from_supervision``.
+
+    Raises:
+        ZooError: there are no masks, scores or classes, or a class id of ``classes`` or more.
+    """
+    count = len(found.xyxy)
+    if count and (found.mask is None or found.confidence is None or found.class_id is None):
+        lacks = "masks" if found.mask is None else "scores and class ids"
+        raise ZooError(f"these supervision.Detections have no {lacks}; detections need them")
+    if found.mask is None and size is None:
+        raise ZooError("nothing was found: give the image's size=(height, width)")
+    labels = np.zeros(0) if found.class_id is None else np.asarray(found.class_id)
+    if count and not 0 <= labels.min() <= labels.max() < classes:
+        raise ZooError(
+            f"class ids from {labels.min()} to {labels.max()} do not fit the {classes} "
+            "categories; give categories=(name, ...)"
+        )
+    scores = np.zeros(0) if found.confidence is None else np.asarray(found.confidence)
+    masks = np.zeros((0, *(size or (1, 1)))) if found.mask is None else np.asarray(found.mask)
+    return (
+        torch.from_numpy(np.array(found.xyxy, np.float32)).reshape(-1, 4),
+        torch.from_numpy(scores.astype(np.float32)),
+        torch.from_numpy(labels.astype(np.int64)),
+        torch.from_numpy(masks.astype(bool)),
+    )

@@ -1,0 +1,97 @@
+"""From the name that a user gives to the detector that it stands for, without its weights.
+
+Every command and function that takes a model name looks it up here, so that all of them take the
+same names. Nothing here needs torch.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from vitadapter_zoo import settings
+from vitadapter_zoo.catalog import Row, get_row, list_models
+from vitadapter_zoo.errors import CheckpointError
+from vitadapter_zoo.text import quoted
+from vitadapter_zoo.weights.progress import bars
+from vitadapter_zoo.weights.source import HubFile, parse
+
+
+@dataclass(frozen=True)
+class Found:
+    """A detector by its name.
+
+    Attributes:
+        name: what the user called it.
+        row: its row, with the folder's own image settings where it is a folder.
+        categories: names of its classes, in the order of the outputs.
+        dtype: name of the floating-point type that its weights are loaded with.
+        place: its folder or its repository on the Hub; None for a name of the catalog.
+    """
+
+    name: str
+    row: Row
+    categories: tuple[str, ...]
+    dtype: str
+    place: Path | HubFile | None
+
+
+def find(
+    name: str | os.PathLike[str],
+    *,
+    cache_dir: settings.Home = None,
+    offline: bool | None = None,
+    progress: bool = True,
+) -> Found:
+    """Look up whatever ``load`` takes as a name.
+
+    For a folder its two JSON files are read; for a repository of the Hub they are downloaded. The
+    weights are not touched.
+
+    Args:
+        name: a load name of the catalog, a folder that ``save_pretrained`` wrote, or a repository
+            of the Hub: ``user/repo``, ``hf://user/repo[@revision]`` or ``hf_hub:user/repo``.
+        cache_dir: as for ``load``.
+        offline: as for ``load``.
+        progress: as for ``load``.
+
+    Raises:
+        UnknownModelError: no such name; the message offers the nearest.
+        CheckpointError: the folder is not one of a detector, or the name is a file's.
+        DownloadError: the repository cannot be reached.
+    """
+    place = place_of(name)
+    text = os.fspath(name)
+    if place is None:
+        row = get_row(text)
+        return Found(text, row, row.classes, "float32", None)
+    from vitadapter_zoo.publishing.folder import fetch_configuration, read_configuration
+
+    folder = place
+    if isinstance(folder, HubFile):
+        home, without_network = settings.home(cache_dir), settings.is_offline(offline)
+        with bars(progress) as lines:
+            folder = fetch_configuration(folder, home, lines(str(folder)), offline=without_network)
+    read = read_configuration(folder)
+    return Found(text, read.row, read.categories, read.dtype, place)
+
+
+def place_of(name: str | os.PathLike[str]) -> Path | HubFile | None:
+    """The folder or repository that a name stands for; None for a name of the catalog.
+
+    Raises:
+        CheckpointError: the name is a file's.
+    """
+    text = os.fspath(name)
+    if text in list_models():
+        return None  # even where a folder has that name; ./NAME is the folder
+    if not isinstance(name, str) or settings.expanded(text).is_dir():
+        return settings.expanded(text).absolute()
+    if "/" in text or text.startswith(("hf_hub:", "hf-hub:")):
+        source = parse(text)
+        if isinstance(source, HubFile) and source.file is None:
+            return source
+        raise CheckpointError(
+            f"{quoted(text, 200)} is a file: give it as the checkpoint of a model, "
+            "load(NAME, checkpoint=...) or --model NAME --checkpoint FILE"
+        )
+    return None
