@@ -1,4 +1,4 @@
-"""A detector as a chain of stages: this package, the original arrangement, mmdet's detector."""
+"""Detectors as chains of stages, for timing: this package, the original in PyTorch, and mmdet."""
 
 from collections.abc import Callable
 from importlib import import_module
@@ -17,13 +17,13 @@ from vitadapter_zoo.ops import paste_masks
 STAGES = ("preprocess", "backbone", "neck", "rpn", "box head", "mask head", "paste")
 SCORE = 0.05
 
-# Every stage takes what all stages before it found, by their names.
+# A stage gets the results of all earlier stages by name.
 Found = dict[str, Any]
 Chain = dict[str, Callable[[Found], Any]]
 
 
 def native(model: MaskRCNN) -> Chain:
-    """This package, in the dtype of the weights."""
+    """Build the chain of this package, in the dtype of the weights."""
     dtype = next(model.parameters()).dtype
 
     def prepared(found: Found) -> NetworkInput:
@@ -52,7 +52,7 @@ def native(model: MaskRCNN) -> Chain:
 
 
 def plain(model: MaskRCNN) -> Chain:
-    """The original arrangement in plain PyTorch."""
+    """Build the chain of the original implementation in plain PyTorch."""
     heads = model.roi_head
     return {
         "preprocess": lambda found: model.preprocess(standins.PHOTO),
@@ -79,7 +79,7 @@ def plain(model: MaskRCNN) -> Chain:
 
 
 def mmdet(model: MaskRCNN) -> Chain:
-    """Mmdet's own detector around the backbone in the original arrangement."""
+    """Build the chain of mmdet's detector with the backbone of the original implementation."""
     import numpy as np
     from mmdet.datasets.pipelines import Compose
 

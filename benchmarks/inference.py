@@ -1,20 +1,21 @@
-"""Seconds per image and stage beside the original arrangement of the same computation.
+"""Measure the seconds per image of each stage, compared with the original implementation.
 
     python benchmarks/inference.py [ROW ...] [--peer plain|mmdet] [--runs 3] [--dtype bfloat16]
                                    [--variants | --memory]
 
-One photo, 800 x 1216 network pixels, batch 1, stand-in weights (100 detections). ``native`` is this
-package in float32 or ``--dtype``, ``peer`` the same weights in float32 through the original
-arrangement: all of it in plain PyTorch (``benchmarks/original.py``), or with ``--peer mmdet`` that
-backbone inside mmdet's own detector, which needs mmdet. First both are run once and their results
-compared; then they take turns, so that a busy machine is busy for both, and medians are printed.
-FLOPs are those of the original's matrix products and convolutions; the share is that of the rate
-at which this machine multiplies 2048 x 2048 matrices, the better one of before and after.
+The input is a photo of 800 x 1216 network pixels at batch size 1, with stand-in weights (100
+detections). ``native`` is this package in float32 or ``--dtype``. ``peer`` is the original
+implementation with the same weights in float32: either plain PyTorch (``benchmarks/original.py``)
+or, with ``--peer mmdet``, that backbone in mmdet's own detector, which needs mmdet. The script
+first runs both and compares their results. Then it runs them alternately, so that other load on the
+machine affects both, and prints medians. FLOPs are those of the original's matrix products and
+convolutions. The share is relative to the rate of multiplying 2048 x 2048 matrices on this machine,
+measured before and after; the higher rate counts.
 
-``--variants`` runs the native model in other ways, whole images, and says how far the detections
-move. ``--memory`` gives the peak of one image above the loaded model, in processes of their own.
-``--processor-time`` uses one thread and counts its processor time: less like use, but what else
-runs on the machine hardly matters.
+``--variants`` runs the native model in other configurations on whole images and prints how much the
+detections change. ``--memory`` measures the peak memory of an image above that of the loaded model,
+in separate processes. ``--processor-time`` uses a single thread and measures its processor time.
+This is less realistic, but other load on the machine hardly affects it.
 """
 
 import argparse
@@ -45,7 +46,7 @@ Clock = Callable[[], float]
 
 
 def load(name: str) -> MaskRCNN:
-    """A row with its stand-in weights."""
+    """Build a row's detector with stand-in weights."""
     with torch.device("meta"):
         model = build(get_row(name))
     model.load_state_dict(standins.state_dict(name), assign=True)
@@ -53,7 +54,7 @@ def load(name: str) -> MaskRCNN:
 
 
 def run(chain: Chain, clock: Clock = time.perf_counter) -> tuple[Found, dict[str, float]]:
-    """All stages of one image: what they found and the seconds they took."""
+    """Run all stages on the image; return their results and the seconds that they took."""
     found: Found = {}
     seconds = {}
     for stage, compute in chain.items():
@@ -64,7 +65,7 @@ def run(chain: Chain, clock: Clock = time.perf_counter) -> tuple[Found, dict[str
 
 
 def check(ours: Found, theirs: Found, dtype: torch.dtype) -> str:
-    """How far two chains are apart; an error where that is more than float32's rounding."""
+    """Describe the differences of two chains; exit if they exceed the rounding of float32."""
     differences = [
         float((a - b).abs().max() / b.abs().max())
         for stage in ("backbone", "neck")
@@ -75,18 +76,18 @@ def check(ours: Found, theirs: Found, dtype: torch.dtype) -> str:
     if dtype != torch.float32:
         return summary
     if max(differences) > 1e-4 or moved.matched < 1 or moved.score > 1e-3 or moved.mask < 0.99:
-        raise SystemExit(f"the peer computes something else: {summary}")
+        raise SystemExit(f"the peer's results differ: {summary}")
     return summary
 
 
 def detections(found: Found) -> Detections:
-    """What the last stages of a chain found."""
+    """Create detections from the results of a chain's last stages."""
     boxes = found["box head"]
     return Detections(boxes.boxes, boxes.scores, boxes.labels, found["paste"])
 
 
 class Moved:
-    """How far one set of detections is from another: pairs of one class with IoU > 0.5."""
+    """The differences of two sets of detections, over pairs of the same class with IoU > 0.5."""
 
     def __init__(self, matched: float, score: float, box: float, mask: float) -> None:
         self.matched, self.score, self.box, self.mask = matched, score, box, mask
@@ -99,7 +100,7 @@ class Moved:
 
 
 def compare(found: Detections, expected: Detections) -> Moved:
-    """Share of ``expected`` that is found again, and mean differences of the pairs."""
+    """Compute the share of ``expected`` that has a match in ``found``, and the mean differences."""
     overlaps = box_iou(expected.boxes, found.boxes)
     overlaps[expected.labels[:, None] != found.labels] = 0
     pairs = []
@@ -120,7 +121,7 @@ def compare(found: Detections, expected: Detections) -> Moved:
 
 
 def matrix_rate(clock: Clock, dtype: torch.dtype) -> float:
-    """GFLOP/s of multiplying 2048 x 2048 matrices: the best of ten."""
+    """Measure the GFLOP/s of multiplying 2048 x 2048 matrices: the best of ten."""
     a = torch.randn(2048, 2048, dtype=dtype)
     best = float("inf")
     for _ in range(11):
@@ -131,7 +132,7 @@ def matrix_rate(clock: Clock, dtype: torch.dtype) -> float:
 
 
 def flops(chain: Chain) -> dict[str, float]:
-    """GFLOP of every stage's matrix products and convolutions."""
+    """Count the GFLOP of every stage's matrix products and convolutions."""
     found: Found = {}
     counts = {}
     for stage, compute in chain.items():
@@ -144,7 +145,7 @@ def flops(chain: Chain) -> dict[str, float]:
 def by_stage(
     name: str, peer: str, runs: int, dtype: torch.dtype, clock: Clock, console: Console
 ) -> None:
-    """The table of one row; the peer is in float32 always."""
+    """Print the table of a row; the peer always uses float32."""
     model = load(name)
     chains = {"native": native(copy.deepcopy(model).to(dtype)), peer: PEERS[peer](model)}
     console.print(f"{name}: {check(run(chains['native'])[0], run(chains[peer])[0], dtype)}")
@@ -174,13 +175,13 @@ def by_stage(
 
 
 def images(model: MaskRCNN, count: int) -> Callable[[], Detections]:
-    """A call that detects on ``count`` images at a time and gives the last one's detections."""
+    """Return a function that detects on ``count`` images and returns the last detections."""
     prepared = [model.preprocess(standins.PHOTO)] * count
     return lambda: model(prepared)[-1]
 
 
 def variants(name: str, peer: str, runs: int, clock: Clock, console: Console) -> None:
-    """The native model in other ways, whole images after preprocessing."""
+    """Time other configurations of the native model on whole images after preprocessing."""
     model = load(name)
     half = copy.deepcopy(model).bfloat16()
     compiled, compiled_half = copy.deepcopy(model), copy.deepcopy(half)
@@ -224,7 +225,7 @@ def variants(name: str, peer: str, runs: int, clock: Clock, console: Console) ->
 
 
 def memory_of_one_image(name: str, kind: str) -> None:
-    """Print the peak of one image above the loaded model, MB; for a process of its own."""
+    """Print the peak memory of an image above the loaded model, MB. Run it in a new process."""
     if kind in PEERS:
         chain = PEERS[kind](load(name))
     else:
@@ -235,13 +236,13 @@ def memory_of_one_image(name: str, kind: str) -> None:
         return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
 
     before = status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far was the weights' making
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak, which building the model set
     run(chain)
     print(status("VmHWM") - before)
 
 
 def memory(name: str, peer: str, console: Console) -> None:
-    """One line: the peaks of one image."""
+    """Print a line with the peak memory of an image."""
     peaks = {}
     for kind in ("native", peer, "bfloat16"):
         command = [sys.executable, __file__, name, "--memory-of", kind]
@@ -256,7 +257,7 @@ def memory(name: str, peer: str, console: Console) -> None:
 
 @torch.inference_mode()
 def main() -> None:
-    """Measure the named rows, or one of each size, in turn."""
+    """Measure the given rows or, by default, a row of each size."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("rows", nargs="*", default=NAMES)
     parser.add_argument("--peer", choices=PEERS, default="plain")

@@ -1,17 +1,18 @@
-"""Loading from the warm cache beside what it cannot beat and what it replaces.
+"""Measure loading from the cache, compared with reading the bytes and with the original's loading.
 
     python benchmarks/load.py [ROW] [--runs 5]
 
-Every measurement is a process of its own, in turn, with stand-in weights in the published format:
+Every measurement runs in a new process, with stand-in weights in the published format:
 
-- ``read``: plain Python reads the bytes of the converted file into memory;
-- ``load``: ``vitadapter_zoo.load(ROW)``, converted before;
-- ``torch``: the network is built, the original file read by torch.load and copied in by
-  load_state_dict, as the original code does.
+- ``read``: plain Python reads the bytes of the converted file into memory. This is the lower limit.
+- ``load``: ``vitadapter_zoo.load(ROW)`` from the cache.
+- ``torch``: as in the original code, the network is built, torch.load reads the original file, and
+  load_state_dict copies the weights.
 
-The last two go on to a first forward pass of a 320 x 320 image, where mapped weights pay for their
-pages. Medians of seconds, without imports; memory is the process's peak above that of its imports,
-relative to the weights' size. ``cold`` drops the files' pages from the page cache first.
+``load`` and ``torch`` then run a first forward pass on a 320 x 320 image, because memory-mapped
+weights are read from the file only then. The script prints medians of seconds, without imports.
+Memory is the process's peak above that of its imports, relative to the weights' size. For ``cold``
+the files' pages are first dropped from the page cache.
 """
 
 import argparse
@@ -56,7 +57,7 @@ KINDS = ("read", "load", "torch")
 
 
 def drop_pages(path: Path) -> None:
-    """Ask the system to forget a file's pages, so that they come from the disk again."""
+    """Drop a file's pages from the page cache, so that they are read from the disk again."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

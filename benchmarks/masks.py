@@ -1,17 +1,17 @@
-"""Pasting and encoding the masks of one image beside other ways to the same run lengths.
+"""Measure pasting and RLE-encoding the masks of an image, compared with other implementations.
 
     python benchmarks/masks.py [--masks 100] [--size 480 640] [--rounds 9] [--threads N]
 
-``whole image`` is mmdet's way on a GPU: every mask is resampled over the whole image into one
-[N, H, W] array, and encoded from a copy in Fortran order, one by one. ``box regions`` is its way on
-the CPU: resampling stops at the box, encoding is the same. ``regions, in order`` encodes from a
-transposed image, what `paste_rle` falls back to. All encode with hotcoco, give the same run lengths
-(checked in every run) and take their turns in every round; medians are printed.
+``whole image`` is mmdet's method on a GPU: every mask is resampled over the whole image into a
+single [N, H, W] array, and encoded from a copy in Fortran order, mask by mask. ``box regions`` is
+mmdet's method on the CPU: only the box's region is resampled. ``regions, in order`` is the fallback
+of `paste_rle`, which encodes from a transposed image. All of these encode with hotcoco. Every round
+runs all methods, and every run checks that the RLEs are equal. The script prints medians.
 
-Masks are blobs, ellipses whose radius wanders, with edges two cells wide, as mask heads give them.
-Sizes follow COCO: 41% small (side, the root of the box's area, 8 to 32 pixels), 34% medium (32 to
-96), 25% large (96 to 400), evenly over the side's logarithm; aspect ratios 1:2 to 2:1; boxes are
-clipped to the image.
+The masks are ellipses with irregular outlines and edges two cells wide, like a mask head's output.
+Sizes follow COCO: 41% small (the square root of the box's area is 8 to 32 pixels), 34% medium (32
+to 96) and 25% large (96 to 400), with a uniform distribution of the logarithm. Aspect ratios are
+1:2 to 2:1. Boxes are clipped to the image.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from vitadapter_zoo.ops import masks
 
-# cocodataset.org, "Detection Evaluation": shares of objects below 32 and below 96 pixels.
+# Shares of objects by size, from cocodataset.org, "Detection Evaluation".
 SHARES = (0.41, 0.34, 0.25)
 SIDES = ((8.0, 32.0), (32.0, 96.0), (96.0, 400.0))
 MAP = 28
@@ -36,7 +36,7 @@ THRESHOLD = 0.5
 
 
 def sample(count: int, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Probabilities ``[count, 28, 28]`` and boxes ``[count, 4]`` of one image."""
+    """Create probabilities ``[count, 28, 28]`` and boxes ``[count, 4]`` of an image."""
     generator = torch.Generator().manual_seed(0)
 
     def uniform(*shape: int) -> Tensor:
@@ -63,7 +63,7 @@ def sample(count: int, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
 
 
 def whole_image(probabilities: Tensor, boxes: Tensor, size: tuple[int, int]) -> list[str]:
-    """Resample over the whole image, then encode one by one."""
+    """Resample over the whole image, then encode mask by mask."""
     height, width = size
     x = torch.arange(width) + 0.5
     y = torch.arange(height) + 0.5
@@ -83,7 +83,7 @@ def whole_image(probabilities: Tensor, boxes: Tensor, size: tuple[int, int]) -> 
 
 
 def box_regions(probabilities: Tensor, boxes: Tensor, size: tuple[int, int]) -> list[str]:
-    """Resample each box's region into a whole-image mask, then encode one by one."""
+    """Resample each box's region into a whole-image mask, then encode mask by mask."""
     return _encode_one_by_one(masks.paste_masks(probabilities, boxes, size, THRESHOLD))
 
 
@@ -95,12 +95,12 @@ def _encode_one_by_one(pasted: Tensor) -> list[str]:
 
 
 def regions_in_order(probabilities: Tensor, boxes: Tensor, size: tuple[int, int]) -> list[str]:
-    """What `paste_rle` does without the compiled kernel."""
+    """Encode as `paste_rle` does without the compiled kernel."""
     return masks._composed(probabilities, boxes, size, THRESHOLD)
 
 
 def main() -> None:
-    """Print the medians and how many times longer than ours the others take."""
+    """Print the median times, absolute and relative to this package's."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--masks", type=int, default=100)
     parser.add_argument("--size", type=int, nargs=2, default=(480, 640), metavar=("H", "W"))
@@ -125,7 +125,7 @@ def main() -> None:
             found = way(probabilities, boxes, size)
             times[name].append(time.perf_counter() - begin)
             if found != right:
-                raise SystemExit(f"{name} gives other run lengths")
+                raise SystemExit(f"the RLEs of {name!r} differ from this package's")
 
     how = masks.implementation()
     print(

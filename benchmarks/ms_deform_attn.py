@@ -1,14 +1,15 @@
-"""Deformable attention beside its peers, at the shapes of the four sizes for an 800 x 1216 image.
+"""Measure deformable attention, compared with other implementations.
 
     python benchmarks/ms_deform_attn.py [--runs 9]
 
-Every implementation takes its turn in every round, so that a busy machine is busy for all; medians
-over the rounds are printed, and how many times longer than ours the others take. ``composed`` is
-the same sum made of grid_sample, what PyTorch users have without an extension (mmcv's and
-transformers' own fallbacks do the same and are measured where they are installed).
+The shapes are those of the four network sizes for an 800 x 1216 image. Every round runs all
+implementations, so that other load on the machine affects all of them. The script prints medians
+and their ratio to this package's. ``composed`` computes the operator with grid_sample, which
+PyTorch users have without an extension. The fallbacks of mmcv and transformers work the same way
+and are measured if they are installed.
 
-Bandwidth is what the sums read: four corners of every point. Beside it stands what plain loading
-reaches here, the sum of a tensor as large as the values: its share says how far from free it is.
+Bandwidth counts the values that the operator reads, four corners for every point. It is compared
+with the bandwidth of summing a tensor as large as the values, which is the upper limit.
 """
 
 import argparse
@@ -24,16 +25,16 @@ from vitadapter_zoo.ops.library import implementation
 from vitadapter_zoo.ops.reference import locate
 
 GRIDS = [(100, 152), (50, 76), (25, 38)]  # strides 8, 16 and 32
-HEADS = {"T": (6, 32), "S": (6, 64), "B": (12, 32), "L": (16, 32)}  # and channels of each
+HEADS = {"T": (6, 32), "S": (6, 64), "B": (12, 32), "L": (16, 32)}  # (heads, channels per head)
 POINTS = 4
-# Pixels that a location lies away from its query: what training starts from is 1 to 4.
+# Distance in pixels of a location from its query. Newly initialised networks have 1 to 4.
 SPREAD = 3.0
 
 Operator = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def arguments(size: str, kind: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Value, shapes, locations and weights of the injectors or the extractors of ``size``."""
+    """Create value, shapes, locations and weights for injectors or extractors of ``size``."""
     heads, channels = HEADS[size]
     levels, of_queries = (GRIDS, GRIDS[1:2]) if kind == "injector" else (GRIDS[1:2], GRIDS)
     centres = torch.cat([_centres(*grid) for grid in of_queries])
@@ -58,7 +59,7 @@ def _centres(height: int, width: int) -> Tensor:
 
 
 def implementations() -> dict[str, Operator]:
-    """Ours first, then what there is to compare with."""
+    """Return the implementations by name, this package's first."""
     found: dict[str, Operator] = {"ours": ms_deform_attn, "composed": reference.ms_deform_attn}
     try:
         from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch
@@ -81,7 +82,7 @@ def implementations() -> dict[str, Operator]:
 
 
 def seconds_in_turn(calls: dict[str, Callable[[], object]], runs: int) -> dict[str, float]:
-    """The median time of each, called in turn ``runs`` times after one call to warm up."""
+    """Measure the median time of each call over ``runs`` rounds, after a warm-up call."""
     taken: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(runs + 1):
         for name, call in calls.items():
@@ -93,7 +94,7 @@ def seconds_in_turn(calls: dict[str, Callable[[], object]], runs: int) -> dict[s
 
 
 def measure_fused(size: str, kind: str, dtype: torch.dtype, runs: int) -> None:
-    """One line for the fused operator, beside its first part composed of PyTorch's operators."""
+    """Print a line for the fused operator, compared with separate softmax and scaling."""
     value, shapes, locations, weights = arguments(size, kind, dtype)
     points = locations[0, :, 0, 0, 0].contiguous()
     offsets = (torch.randn(locations.shape) * SPREAD).to(dtype)
@@ -119,7 +120,7 @@ def measure_fused(size: str, kind: str, dtype: torch.dtype, runs: int) -> None:
 
 
 def load_bandwidth(size: int) -> float:
-    """Bytes per second that summing ``size`` bytes of float32 reads."""
+    """Measure the bytes per second of summing ``size`` bytes of float32."""
     tensor = torch.ones(size // 4)
     return size / seconds_in_turn({"sum": tensor.sum}, 25)["sum"]
 
@@ -127,9 +128,10 @@ def load_bandwidth(size: int) -> float:
 def measure(
     size: str, kind: str, dtype: torch.dtype, runs: int, operators: dict[str, Operator]
 ) -> dict[str, float]:
-    """One line of the table for each direction; the ratio of ``composed`` to ours for each."""
+    """Print a line for each direction; return the ratio of ``composed`` to ours for each."""
     given = arguments(size, kind, dtype)
-    # The composition computes in the dtype of its locations; peers need them in the values'.
+    # ``composed`` computes in the dtype of its locations. The other implementations need locations
+    # in the dtype of the values.
     forward: dict[str, Callable[[], object]] = {}
     backward: dict[str, Callable[[], object]] = {}
     for name, operator in operators.items():

@@ -1,10 +1,10 @@
-"""The detector in the original arrangement of its computation, as the peer of the benchmark.
+"""The detector computed as in the original implementation, as the baseline of the benchmarks.
 
-Every function takes one of `vitadapter_zoo`'s modules for its weights and computes what that
-module computes, in the way of the code that the checkpoints were trained with: windows cut by
-unfold and put together by fold, softmax attention with its weights spelled out, deformable
-attention composed of grid_sample, BatchNorm as a step of its own, every class decoded and every
-mask kept. Results agree to rounding; ``benchmarks/inference.py`` checks that before it measures.
+Every function takes a module of `vitadapter_zoo` for its weights and computes the same result with
+the operations of the code that trained the checkpoints. Windows are cut by unfold and merged by
+fold. Softmax attention stores its weights in memory. Deformable attention uses grid_sample.
+BatchNorm is a separate step. All classes are decoded, and the masks of all classes are computed.
+Results agree except for rounding; ``benchmarks/inference.py`` checks this before it measures.
 """
 
 from typing import cast
@@ -21,12 +21,12 @@ Grid = tuple[int, int]
 
 
 def linear(layer: nn.Module, x: Tensor) -> Tensor:
-    """A linear layer as PyTorch has it."""
+    """Apply a linear layer with PyTorch's own operator."""
     return F.linear(x, cast("Tensor", layer.weight), cast("Tensor", layer.bias))
 
 
 def convolved(layer: Tensor | nn.Module, x: Tensor) -> Tensor:
-    """A convolution as PyTorch has it."""
+    """Apply a convolution with PyTorch's own operator."""
     layer = cast("nn.Conv2d", layer)
     return F.conv2d(
         x,
@@ -39,19 +39,19 @@ def convolved(layer: Tensor | nn.Module, x: Tensor) -> Tensor:
 
 
 def upsampled(layer: nn.ConvTranspose2d, x: Tensor) -> Tensor:
-    """A transposed convolution as PyTorch has it."""
+    """Apply a transposed convolution with PyTorch's own operator."""
     return F.conv_transpose2d(x, layer.weight, layer.bias, layer.stride)
 
 
 def normalised(layer: nn.BatchNorm2d, x: Tensor) -> Tensor:
-    """BatchNorm by the running statistics, as PyTorch has it."""
+    """Apply BatchNorm with the running statistics and PyTorch's own operator."""
     return F.batch_norm(
         x, layer.running_mean, layer.running_var, layer.weight, layer.bias, eps=layer.eps
     )
 
 
 def sequence(layers: nn.Module, x: Tensor) -> Tensor:
-    """Convolutions, BatchNorms, ReLUs and pooling, one after the other."""
+    """Apply convolutions, BatchNorms, ReLUs and pooling in sequence."""
     for layer in cast("nn.Sequential", layers):
         if isinstance(layer, nn.Conv2d):
             x = convolved(layer, x)
@@ -65,12 +65,12 @@ def sequence(layers: nn.Module, x: Tensor) -> Tensor:
 
 
 def to_map(tokens: Tensor, grid: Grid) -> Tensor:
-    """``[N, H * W, C]`` to ``[N, C, H, W]``, in this order in memory too."""
+    """Copy tokens ``[N, H * W, C]`` to a contiguous map ``[N, C, H, W]``."""
     return tokens.transpose(1, 2).reshape(tokens.shape[0], -1, *grid).contiguous()
 
 
 def positions(embedding: Tensor, grid: Grid) -> Tensor:
-    """Position embeddings ``[side * side, C]`` resized to ``[1, H * W, C]``."""
+    """Resize position embeddings ``[side * side, C]`` to ``[1, H * W, C]``."""
     side = int(embedding.shape[0] ** 0.5)
     square = embedding.reshape(1, side, side, -1).permute(0, 3, 1, 2)
     resized = F.interpolate(square, grid, mode="bicubic", align_corners=False)
@@ -78,20 +78,20 @@ def positions(embedding: Tensor, grid: Grid) -> Tensor:
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention over ``[..., L, C]`` with its ``[..., L, L]`` weights in memory."""
+    """Compute attention over ``[..., L, C]`` with its ``[..., L, L]`` weights in memory."""
     logits = (q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5
     return logits.softmax(dim=-1) @ v
 
 
 def global_attention(qkv: Tensor, count: int) -> Tensor:
-    """``[N, L, 3 * C]`` to ``[N, L, C]``, ``count`` heads."""
+    """Compute attention with ``count`` heads from ``[N, L, 3 * C]``; return ``[N, L, C]``."""
     n, length, width = qkv.shape
     q, k, v = qkv.reshape(n, length, 3, count, width // (3 * count)).permute(2, 0, 3, 1, 4)
     return softmax_attention(q, k, v).transpose(1, 2).reshape(n, length, width // 3)
 
 
 def window_attention(qkv: Tensor, count: int, grid: Grid) -> Tensor:
-    """The same within windows of a padded map ``[N, 3 * C, H, W]``, cropped to ``grid``."""
+    """Compute attention in windows of a padded map ``[N, 3 * C, H, W]``; crop it to ``grid``."""
     size = vit.WINDOW
     n, width, height_padded, width_padded = qkv.shape
     channels = width // 3
@@ -106,13 +106,13 @@ def window_attention(qkv: Tensor, count: int, grid: Grid) -> Tensor:
 
 
 def padded_to_windows(x: Tensor) -> Tensor:
-    """Zeros below and to the right of ``[N, C, H, W]`` up to whole windows."""
+    """Pad ``[N, C, H, W]`` with zeros at the bottom and right to whole windows."""
     height, width = x.shape[2:]
     return F.pad(x, (0, -width % vit.WINDOW, 0, -height % vit.WINDOW))
 
 
 def vit_block(block: vit.Block, x: Tensor, grid: Grid) -> Tensor:
-    """One block of the plain trunk: the projected map is padded."""
+    """Apply a block of the plain trunk, which pads the projected map."""
     attention = block.attn
     qkv = linear(attention.qkv, block.norm1(x))
     if attention.windowed:
@@ -125,7 +125,7 @@ def vit_block(block: vit.Block, x: Tensor, grid: Grid) -> Tensor:
 
 
 def uniperceiver_block(block: uniperceiver.Layer, x: Tensor, grid: Grid) -> Tensor:
-    """One block of the Uni-Perceiver trunk: the input map is padded."""
+    """Apply a block of the Uni-Perceiver trunk, which pads the input map."""
     attention = block.self_attn
     normed = block.norm1(x)
     if attention.windowed:
@@ -141,7 +141,7 @@ def uniperceiver_block(block: uniperceiver.Layer, x: Tensor, grid: Grid) -> Tens
 
 
 def trunk_block(block: nn.Module, x: Tensor, grid: Grid) -> Tensor:
-    """One block of either trunk."""
+    """Apply a block of either trunk."""
     if isinstance(block, vit.Block):
         return vit_block(block, x, grid)
     return uniperceiver_block(cast("uniperceiver.Layer", block), x, grid)
@@ -150,7 +150,7 @@ def trunk_block(block: nn.Module, x: Tensor, grid: Grid) -> Tensor:
 def deformable_attention(
     attn: adapter.MSDeformAttn, query: Tensor, points: Tensor, value: Tensor, grids: list[Grid]
 ) -> Tensor:
-    """``query`` ``[N, Q, C]`` attends at ``points`` ``[Q, 2]`` to ``value`` of several grids."""
+    """Attend from ``query`` ``[N, Q, C]`` at ``points`` ``[Q, 2]`` to ``value`` on the grids."""
     n, queries, _ = query.shape
     projected = linear(attn.value_proj, value).unflatten(-1, (attn.heads, -1))
     offsets = linear(attn.sampling_offsets, query)
@@ -171,7 +171,7 @@ def deformable_attention(
 
 
 def conv_ffn(ffn: adapter.ConvFFN, tokens: Tensor, grids: list[Grid]) -> Tensor:
-    """The feed-forward network with its depthwise convolution on each map."""
+    """Apply the feed-forward network with its depthwise convolution on each map."""
     hidden = linear(ffn.fc1, tokens)
     parts = hidden.split([height * width for height, width in grids], dim=1)
     maps = [
@@ -184,7 +184,7 @@ def conv_ffn(ffn: adapter.ConvFFN, tokens: Tensor, grids: list[Grid]) -> Tensor:
 def extract(
     extractor: adapter.Extractor, c: Tensor, x: Tensor, points: Tensor, grids: list[Grid]
 ) -> Tensor:
-    """The prior's tokens after one extractor."""
+    """Apply an extractor and return the prior's new tokens."""
     normed = extractor.query_norm(c), extractor.feat_norm(x)
     c = c + deformable_attention(extractor.attn, normed[0], points, normed[1], [grids[1]])
     return c + conv_ffn(extractor.ffn, extractor.ffn_norm(c), grids)
@@ -193,7 +193,7 @@ def extract(
 def adapted(
     backbone: adapter.WithAdapter, image: Tensor, x: Tensor, blocks: nn.Module
 ) -> list[Tensor]:
-    """The adapter around the trunk's embedded tokens ``x``: four maps."""
+    """Run the trunk on its embedded tokens ``x`` with the adapter; return four maps."""
     height, width = image.shape[2:]
     grids = [(height // stride, width // stride) for stride in (8, 16, 32)]
     points = [adapter.cell_centres(*grid, image.device) for grid in grids]
@@ -238,7 +238,7 @@ def adapted(
 
 
 def backbone(module: nn.Module, image: Tensor) -> list[Tensor]:
-    """``[N, 3, H, W]`` to four maps, by any of the three backbones."""
+    """Compute the four maps of any of the three backbones from images ``[N, 3, H, W]``."""
     grid = (image.shape[2] // vit.PATCH, image.shape[3] // vit.PATCH)
     if isinstance(module, uniperceiver.UniPerceiverAdapter):
         embed = module.visual_embed.patch_embed
@@ -267,7 +267,7 @@ def backbone(module: nn.Module, image: Tensor) -> list[Tensor]:
 
 
 def neck(module: nn.Module, maps: list[Tensor]) -> list[Tensor]:
-    """Four maps to five, by either neck."""
+    """Apply either neck: four maps to five."""
     if isinstance(module, necks.ChannelMapper):
         levels = [
             F.relu(convolved(layer.conv, x)) for layer, x in zip(module.convs, maps, strict=True)
@@ -283,14 +283,14 @@ def neck(module: nn.Module, maps: list[Tensor]) -> list[Tensor]:
 
 
 def suppressed(boxes: Tensor, scores: Tensor, groups: Tensor, threshold: float) -> Tensor:
-    """What is left of each group, best score first."""
+    """Suppress overlaps in each group and return the kept indices, best score first."""
     if len(boxes) == 0:
         return groups
     return nms(boxes + (groups.to(boxes) * (boxes.max() + 1))[:, None], scores, threshold)
 
 
 def propose(head: heads.RPNHead, maps: list[Tensor], size: Grid) -> heads.Proposals:
-    """The best 1000 boxes: every level's scores are sorted whole."""
+    """Return the best 1000 boxes; all scores of every level are sorted."""
     kept: list[tuple[Tensor, Tensor, Tensor]] = []
     for level, (x, stride) in enumerate(zip(maps, heads.RPN_STRIDES, strict=True)):
         hidden = F.relu(convolved(head.rpn_conv, x))
@@ -308,7 +308,7 @@ def propose(head: heads.RPNHead, maps: list[Tensor], size: Grid) -> heads.Propos
 
 
 def pooled(maps: list[Tensor], boxes: Tensor, size: int) -> Tensor:
-    """RoIAlign ``[R, 256, size, size]`` of each box from the level that fits it."""
+    """Apply RoIAlign to each box on the level that fits its size: ``[R, 256, size, size]``."""
     side = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).sqrt()
     levels = (side / 56 + 1e-6).log2().floor().clamp(0, 3)
     rois = F.pad(boxes, (1, 0))
@@ -328,7 +328,7 @@ def detect_boxes(
     scale: tuple[float, float, float, float],
     score_threshold: float,
 ) -> heads.BoxDetections:
-    """The best 100 boxes: every class of every proposal is decoded."""
+    """Return the best 100 boxes; every class of every proposal is decoded."""
     x = pooled(maps, proposals.boxes, 7).flatten(1)
     for layer in head.shared_fcs:
         x = F.relu(linear(layer, x))
@@ -351,7 +351,7 @@ def predict_masks(
     found: heads.BoxDetections,
     scale: tuple[float, float, float, float],
 ) -> Tensor:
-    """Probabilities ``[N, 28, 28]``: those of all classes are made first."""
+    """Return probabilities ``[N, 28, 28]``; masks of all classes are computed first."""
     x = pooled(maps, found.boxes * found.boxes.new_tensor(scale), 14)
     for layer in head.convs:
         x = F.relu(convolved(cast("necks.Conv", layer).conv, x))
@@ -361,7 +361,7 @@ def predict_masks(
 
 
 def paste(probabilities: Tensor, boxes: Tensor, size: Grid, threshold: float) -> Tensor:
-    """Masks on the image, bool ``[N, H, W]``: one by one, as the original does on a CPU."""
+    """Paste masks into the image, bool ``[N, H, W]``, mask by mask as the original on a CPU."""
     height, width = size
     device = boxes.device
     result = torch.zeros(len(boxes), height, width, dtype=torch.bool, device=device)

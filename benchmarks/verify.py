@@ -1,19 +1,19 @@
-"""Verification beside the bare network, mmdet's way with masks, and hotcoco called directly.
+"""Measure the overhead of verification, of mask encoding and of scoring.
 
     python benchmarks/verify.py [--images 40] [--model adapter-t-deit-3x] [--scored 5000]
     python benchmarks/verify.py --hours 20
 
-Everything takes turns in one process, with stand-in weights and pictures made here:
+The measurements alternate in a single process, with stand-in weights and generated images:
 
-- ``verify``: whole calls of ``vitadapter_zoo.verify`` beside the network's part alone (``detect``
-  on inputs prepared before), the same images, in alternating blocks of five;
-- ``masks``: pasting, encoding and recording 100 masks on 640 x 480 beside resampling into
-  whole-image masks and encoding those (see masks.py), recorded in the same way;
-- ``scoring``: box and mask figures of 5,000 images with 100 detections each beside hotcoco called
-  directly, faster-coco-eval and, on a tenth of the images, pycocotools.
+- ``verify``: calls of ``vitadapter_zoo.verify``, compared with the network alone (``detect`` on
+  preprocessed inputs) on the same images, in alternating blocks of five.
+- ``masks``: pasting, encoding and recording 100 masks on 640 x 480, compared with resampling into
+  whole-image masks and encoding these (see masks.py). Both are recorded in the same way.
+- ``scoring``: box and mask metrics of 5,000 images with 100 detections each, compared with direct
+  calls of hotcoco, with faster-coco-eval and, on a tenth of the images, with pycocotools.
 
-``--hours N`` instead verifies N images of 640 x 480 with every row, and says what all 5,000 of
-val2017 would take.
+``--hours N`` instead verifies N images of 640 x 480 with every row and prints the estimated time
+for the 5,000 images of val2017.
 """
 
 import argparse
@@ -55,20 +55,20 @@ SIZE = (480, 640)
 
 
 def seconds(work: Callable[[], Any]) -> float:
-    """How long one call takes."""
+    """Measure the seconds of a call."""
     begin = time.perf_counter()
     work()
     return time.perf_counter() - begin
 
 
 def categories() -> list[dict[str, Any]]:
-    """COCO's, as an annotation file has them."""
+    """Return COCO's categories in the format of an annotation file."""
     pairs = zip(COCO_CATEGORY_IDS, COCO_CLASSES, strict=True)
     return [{"id": key, "name": name} for key, name in pairs]
 
 
 def standin(name: str) -> MaskRCNN:
-    """The row's detector with stand-in weights."""
+    """Build the row's detector with stand-in weights."""
     with torch.device("meta"):
         model = build(vitadapter_zoo.get_row(name))
     model.load_state_dict(standins.state_dict(name), assign=True)
@@ -76,7 +76,7 @@ def standin(name: str) -> MaskRCNN:
 
 
 def measure_hours(count: int, folder: Path) -> None:
-    """What val2017 costs with each row, from some images."""
+    """Estimate the time of val2017 with each row from ``count`` images."""
     pictures = scenes.draw_pictures(folder / "val2017", count, size=SIZE)
     data = block_data(pictures, folder / "pictures.json")
     for name in vitadapter_zoo.list_models():
@@ -92,12 +92,12 @@ def measure_hours(count: int, folder: Path) -> None:
 
 
 def measure_verify(name: str, count: int, folder: Path) -> None:
-    """Whole verifications of blocks of images beside the bare network on the same images."""
+    """Measure verifications of blocks of images and the network alone on the same images."""
     model = standin(name)
     pictures = scenes.draw_pictures(folder / "val2017", count, size=SIZE)
     whole = {"verify": 0.0, "bare": 0.0}
     with torch.inference_mode():
-        model.detect([model.preprocess(pictures[0])])  # the first forward pass pays for the pages
+        model.detect([model.preprocess(pictures[0])])  # warm-up: the first pass maps the memory
     ratios = []
     for start in range(0, count, BLOCK):
         block = pictures[start : start + BLOCK]
@@ -126,7 +126,7 @@ def measure_verify(name: str, count: int, folder: Path) -> None:
 
 
 def block_data(pictures: list[Path], path: Path) -> Dataset:
-    """A data set of some pictures with one object in each."""
+    """Write a data set of some images with an object in each."""
     height, width = SIZE
     box = {"size": [height, width], "counts": _square(height, width)}
     content = {
@@ -159,7 +159,7 @@ def _square(height: int, width: int) -> str:
 
 
 def measure_masks(folder: Path, rounds: int = 9) -> None:
-    """Pasting, encoding and recording the masks of one image, two ways."""
+    """Measure pasting, encoding and recording the masks of an image with two methods."""
     probabilities, boxes = mask_ways.sample(100, SIZE)
     ways = {"ours": paste_rle, "whole image": mask_ways.whole_image}
     times: dict[str, list[float]] = {name: [] for name in ways}
@@ -175,7 +175,7 @@ def measure_masks(folder: Path, rounds: int = 9) -> None:
             for name in ways:
                 times[name].append(seconds(lambda name=name: record(name)))  # type: ignore[misc]
     if texts["ours"] != texts["whole image"]:
-        raise SystemExit("the ways give other run lengths")
+        raise SystemExit("the RLEs of the two methods differ")
     ours, other = (statistics.median(times[name]) for name in ways)
     print(
         f"masks    paste, encode, record 100: {ours * 1e3:.2f} ms, into whole images "
@@ -184,7 +184,7 @@ def measure_masks(folder: Path, rounds: int = 9) -> None:
 
 
 def scored_data(count: int, folder: Path) -> tuple[Path, list[ImageResult]]:
-    """Annotations with seven objects an image, and 100 detections an image."""
+    """Create annotations with seven objects per image, and 100 detections per image."""
     rng = np.random.default_rng(0)
     probabilities, boxes = mask_ways.sample(400, SIZE)
     texts = paste_rle(probabilities, boxes, SIZE)
@@ -234,7 +234,7 @@ def direct(
     coco_class: Any,
     eval_class: Any,
 ) -> list[float]:
-    """Box and mask figures by pycocotools' interface, whoever implements it."""
+    """Compute box and mask metrics by any implementation of pycocotools' interface."""
     figures: list[float] = []
     with contextlib.redirect_stdout(io.StringIO()):
         coco = coco_class(str(path))
@@ -248,7 +248,7 @@ def direct(
 
 
 def measure_scoring(count: int, folder: Path, rounds: int = 5) -> None:
-    """Both kinds of figures: ours, hotcoco directly, and the others."""
+    """Measure box and mask metrics with this package, with hotcoco and with the others."""
     for size, others in ((count, False), (count // 10, True)):
         path, results = scored_data(size, folder)
         boxes = [one for result in results for one in result.to_coco()]
@@ -276,7 +276,7 @@ def measure_scoring(count: int, folder: Path, rounds: int = 5) -> None:
                 "faster-coco-eval": (faster_coco_eval.COCO, faster_coco_eval.COCOeval_faster),
                 "pycocotools": (pycocotools.coco.COCO, pycocotools.cocoeval.COCOeval),
             }
-            for name, pair in classes.items():  # they change the dictionaries that they are given
+            for name, pair in classes.items():  # the libraries change the dictionaries they get
                 own = copy.deepcopy(detections)
                 ways[name] = partial(direct, path, own, *pair)
         times: dict[str, list[float]] = {name: [] for name in ways}
@@ -288,7 +288,7 @@ def measure_scoring(count: int, folder: Path, rounds: int = 5) -> None:
                 times[name].append(time.perf_counter() - begin)
         for name, values in figures.items():
             if not np.allclose(values, figures["ours"], rtol=0, atol=1e-9):
-                raise SystemExit(f"{name} gives other figures")
+                raise SystemExit(f"the metrics of {name} differ from this package's")
         base = statistics.median(times["hotcoco"])
         for name, taken in times.items():
             middle = statistics.median(taken)
@@ -299,7 +299,7 @@ def measure_scoring(count: int, folder: Path, rounds: int = 5) -> None:
 
 
 def main() -> None:
-    """Print the three ratios."""
+    """Run the measurements on the command line and print their results."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--images", type=int, default=40)
     parser.add_argument("--model", default="adapter-t-deit-3x")

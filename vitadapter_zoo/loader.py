@@ -115,7 +115,7 @@ def load(
             ``backend``, or ``classes`` that are not distinct names.
     """
     if backend not in ("native", "mmdet"):
-        raise ConfigError(f"backend={quoted(backend)}: it must be 'native' or 'mmdet'")
+        raise ConfigError(f"backend={quoted(backend)}: it must be one of 'native' and 'mmdet'")
     if backend == "mmdet":
         from vitadapter_zoo.backends.mmdet import from_native  # fails before a long download
 

@@ -450,7 +450,7 @@ def test_rois_are_pooled_from_the_level_of_their_size() -> None:
         torch.testing.assert_close(pooled[:, 0, 3, 3], expected)
 
 
-def test_a_region_with_a_nan_pools_nothing() -> None:
+def test_a_region_that_is_nan_pools_nothing() -> None:
     maps = [torch.ones(1, 1, 64 // s, 64 // s) for s in (4, 8, 16, 32)]
     rois = torch.tensor([[0, 5, 5, 50, 50], [0, 5, float("nan"), 50, 50]])
     for with_gradients in (False, True):

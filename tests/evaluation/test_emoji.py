@@ -52,14 +52,6 @@ def test_it_finds_what_a_person_sees() -> None:
     assert {names[key] for key in image.category_ids} & set(found.class_names)
 
 
-def test_verify_needs_no_data_set_and_confirms() -> None:
-    done = subprocess.run(
-        [*COMMAND, "verify", ROW.name, "--json", "--quiet"], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["verdict"] == "confirmed"
-
-
 def test_a_damaged_tensor_is_refuted(tmp_path: Path) -> None:
     tensors = safetensors.torch.load_file(WEIGHTS)
     name = "neck.fpn_convs.0.conv.weight"

@@ -447,7 +447,7 @@ def test_a_batch_s_region_losses_are_those_of_its_images() -> None:
 
     def compute(images: list[int]) -> tuple[dict[str, Tensor], int, int]:
         own = [objects[image] for image in images]
-        regions = sample_regions([proposals[image] for image in images], own, everything)
+        regions = sample_regions([proposals[image] for image in images], own, choose_all)
         found = roi_losses(head, [level[images] for level in maps], regions, own)
         return found, len(regions.rois), int((regions.owners >= 0).sum())
 

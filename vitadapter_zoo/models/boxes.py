@@ -118,7 +118,7 @@ def pool_rois(
     Returns:
         ``[R, 256, size, size]``.
     """
-    # A box with a NaN becomes a box without area, which pools zeros.
+    # A box of NaN becomes a box without area, which pools zeros.
     rois = rois.masked_fill(rois.isnan().any(dim=1, keepdim=True), 0)
     scales = ((rois[:, 3] - rois[:, 1]) * (rois[:, 4] - rois[:, 2])).sqrt()
     levels = (scales / finest_scale + 1e-6).log2().floor().clamp(0, len(ROI_STRIDES) - 1)

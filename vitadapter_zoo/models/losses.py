@@ -73,7 +73,8 @@ def losses(
             size, or for each object COCO polygons in network pixels or a COCO RLE. An image may
             have no objects.
         sample: draw 256 anchors and ``model.roi_head.regions`` proposals (512 as published) per
-            image. With False the losses use every anchor and every proposal, and nothing is random.
+            image, as in training. With False the losses
+            use every anchor and every proposal, and nothing is random.
         generator: the random generator for sampling, on the network's device. The default is the
             device's global generator, which ``torch.manual_seed`` seeds.
 

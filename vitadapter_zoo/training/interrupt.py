@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType
@@ -34,4 +35,5 @@ class Interrupt:
     def _ask(self, _number: int, _frame: FrameType | None) -> None:
         if self.asked:
             raise KeyboardInterrupt
+        os.write(2, b"\nstopping after this step; once more stops at once\n")
         self.asked = True

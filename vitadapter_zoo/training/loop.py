@@ -132,7 +132,7 @@ class Training:
         training_mode(self.model)
         done = self.progress.step * self.accumulate
         with Interrupt() as interrupt:
-            for number, batch in enumerate(loader if self._share < 1 else (), done):
+            for number, batch in enumerate(() if self._is_over() else loader, done):
                 if isinstance(batch, ZooError):
                     raise batch
                 self._set_learning_rate()
@@ -159,22 +159,29 @@ class Training:
     def _after_step(self, interrupt: Interrupt) -> bool:
         """Look, evaluate and save when it is time; whether the run is over."""
         step = self.progress.step
-        if step % LOOK_EVERY == 0 or step >= self.steps:
+        looking = step % LOOK_EVERY == 0 or step >= self.steps
+        if looking:
             self._look()
+        if looking or self.accelerator.num_processes == 1:
             self._share_time()
         if interrupt.asked:  # of several processes each on its own, so nothing is exchanged
             self._look()
             self._save()
             raise KeyboardInterrupt
-        if step >= self.steps or self._share >= 1:
+        if step >= self.steps or self._is_over():
             return True
         if self._epoch(step) > self._epoch(step - 1) and self._epoch(step) % self.eval_every == 0:
             self._evaluate()
             self._save()
-            return self.early_stop is not None and self.progress.since_best >= self.early_stop
+            return self._is_over()
         if time.monotonic() - self._saved > self.save_seconds:
             self._save()
         return False
+
+    def _is_over(self) -> bool:
+        """Whether the time limit or the early stop ends the run before its last step."""
+        stopped = self.early_stop is not None and self.progress.since_best >= self.early_stop
+        return stopped or self._share >= 1
 
     def _finish(self) -> None:
         self._look()
@@ -231,6 +238,7 @@ class Training:
         """How much of the time limit has passed, by the main process's clock."""
         if self.max_seconds is None:
             return
+        self.progress.seconds = time.monotonic() - self._began
         shares = [self.progress.seconds / self.max_seconds]
         if self.accelerator.num_processes > 1:
             from accelerate.utils import broadcast_object_list
@@ -249,6 +257,7 @@ class Training:
 
     def _evaluate(self) -> None:
         """Evaluate, and write the folders ``last`` and, if it is the best, ``best``."""
+        began = time.monotonic()
         if not disk.is_finite(self.model):
             raise ZooError(self._diverged({"a weight": math.nan}))
         shown = self.average.average if self.average else self.model.eval()
@@ -268,6 +277,7 @@ class Training:
                 where = {"step": progress.step, "epoch": self._epoch(progress.step)}
                 self.reporter.evaluated({**where, **progress.figures})
         training_mode(self.model)
+        self._looked += time.monotonic() - began  # images per second are those of training
 
     def _save(self) -> None:
         """Write the state that a continued run begins with."""
