@@ -173,9 +173,9 @@ def test_three_parts_give_the_weights_of_one(data: Path, tmp_path: Path) -> None
 def test_ctrl_c_reaches_all_processes(data: Path, tmp_path: Path) -> None:
     """As a terminal sends it: to those that prepare images too."""
     out = tmp_path / "run"
-    command = [sys.executable, "-m", "vitadapter_zoo", "train", NANO, "--data", data, "--out", out]
+    command = [sys.executable, "-m", "vitadapter_zoo", "train", NANO]
     process = subprocess.Popen(
-        [*command, *OPTIONS, "--epochs", "500", "--workers", "2"],
+        [*command, "--data", data, "--out", out, *OPTIONS, "--epochs", "500", "--workers", "2"],
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -45,7 +46,7 @@ def test_fresh_weights_are_drawn_as_the_original_draws_them() -> None:
 def test_every_head_looks_in_a_direction_of_its_own() -> None:
     model = build(get_row("adapter-n-emoji"))
     initialize(model)
-    attention = model.backbone.interactions[0].injector.attn
+    attention: Any = model.get_submodule("backbone.interactions.0.injector.attn")
     assert not attention.sampling_offsets.weight.any()
     assert not attention.attention_weights.weight.any()
     offsets = attention.sampling_offsets.bias.view(6, 3, 4, 2)  # heads, levels, points, (x, y)
@@ -145,7 +146,7 @@ def jax(path: Path, dim: int, heads: int, depth: int, side: int) -> None:
     arrays = {
         name: generator.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()
     }
-    np.savez(path, **arrays)
+    np.savez(path, **cast("dict[str, Any]", arrays))
 
 
 def test_augreg_s_arrays_give_what_timm_reads_from_them(tmp_path: Path) -> None:
