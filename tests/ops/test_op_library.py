@@ -212,7 +212,7 @@ def test_build_op_replaces_the_fallback_and_wrong_masks_alone_are_refused(copy: 
 def test_build_op_says_what_the_compiler_said(copy: Path, zoo_home: Path) -> None:
     (copy / "csrc" / "cpu.cpp").write_text("int broken(\n")
     done = run(*COMMAND, "build-op", package=copy, VITADAPTER_ZOO_CUDA="0")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "cpu.cpp:1:12: error: expected" in done.stderr
     assert "Traceback" not in done.stderr
     left = [path.name for path in (zoo_home / "op").iterdir()]
