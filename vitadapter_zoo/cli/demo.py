@@ -48,6 +48,10 @@ def demo(out: str) -> None:
     pictures = [str(files[1] / name) for name in PICTURES]
     folder = settings.expanded(out)
     drawn, report = folder / "pictures", folder / "report"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ZooError(f"cannot write to {shown(folder, PATH)}: {error.strerror}") from error
 
     _run(list_command, ["--filter", MODEL])
     _run(predict, [*pictures, "--model", MODEL, "--out", str(drawn), "--score", SCORE, "--offline"])
