@@ -43,7 +43,10 @@ def test_demo_confirms_without_network_and_ends_with_its_files(
     for text in ("$ vitadapter-zoo predict", "$ vitadapter-zoo verify", ROW.name, "confirmed"):
         assert text in done.stdout
     report = json.loads((tmp_path / "shown" / "report" / "report.json").read_text())
-    assert (report["verdict"], report["evaluated"]) == ("confirmed", len(row_dataset(ROW).images))
+    assert (report["verdict"], report["images"]["evaluated"]) == (
+        "confirmed",
+        len(row_dataset(ROW).images),
+    )
 
     paths = [tmp_path / line.strip() for line in done.stdout.splitlines()[-4:]]
     assert paths[-1].name == "report.html"

@@ -441,8 +441,18 @@ def test_suppression_of_many_boxes_is_suppression_in_one_pass() -> None:
 
 def test_rois_are_pooled_from_the_level_of_their_size() -> None:
     maps = [torch.full((1, 1, 800 // s, 800 // s), float(s)) for s in (4, 8, 16, 32)]
-    sides = (10, 111, 113, 223, 225, 447, 449, 790)
+    sides = (449, 10, 225, 111, 790, 113, 447, 223)
     rois = torch.tensor([[0, 5, 5, 5 + side, 5 + side] for side in sides], dtype=torch.float32)
-    pooled = pool_rois(maps, rois, 7)
-    expected = torch.tensor([4.0, 4, 8, 8, 16, 16, 32, 32])
-    torch.testing.assert_close(pooled[:, 0, 3, 3], expected)
+    expected = torch.tensor([32.0, 4, 16, 4, 32, 8, 16, 8])
+    for with_gradients in (False, True):
+        with torch.set_grad_enabled(with_gradients):
+            pooled = pool_rois(maps, rois, 7)
+        torch.testing.assert_close(pooled[:, 0, 3, 3], expected)
+
+
+def test_a_region_that_is_nan_pools_nothing() -> None:
+    maps = [torch.ones(1, 1, 64 // s, 64 // s) for s in (4, 8, 16, 32)]
+    rois = torch.tensor([[0, 5, 5, 50, 50], [0, 5, float("nan"), 50, 50]])
+    for with_gradients in (False, True):
+        with torch.set_grad_enabled(with_gradients):
+            assert pool_rois(maps, rois, 7).sum(dim=(1, 2, 3)).tolist() == [49, 0]

@@ -283,6 +283,8 @@ BAD_RESULTS: dict[str, tuple[Callable[[list[Json]], Any], str]] = {
     "score of true": (lambda found: found[3].update(score=True), "detection 3 .*score"),
     "no score": (lambda found: found[3].pop("score"), "detection 3 .*score"),
     "nan box": (lambda found: found[3].update(bbox=[1, NAN, 3, 4]), "detection 3 .*bbox"),
+    "one without a box": (lambda found: found[3].pop("bbox"), "have a bbox and others, 3 "),
+    "one with a box": (lambda found: [one.pop("bbox") for one in found[1:]], "others, 1 "),
     "null box": (lambda found: found[3].update(bbox=None), "detection 3 .*bbox"),
     "negative box": (lambda found: found[3].update(bbox=[1, 1, -3, 4]), "detection 3 .*bbox"),
     "text box": (lambda found: found[3].update(bbox=["1", 1, 3, 4]), "detection 3 .*bbox"),

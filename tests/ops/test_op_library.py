@@ -214,7 +214,7 @@ def test_build_op_replaces_the_fallback_and_only_wrong_masks_are_rejected(
 def test_build_op_shows_the_compiler_s_error(copy: Path, zoo_home: Path) -> None:
     (copy / "csrc" / "cpu.cpp").write_text("int broken(\n")
     done = run(*COMMAND, "build-op", package=copy, VITADAPTER_ZOO_CUDA="0")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "cpu.cpp:1:12: error: expected" in done.stderr
     assert "Traceback" not in done.stderr
     left = [path.name for path in (zoo_home / "op").iterdir()]

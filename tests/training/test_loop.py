@@ -175,9 +175,8 @@ def test_ctrl_c_reaches_all_processes(data: Path, tmp_path: Path) -> None:
     """As a terminal sends it: to those that prepare images too."""
     out = tmp_path / "run"
     command = [sys.executable, "-m", "vitadapter_zoo", "train", NANO]
-    command += ["--data", str(data), "--out", str(out)]
     process = subprocess.Popen(
-        [*command, *OPTIONS, "--epochs", "500", "--workers", "2"],
+        [*command, "--data", data, "--out", out, *OPTIONS, "--epochs", "500", "--workers", "2"],
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -432,6 +432,32 @@ def test_an_image_without_positive_anchors_counts_as_if_it_had_one() -> None:
     assert found["loss_rpn_cls"].item() == pytest.approx(expected, rel=1e-6)
 
 
+def test_a_batch_s_region_losses_are_those_of_its_images() -> None:
+    torch.manual_seed(0)
+    size = (64, 64)
+    head = RoIHead(3, 16, 32)
+    maps = [torch.randn(2, 16, 64 // stride, 64 // stride) for stride in (4, 8, 16, 32)]
+    objects = [
+        Objects(*target([[3, 5, 40, 38], [30, 30, 62, 60]], [0, 1], size).values()),
+        Objects(
+            *target([[0, 0, 30, 60], [20, 2, 60, 30], [9, 9, 30, 30]], [2, 1, 0], size).values()
+        ),
+    ]
+    proposals = [torch.tensor([[5.0, 6, 44, 40], [1, 1, 9, 9]]), torch.tensor([[21.0, 4, 60, 33]])]
+
+    def compute(images: list[int]) -> tuple[dict[str, Tensor], int, int]:
+        own = [objects[image] for image in images]
+        regions = sample_regions([proposals[image] for image in images], own, choose_all)
+        found = roi_losses(head, [level[images] for level in maps], regions, own)
+        return found, len(regions.rois), int((regions.owners >= 0).sum())
+
+    (first, *counts), (second, *others), (both, *_) = compute([0]), compute([1]), compute([0, 1])
+    assert (counts, others) == ([4, 3], [4, 4])
+    for name, (a, b) in {"loss_cls": (4, 4), "loss_bbox": (4, 4), "loss_mask": (3, 4)}.items():
+        expected = (a * first[name] + b * second[name]) / (a + b)
+        torch.testing.assert_close(both[name], expected)
+
+
 # Randomness, precision and synchronised BatchNorm
 
 

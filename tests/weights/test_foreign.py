@@ -97,7 +97,7 @@ def test_paths_with_a_tilde_are_expanded(tmp_path: Path, monkeypatch: pytest.Mon
     assert (home / "b.pth").is_file()
     assert run("cache", "path").stdout.strip() == str(home / "zoo")
     run("card", "--all", "--out", "~/cards", cwd=tmp_path)
-    assert len(list((home / "cards").iterdir())) == 11
+    assert {path.stem for path in (home / "cards").iterdir()} == set(vitadapter_zoo.list_models())
     model: Any = vitadapter_zoo.load(NAME, pretrained=False)
     assert vitadapter_zoo.save_pretrained(model, "~/mine") == home / "mine"
     assert vitadapter_zoo.load("~/mine").row == model.row

@@ -17,7 +17,7 @@ from vitadapter_zoo.errors import ZooError
 from vitadapter_zoo.text import PATH, shown
 
 MODEL = "adapter-n-emoji"
-PICTURES = ("000093.jpg", "000133.jpg", "000189.jpg")  # of the row's validation images
+PICTURES = ("000184.jpg", "000174.jpg", "000183.jpg")  # of the row's validation images
 SCORE = "0.5"  # lowest that is drawn
 
 
@@ -48,6 +48,10 @@ def demo(out: str) -> None:
     pictures = [str(files[1] / name) for name in PICTURES]
     folder = settings.expanded(out)
     drawn, report = folder / "pictures", folder / "report"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ZooError(f"cannot write to {shown(folder, PATH)}: {error.strerror}") from error
 
     _run(list_command, ["--filter", MODEL])
     _run(predict, [*pictures, "--model", MODEL, "--out", str(drawn), "--score", SCORE, "--offline"])

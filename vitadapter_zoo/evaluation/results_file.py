@@ -46,6 +46,10 @@ def read_results(path: Path, data: Dataset) -> list[ImageResult]:
     by_image: dict[Id, list[_Detection]] = {key: [] for key in sizes}
     for place, entry in enumerate(content):
         name = f"detection {place} of {file}"
+        if isinstance(entry, dict) and ("bbox" in entry) != ("bbox" in content[0]):
+            raise _not_results(  # pycocotools goes by the first one, and other tools do not
+                file, f"some detections have a bbox and others, {place} for one, do not"
+            )
         if not isinstance(entry, dict):
             raise _not_results(file, f"detection {place} is not an object")
         image_id, category_id = (ids.read(entry.get(key)) for key in ("image_id", "category_id"))

@@ -119,7 +119,7 @@ def pool_rois(
         ``[R, 256, size, size]``.
     """
     # A box of NaN becomes a box without area, which pools zeros.
-    rois = rois.nan_to_num()
+    rois = rois.masked_fill(rois.isnan().any(dim=1, keepdim=True), 0)
     scales = ((rois[:, 3] - rois[:, 1]) * (rois[:, 4] - rois[:, 2])).sqrt()
     levels = (scales / finest_scale + 1e-6).log2().floor().clamp(0, len(ROI_STRIDES) - 1)
     order = levels.argsort(stable=True)

@@ -72,7 +72,8 @@ def losses(
             ``labels`` int64 ``[n]``, and ``masks``: bool ``[n, H, W]`` of the image's own padded
             size, or for each object COCO polygons in network pixels or a COCO RLE. An image may
             have no objects.
-        sample: draw 256 anchors and 512 proposals per image as in training. With False the losses
+        sample: draw 256 anchors and ``model.roi_head.regions`` proposals (512 as published) per
+            image, as in training. With False the losses
             use every anchor and every proposal, and nothing is random.
         generator: the random generator for sampling, on the network's device. The default is the
             device's global generator, which ``torch.manual_seed`` seeds.
@@ -187,14 +188,14 @@ def _valid(
     grids: list[tuple[int, ...]], size: tuple[int, int], device: torch.device
 ) -> Tensor | None:
     """Return a flag for each anchor: whether its centre is inside ``size``; None if all are."""
+    if all(-(-size[axis] // RPN_STRIDES[0]) >= grids[0][axis] for axis in (0, 1)):
+        return None
     flags = []
     for (height, width), stride in zip(grids, RPN_STRIDES, strict=True):
         rows, columns = -(-size[0] // stride), -(-size[1] // stride)
         inside = torch.zeros(height, width, len(ANCHOR_RATIOS), dtype=torch.bool, device=device)
         inside[:rows, :columns] = True
         flags.append(inside.flatten())
-    if all(-(-size[axis] // RPN_STRIDES[0]) >= grids[0][axis] for axis in (0, 1)):
-        return None
     return torch.cat(flags)
 
 

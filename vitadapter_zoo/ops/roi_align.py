@@ -115,8 +115,8 @@ def _difference() -> str | None:
         for function in (roi_align, _torchvision):
             x = numbers.sin().view(2, channels, 6, 9).requires_grad_()
             pooled = function(x, rois, 3, 0.25)
-            weights = torch.linspace(-1, 1, pooled.numel()).view(pooled.shape)
-            (grad,) = torch.autograd.grad(pooled, x, weights)
+            weights = torch.linspace(-1, 1, pooled.numel(), dtype=torch.float32)
+            (grad,) = torch.autograd.grad(pooled, x, weights.view(pooled.shape))
             results.append((pooled.detach(), grad))
         for mine, right in zip(*results, strict=True):
             error = float((mine - right).abs().max() / right.abs().max())
