@@ -1,11 +1,12 @@
 """Helpers for the sections of ``gpu_check.py``: timing, precision and detectors."""
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import vitadapter_zoo
 from vitadapter_zoo import MaskRCNN
@@ -49,16 +50,33 @@ def in_turn(calls: dict[str, Callable[[], object]], runs: int = 15) -> dict[str,
     return {name: statistics.median(times) for name, times in taken.items()}
 
 
-def random_model(name: str, dtype: torch.dtype = torch.float32) -> MaskRCNN:
+def differentiable(arguments: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Return an operator's arguments, and those that get gradients: the first and the last two."""
+    last = len(arguments) - 1
+    leaves = [
+        tensor.detach().requires_grad_() if index in (0, last - 1, last) else tensor
+        for index, tensor in enumerate(arguments)
+    ]
+    return leaves, [leaves[0], leaves[-2], leaves[-1]]
+
+
+def random_model(
+    name: str, dtype: torch.dtype = torch.float32, *, allow_tf32: bool = False
+) -> MaskRCNN:
     """Build a row's detector with random weights on the GPU."""
     torch.manual_seed(0)
-    return vitadapter_zoo.load(name, pretrained=False, device="cuda", dtype=dtype)
+    model = vitadapter_zoo.load(name, pretrained=False, device="cuda", dtype=dtype)
+    model.allow_tf32 = allow_tf32
+    return model
 
 
-def standin_model(name: str, dtype: torch.dtype = torch.float32) -> MaskRCNN:
+def standin_model(
+    name: str, dtype: torch.dtype = torch.float32, *, allow_tf32: bool = False
+) -> MaskRCNN:
     """Build a row's detector on the GPU with the stand-in weights of the reference outputs."""
     import standins
 
     model = build(vitadapter_zoo.get_row(name))
     model.load_state_dict(standins.state_dict(name))
+    model.allow_tf32 = allow_tf32
     return model.to(device="cuda", dtype=dtype).eval()

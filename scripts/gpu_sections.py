@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 import torchvision
-from gpu_common import PHOTO, Found, milliseconds, set_tf32, standin_model
+from gpu_common import PHOTO, Found, differentiable, milliseconds, set_tf32, standin_model
 from gpu_speed import image_speed, operator_speed, profile, training_speed
 from torch import Tensor
 
@@ -154,13 +154,8 @@ def _with_gradients(
     function: Callable[..., Tensor], arguments: list[Tensor], grad: Tensor
 ) -> list[Tensor]:
     """Return the output and the gradients of value and of the last two arguments."""
-    last = len(arguments) - 1
-    leaves = [
-        x.detach().requires_grad_() if index in (0, last - 1, last) else x
-        for index, x in enumerate(arguments)
-    ]
+    leaves, wanted = differentiable(arguments)
     output = function(*leaves)
-    wanted = [leaves[0], leaves[-2], leaves[-1]]
     return [output.detach(), *torch.autograd.grad(output, wanted, grad)]
 
 
@@ -235,8 +230,7 @@ def precision() -> Found:
         ("bfloat16", torch.bfloat16, False),
         ("float16", torch.float16, False),
     ):
-        set_tf32(tf32)
-        mine = standin_model(ROWS[0], dtype).predict(str(PHOTO))[0]
+        mine = standin_model(ROWS[0], dtype, allow_tf32=tf32).predict(str(PHOTO))[0]
         overlaps = torchvision.ops.box_iou(right.boxes, mine.boxes)
         near = (overlaps > 0.9) & (right.labels[:, None] == mine.labels)
         found[label] = f"{len(mine)} detections; {int(near.any(1).sum())} of float32's, IoU > 0.9"

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from gpu_common import PHOTO, Found, in_turn, milliseconds, random_model, set_tf32
+from gpu_common import PHOTO, Found, differentiable, in_turn, milliseconds, random_model, set_tf32
 from torch import Tensor
 
 from vitadapter_zoo import MaskRCNN
@@ -93,13 +93,8 @@ def _backward_calls(plain: tuple[Tensor, ...], fused: tuple[Tensor, ...]) -> dic
         ("plain", ms_deform_attn, plain),
         ("grid_sample", reference.ms_deform_attn, plain),
     ):
-        last = len(given) - 1
-        leaves = [
-            tensor.detach().requires_grad_() if index in (0, last - 1, last) else tensor
-            for index, tensor in enumerate(given)
-        ]
+        leaves, wanted = differentiable(given)
         output = operator(*leaves)
-        wanted = [leaves[0], leaves[-2], leaves[-1]]
         grad = torch.randn_like(output)
         calls[name] = partial(torch.autograd.grad, output, wanted, grad, retain_graph=True)
     return calls
@@ -127,8 +122,8 @@ def image_speed() -> Found:
     found: Found = {"images_per_second": []}
     for size, name in SIZES.items():
         for label, (dtype, tf32) in PRECISIONS.items():
-            set_tf32(tf32)
-            model = random_model(name, dtype)
+            set_tf32(tf32)  # for the parts that are called without `detect`
+            model = random_model(name, dtype, allow_tf32=tf32)
             item = model.preprocess(str(PHOTO))
             with torch.inference_mode():
                 rates = [_rate(model, item, batch, 8 if size in "TS" else 4) for batch in (1, 8)]

@@ -218,9 +218,7 @@ def _assembled(
     allow_nonfinite: bool,
 ) -> MaskRCNN:
     """The network with the weights, and with the classes that are wanted."""
-    has = found.categories if found.place is not None else convert.class_names(loaded)
-    if isinstance(has, int) and has == len(found.row.classes):
-        has = found.row.classes
+    has = found.categories if found.place is not None else convert.class_names(loaded, found.row)
     if is_own and wanted is not None and len(wanted) == (has if isinstance(has, int) else len(has)):
         has = wanted
     if isinstance(has, int):

@@ -12,8 +12,9 @@ import torch
 from vitadapter_zoo import get_row, list_models
 from vitadapter_zoo.backends.mmdet import config
 from vitadapter_zoo.models import build
+from vitadapter_zoo.models.layer_decay import depth_of
 from vitadapter_zoo.training.batches import Batches
-from vitadapter_zoo.training.recipe import Recipe, depth_of, parameter_groups, published
+from vitadapter_zoo.training.recipe import Recipe, parameter_groups, published
 from vitadapter_zoo.training.transforms import Objects, augmented, sizes
 
 PAPER = [name for name in list_models() if get_row(name).size != "N"]

@@ -91,7 +91,7 @@ def run_lengths(masks: Masks) -> list[str]:
 
     encoded = []
     for mask in masks:
-        # Runs go down the columns, hence Fortran order.
+        # COCO encodes column by column, so it reads Fortran order.
         rle = coco_mask.encode(np.asfortranarray(mask.to(torch.uint8).numpy()))
         encoded.append(cast("bytes | str", rle["counts"]))
     return [counts.decode() if isinstance(counts, bytes) else counts for counts in encoded]

@@ -93,6 +93,7 @@ def _fits(value: Tensor, offsets: Tensor, logits: Tensor, *, gradient: bool) -> 
     if value.device.type == "cpu":
         return not gradient
     channels, (levels, points) = value.shape[3], offsets.shape[3:5]
+    outputs = value.shape[0] * offsets.shape[1] * value.shape[2] * channels
     lanes = 4 if gradient else 16 // value.element_size()
     contiguous = (tensor.contiguous() for tensor in (value, offsets, logits))
     return (
@@ -101,8 +102,7 @@ def _fits(value: Tensor, offsets: Tensor, logits: Tensor, *, gradient: bool) -> 
         and points == _CUDA_POINTS
         and channels % lanes == 0
         and channels // lanes in (1, 2, 4, 8, 16, 32)
-        and max(value.numel(), offsets.numel(), offsets.shape[1] * value[:, 0].numel())
-        <= _MOST_ELEMENTS
+        and max(value.numel(), offsets.numel(), outputs) <= _MOST_ELEMENTS
         and all(tensor.data_ptr() % 16 == 0 for tensor in contiguous)
     )
 

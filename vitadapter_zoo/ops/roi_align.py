@@ -6,7 +6,6 @@ of that time.
 """
 
 import functools
-import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import roi_align as torchvision_roi_align
 
+from vitadapter_zoo import settings
 from vitadapter_zoo.errors import ZooError
 from vitadapter_zoo.ops import library
 from vitadapter_zoo.ops.deform_attn import LIBRARY
@@ -94,7 +94,7 @@ def _works() -> bool:
     if reason is None:
         return True
     advice = f"{reason}; run `vitadapter-zoo build-op` to compile it again"
-    if os.environ.get("VITADAPTER_ZOO_OP") == "compiled":
+    if settings.operator() == "compiled":
         raise ZooError(f"VITADAPTER_ZOO_OP=compiled, but RoIAlign cannot be used: {advice}")
     warnings.warn(
         f"RoIAlign uses torchvision or PyTorch operators, which are several times slower: {advice}",

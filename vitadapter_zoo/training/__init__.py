@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 __all__ = ["losses"]
 
-# The losses are part of the networks (`model(images, targets)` returns them), hence their module.
+# The losses are in models/ because `model(images, targets)` returns them.
 _LAZY = {"losses": "vitadapter_zoo.models.losses"}
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from vitadapter_zoo.catalog import Row
+from vitadapter_zoo.models import layer_decay
 
 if TYPE_CHECKING:
     from torch import nn
@@ -15,11 +16,6 @@ Schedule = Literal["step", "cosine"]
 Augment = Literal["multi-scale", "flip", "none"]
 
 PUBLISHED_BATCH = 16  # 8 GPUs with 2 images each
-# Learning rates fall from block to block towards the image in these (BEiT, arXiv:2106.08254).
-LAYER_DECAY = {"AugReg-L": 0.80, "Uni-Perceiver-B": 0.65}
-
-EMBEDDINGS = ("backbone.patch_embed.", "backbone.pos_embed", "backbone.visual_embed.")
-BLOCKS = ("backbone.blocks.", "backbone.layers.")
 UNDECAYED = ("level_embed", "pos_embed")
 
 
@@ -95,16 +91,7 @@ def published(row: Row) -> Recipe:
             weight_decay=0.01,
             augment="flip",
         )
-    return Recipe(layer_decay=LAYER_DECAY.get(row.pretraining_name))
-
-
-def depth_of(name: str, blocks: int) -> int:
-    """0 for the embeddings, 1 + N for block N, ``blocks`` + 1 for all that comes after them."""
-    if name.startswith(EMBEDDINGS):
-        return 0
-    if name.startswith(BLOCKS):
-        return int(name.split(".")[2]) + 1
-    return blocks + 1
+    return Recipe(layer_decay=layer_decay.PUBLISHED.get(row.pretraining_name))
 
 
 def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
@@ -118,14 +105,14 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
         recipe: gives learning rate, weight decay and layer decay.
     """
     names = [name for name, _ in model.named_parameters()]
-    numbers = [int(name.split(".")[2]) for name in names if name.startswith(BLOCKS)]
+    numbers = [int(name.split(".")[2]) for name in names if name.startswith(layer_decay.BLOCKS)]
     blocks = max(numbers, default=-1) + 1
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         decays = parameter.ndim > 1 and not any(word in name for word in UNDECAYED)
-        depth = depth_of(name, blocks) if recipe.layer_decay is not None else blocks + 1
+        depth = layer_decay.depth_of(name, blocks) if recipe.layer_decay is not None else blocks + 1
         if (depth, decays) not in groups:
             scale = (recipe.layer_decay or 1.0) ** (blocks + 1 - depth)
             groups[depth, decays] = {

@@ -153,18 +153,21 @@ def write_safetensors(
             ) from error
 
 
-def class_names(loaded: Checkpoint, classes: Sequence[str] | None = None) -> tuple[str, ...] | int:
+def class_names(
+    loaded: Checkpoint, row: Row, classes: Sequence[str] | None = None
+) -> tuple[str, ...] | int:
     """The names of the classes of a checkpoint, or their number where the names are not known.
 
     Args:
         loaded: the checkpoint.
+        row: its row, whose classes are used where the file has no names and as many classes.
         classes: names to use where their number is the file's.
     """
     bias = next((x for name, x in loaded.tensors.items() if name.endswith(CLASS_BIAS)), None)
     count = bias.shape[0] - 1 if bias is not None and bias.ndim == 1 else len(COCO_CLASSES)
     if not 0 < count <= MOST_CLASSES:
         count = len(COCO_CLASSES)
-    for names in (classes, loaded.classes, COCO_CLASSES):
+    for names in (classes, loaded.classes, row.classes, COCO_CLASSES):
         if names and len(names) == count:
             is_coco = [x.casefold() for x in names] == list(COCO_CLASSES)
             return COCO_CLASSES if is_coco else tuple(names)
@@ -211,7 +214,7 @@ def _fitted(
 ) -> tuple[Checkpoint, Fitted, tuple[str, ...] | None]:
     """The checkpoint, its tensors for a network with its number of classes, and their names."""
     loaded = checkpoint.read_all(paths, origin)
-    names = class_names(loaded, classes)
+    names = class_names(loaded, row, classes)
     if classes is not None and names != tuple(classes):
         count = names if isinstance(names, int) else len(names)
         raise CheckpointError(

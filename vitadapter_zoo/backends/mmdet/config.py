@@ -10,7 +10,7 @@ from typing import Any
 
 from vitadapter_zoo.catalog import Row
 from vitadapter_zoo.detections.masks import MASK_THRESHOLD
-from vitadapter_zoo.models import heads
+from vitadapter_zoo.models import heads, layer_decay
 from vitadapter_zoo.models.adapter import CONV_FFN_RATIO, POINTS
 from vitadapter_zoo.models.boxes import ANCHOR_RATIOS, ROI_STRIDES
 from vitadapter_zoo.models.build import SIZES, UNIPERCEIVER_DROP_PATH, Size
@@ -25,7 +25,6 @@ AUGREG_L_PTH = (
     "L_16-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.1-sd_0.1"
     "--imagenet2012-steps_20k-lr_0.01-res_384.pth"
 )
-LAYER_DECAY = {"AugReg-L": 0.80, "Uni-Perceiver-B": 0.65}
 # Augmentation as in DETR and Sparse R-CNN: shorter sides of the resized image, before and after a
 # random crop.
 SHORT_SIDES = tuple(range(480, 801, 32))
@@ -329,7 +328,7 @@ def _schedule(row: Row) -> Config:
         "lr": 2e-4 if short else 1e-4,
         "weight_decay": 0.01 if short else 0.05,
     }
-    rate = LAYER_DECAY.get(row.pretraining_name)
+    rate = layer_decay.PUBLISHED.get(row.pretraining_name)
     if rate is not None:
         optimizer["constructor"] = "LayerDecayOptimizerConstructor"
         depth = len(SIZES[row.size].windows)

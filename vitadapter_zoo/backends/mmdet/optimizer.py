@@ -5,17 +5,7 @@ from typing import Any
 from mmcv.runner import DefaultOptimizerConstructor
 from torch import nn
 
-EMBEDDINGS = ("backbone.patch_embed.", "backbone.pos_embed", "backbone.visual_embed.")
-BLOCKS = ("backbone.blocks.", "backbone.layers.")
-
-
-def depth_of(name: str, blocks: int) -> int:
-    """0 for the embeddings, 1 + N for block N, ``blocks`` + 1 for everything after the blocks."""
-    if name.startswith(EMBEDDINGS):
-        return 0
-    if name.startswith(BLOCKS):
-        return int(name.split(".")[2]) + 1
-    return blocks + 1
+from vitadapter_zoo.models.layer_decay import depth_of
 
 
 class LayerDecayOptimizerConstructor(DefaultOptimizerConstructor):  # type: ignore[misc]
