@@ -55,6 +55,9 @@ OTHERS: dict[str, str] = {
 
 SHORT, LONG = 256, 320  # an image is as large as fits into LONG x SHORT
 SIZES = (24.0, 160.0)  # longest side of an object in pixels, log-uniform
+# Objects of an image, least and most. The training images are more crowded than the validation
+# images: more objects for the same computing time.
+COUNTS = {"train": (3, 9), "val": (1, 6)}
 INSIDE = 0.7  # least share of an object within the image
 VISIBLE = 0.45  # least share of it that later objects leave visible
 SMALLEST_AREA = 80  # visible pixels
@@ -121,12 +124,13 @@ class Renderer:
         canvas = background(rng, height, width, self.pictures)
         instances: list[Instance] = []
         empty = rng.random() < 0.06
+        least, most = COUNTS[self.split]
         if not empty and rng.random() < 0.04:
             instances.append(self._crowd(rng, canvas))
         for _ in range(int(rng.integers(0, 3)) if rng.random() < 0.4 else 0):
             levels = self.others[rng.integers(len(self.others))]
             self._place(rng, canvas, instances, levels, None)
-        for _ in range(0 if empty else int(rng.integers(1, 7))):
+        for _ in range(0 if empty else int(rng.integers(least, most + 1))):
             label = int(rng.integers(len(self.glyphs)))
             levels = self.glyphs[label][rng.integers(len(self.glyphs[label]))]
             self._place(rng, canvas, instances, levels, label)
