@@ -44,6 +44,7 @@ benchmark: .venv/.current
 	$(BIN)/python benchmarks/load.py
 	$(BIN)/python benchmarks/verify.py
 	$(BIN)/python benchmarks/masks.py
+	$(BIN)/python benchmarks/train.py
 
 # Compiles csrc/ against the headers of torch 2.10, 2.11 and 2.14.
 check-torch-headers:

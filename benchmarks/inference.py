@@ -36,6 +36,7 @@ from torchvision.ops import box_iou
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "tests" / "support")]
 import standins  # noqa: E402
 from chains import PEERS, STAGES, Chain, Found, native, plain  # noqa: E402
+from memory import peak_above_now  # noqa: E402
 
 from vitadapter_zoo import Detections, MaskRCNN, get_row  # noqa: E402
 from vitadapter_zoo.models import build  # noqa: E402
@@ -231,14 +232,7 @@ def memory_of_one_image(name: str, kind: str) -> None:
     else:
         chain = native(load(name).to(torch.bfloat16 if kind == "bfloat16" else torch.float32))
 
-    def status(field: str) -> float:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
-
-    before = status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak, which building the model set
-    run(chain)
-    print(status("VmHWM") - before)
+    print(peak_above_now(lambda: run(chain)))
 
 
 def memory(name: str, peer: str, console: Console) -> None:

@@ -44,9 +44,15 @@ def upsampled(layer: nn.ConvTranspose2d, x: Tensor) -> Tensor:
 
 
 def normalised(layer: nn.BatchNorm2d, x: Tensor) -> Tensor:
-    """Apply BatchNorm with the running statistics and PyTorch's own operator."""
+    """Apply BatchNorm with PyTorch's own operator; use the batch's statistics in training."""
     return F.batch_norm(
-        x, layer.running_mean, layer.running_var, layer.weight, layer.bias, eps=layer.eps
+        x,
+        layer.running_mean,
+        layer.running_var,
+        layer.weight,
+        layer.bias,
+        layer.training,
+        eps=layer.eps,
     )
 
 

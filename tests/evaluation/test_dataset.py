@@ -125,6 +125,30 @@ def test_what_is_not_scored_is_not_looked_at(addition: Json, tmp_path: Path) -> 
     np.testing.assert_allclose(measured, wanted, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("name", ["fruit", "c0"])
+def test_a_category_that_only_groups_others_is_no_class(name: str, tmp_path: Path) -> None:
+    """Roboflow writes the data set's name as category 0, sometimes the same as a class's."""
+    content, results = random_data(17)
+    content["categories"][0]["name"] = "c0"
+    plain = written(content, tmp_path)
+    wanted, classes = expected(plain, results), read_dataset(plain, tmp_path).categories
+    for category in content["categories"]:
+        category["supercategory"] = name
+    content["categories"].insert(0, {"id": -7, "name": name, "supercategory": "none"})
+    grouped = written(content, tmp_path)
+    assert read_dataset(grouped, tmp_path).categories == classes
+    other = dumped(tmp_path / "results.json", detections(results))
+    np.testing.assert_allclose(figures(grouped, other), wanted, rtol=0, atol=1e-9)
+
+
+def test_a_super_category_with_objects_is_a_class(tmp_path: Path) -> None:
+    content, _ = random_data(18)
+    first = content["categories"][0]["name"]
+    for category in content["categories"]:
+        category["supercategory"] = first
+    assert read_dataset(written(content, tmp_path), tmp_path).categories[0][1] == first
+
+
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
 def test_every_encoding_of_json_is_read(encoding: str, tmp_path: Path) -> None:
     content, results = random_data(15, images=5)

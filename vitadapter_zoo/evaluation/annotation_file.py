@@ -90,7 +90,9 @@ def parse(content: Any, path: Path, folder: Path) -> Content:
     """
     file = shown(path, 300)
     _check_form(content, file)
-    categories = _categories(content["categories"], file)
+    categories = _categories(
+        without_super_categories(content["categories"], content["annotations"]), file
+    )
     sizes: dict[Id, tuple[int, int]] = {}
     paths: dict[Id, Path] = {}
     for place, entry in enumerate(content["images"]):
@@ -113,6 +115,28 @@ def parse(content: Any, path: Path, folder: Path) -> Content:
     images = [Image(key, paths[key], size, frozenset(found[key])) for key, size in sizes.items()]
     images.sort(key=lambda image: ids.order(image.image_id))
     return Content(tuple(images), categories, tuple(objects))
+
+
+def without_super_categories(
+    categories: list[dict[str, Any]], annotations: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The categories without those that only group others, as Roboflow writes them.
+
+    A category is left out if no object belongs to it and another category names it as its
+    super-category.
+    """
+    used = {str(annotation.get("category_id")) for annotation in annotations}
+    groups: dict[str, int] = {}
+    for category in categories:
+        name = str(category.get("supercategory"))
+        groups[name] = groups.get(name, 0) + 1
+
+    def only_groups(category: dict[str, Any]) -> bool:
+        name = str(category.get("name"))
+        itself = name == str(category.get("supercategory"))
+        return str(category.get("id")) not in used and groups.get(name, 0) > itself
+
+    return [category for category in categories if not only_groups(category)]
 
 
 def _check_form(content: Any, file: str) -> None:

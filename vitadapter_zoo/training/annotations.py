@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vitadapter_zoo.errors import DatasetError
+from vitadapter_zoo.evaluation.annotation_file import without_super_categories
 from vitadapter_zoo.training.masks import pixels_of
 
 Box = tuple[float, float, float, float]
@@ -154,14 +155,10 @@ def _read_json(source: Path) -> dict[str, Any]:
 
 
 def _category_names(content: dict[str, Any], source: Path) -> dict[int, str]:
-    """Name by category id, without Roboflow's super-category, which no object belongs to."""
-    used = {annotation["category_id"] for annotation in content["annotations"]}
+    """Name by category id, without the categories that only group others."""
     names: dict[int, str] = {}
-    for category in content["categories"]:
+    for category in without_super_categories(content["categories"], content["annotations"]):
         key, name = category["id"], str(category["name"])
-        others = (c.get("supercategory") for c in content["categories"] if c["id"] != key)
-        if key not in used and name in others:
-            continue
         if key in names:
             raise DatasetError(f"{source} has the category id {key!r} twice; number them apart")
         if name in names.values():
