@@ -79,7 +79,7 @@ def deit(path: Path, side: int = 14) -> dict[str, Tensor]:
 def test_the_published_pretraining(zoo_home: Path) -> None:
     tensors = deit(zoo_home / "pretraining" / DEIT)
     model, line = starting_model("adapter-t-deit-3x", "pretraining", ("a", "b"), offline=True)
-    assert line == "trunk of DeiT-T, all else is fresh"
+    assert line == "trunk of DeiT-T, all other weights random"
     state = model.backbone.state_dict()
     assert all(torch.equal(state[name], value) for name, value in tensors.items())
     assert not state["interactions.0.injector.gamma"].any()

@@ -1,4 +1,4 @@
-"""The data sets that a detector is trained on: their layout is detected, their faults are told."""
+"""Training data sets: detecting the layout, reading and checking."""
 
 from __future__ import annotations
 
@@ -150,8 +150,8 @@ def _read_yolo(source: Path) -> list[Split]:
         root = source.parent / str(content.get("path") or "")
     except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
         raise DatasetError(
-            f"{source} is not YOLO's ({type(error).__name__}: {error}): it needs train, val and "
-            "names"
+            f"{source} is not a YOLO data set ({type(error).__name__}: {error}): it needs "
+            "train, val and names"
         ) from error
     if not classes or len(set(classes)) < len(classes):
         raise DatasetError(f"{source} names no class, or a class twice: {list(classes)[:8]}")

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM between two steps, never within one."""
+"""Ctrl-C and SIGTERM: stop between two steps, never within one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The training loop; ``Training.run`` is all of it."""
+"""The training loop: ``Training.run``."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from vitadapter_zoo.training.recipe import Recipe
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-LOOK_EVERY = 20  # steps between two looks at the losses; each look waits for the device
+LOG_EVERY = 20  # steps between two log entries; each waits for the device
 
 
 class Step(nn.Module):
-    """The losses as a module of its own, so that several processes can share its gradients."""
+    """A module that computes the losses, so that DistributedDataParallel can wrap it."""
 
     def __init__(self, model: MaskRCNN) -> None:
         super().__init__()
@@ -45,13 +45,13 @@ class Step(nn.Module):
 
 @dataclass
 class Progress:
-    """How far a run is; all of it is in the saved state.
+    """The progress of a run; part of the saved state.
 
     Attributes:
         step: optimizer steps done.
-        seconds: that the run has taken, over all its parts.
+        seconds: training time, including the parts before a resume.
         best: highest mask AP so far in points; -1 before the first evaluation.
-        since_best: evaluations since then.
+        since_best: evaluations since the best one.
         figures: of the last evaluation.
     """
 
@@ -64,29 +64,29 @@ class Progress:
 
 @dataclass
 class Training:
-    """Everything that the loop needs, ready; ``prepare`` in ``run`` makes it.
+    """A prepared training run; ``training.run.train`` builds it.
 
     Attributes:
         accelerator: devices, processes, precision, accumulation.
         model: the detector, in training mode, on its device.
         net: ``Step`` of it, as the accelerator wraps it.
         optimizer: as the accelerator wraps it.
-        average: moving average of the weights; None without.
-        recipe: with the learning rate of this batch size.
+        average: moving average of the weights, or None.
+        recipe: with the learning rate for this batch size.
         views: of the training images.
-        batches: of this process, from the first step on.
-        validation: None where nothing is evaluated.
+        batches: of this process, from the next step on.
+        validation: the validation images, or None to skip evaluation.
         directory: of the run.
-        settings: what a continued run must have in common with the first part.
+        settings: the settings that must not change when the run is resumed.
         accumulate: forward passes for each step.
         seed: of the run.
         workers: processes of the data loader.
         eval_every: epochs between evaluations.
-        early_stop: evaluations without a better mask AP after which the run ends; None: never.
-        max_seconds: after which the run ends; None: never.
+        early_stop: end the run after this many evaluations without a better mask AP, or None.
+        max_seconds: time limit of the run, or None.
         save_seconds: between two saved states.
-        progress: how far the run is.
-        reporter: None in all processes but the main one.
+        progress: the progress so far.
+        reporter: only in the main process, None in the others.
     """
 
     accelerator: Accelerator
@@ -114,16 +114,16 @@ class Training:
         self.steps = max(1, self.batches.per_epoch * self.recipe.epochs // self.accumulate)
         now = time.monotonic()
         self._began = now - self.progress.seconds
-        self._saved = self._looked = now
+        self._saved = self._logged = now
         self._images = 0
         self._evaluated_at = -1
         self._window, self._norms = Window(), Window()
         self._parameters = [x for x in self.model.parameters() if x.requires_grad]
-        # Of the time limit that has passed; the same in every process.
+        # The elapsed share of the time limit, the same in every process.
         self._share = self.progress.seconds / (self.max_seconds or math.inf)
 
     def run(self) -> None:
-        """Train to the end, to the time limit, or until the mask AP no longer rises."""
+        """Train until the last step, the time limit or the early stop."""
         device, row = self.accelerator.device, self.model.row
         mean, deviation = (
             torch.tensor(values, device=device)[:, None, None] for values in (row.mean, row.std)
@@ -157,15 +157,15 @@ class Training:
         self._finish()
 
     def _after_step(self, interrupt: Interrupt) -> bool:
-        """Look, evaluate and save when it is time; whether the run is over."""
+        """Log, evaluate and save when due; return whether the run is over."""
         step = self.progress.step
-        looking = step % LOOK_EVERY == 0 or step >= self.steps
-        if looking:
-            self._look()
-        if looking or self.accelerator.num_processes == 1:
+        logging = step % LOG_EVERY == 0 or step >= self.steps
+        if logging:
+            self._log_losses()
+        if logging or self.accelerator.num_processes == 1:
             self._share_time()
-        if interrupt.asked:  # of several processes each on its own, so nothing is exchanged
-            self._look()
+        if interrupt.asked:  # each process stops on its own, without communication
+            self._log_losses()
             self._save()
             raise KeyboardInterrupt
         if step >= self.steps or self._is_over():
@@ -179,18 +179,18 @@ class Training:
         return False
 
     def _is_over(self) -> bool:
-        """Whether the time limit or the early stop ends the run before its last step."""
+        """Return whether the time limit or the early stop has ended the run."""
         stopped = self.early_stop is not None and self.progress.since_best >= self.early_stop
         return stopped or self._share >= 1
 
     def _finish(self) -> None:
-        self._look()
+        self._log_losses()
         if self._evaluated_at != self.progress.step:
             self._evaluate()
         self._save()
 
     def _epoch(self, step: int) -> int:
-        """Whole epochs after so many steps."""
+        """The number of complete epochs after ``step`` steps."""
         return step * self.accumulate // self.batches.per_epoch
 
     def _set_learning_rate(self) -> None:
@@ -202,16 +202,16 @@ class Training:
         self._lr = lr
 
     def _clipped_norm(self) -> Tensor:
-        """The gradient's norm before clipping; it stays on the device."""
+        """Clip the gradient; return its norm before clipping, on the device."""
         if self.recipe.clip is not None:
             return nn.utils.clip_grad_norm_(self._parameters, self.recipe.clip)
         return nn.utils.get_total_norm([x.grad for x in self._parameters if x.grad is not None])
 
-    def _look(self) -> None:
-        """Fetch and log the losses since the last look.
+    def _log_losses(self) -> None:
+        """Log the mean losses since the last entry.
 
         Raises:
-            ZooError: they are no longer numbers.
+            ZooError: a loss is NaN or infinite.
         """
         now = time.monotonic()
         self.progress.seconds = now - self._began
@@ -226,16 +226,16 @@ class Training:
                 **figures,
                 "images_per_second": self._images
                 * self.accelerator.num_processes
-                / max(now - self._looked, 1e-9),
+                / max(now - self._logged, 1e-9),
                 "seconds": self.progress.seconds,
             }
             if self.accelerator.device.type == "cuda":
                 entry["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
             self.reporter.progress(entry)
-        self._looked, self._images = time.monotonic(), 0
+        self._logged, self._images = time.monotonic(), 0
 
     def _share_time(self) -> None:
-        """How much of the time limit has passed, by the main process's clock."""
+        """Update the elapsed share of the time limit by the main process's clock."""
         if self.max_seconds is None:
             return
         self.progress.seconds = time.monotonic() - self._began
@@ -256,7 +256,7 @@ class Training:
         )
 
     def _evaluate(self) -> None:
-        """Evaluate, and write the folders ``last`` and, if it is the best, ``best``."""
+        """Evaluate; write the folder ``last``, and ``best`` after an improvement."""
         began = time.monotonic()
         if not disk.is_finite(self.model):
             raise ZooError(self._diverged({"a weight": math.nan}))
@@ -277,10 +277,10 @@ class Training:
                 where = {"step": progress.step, "epoch": self._epoch(progress.step)}
                 self.reporter.evaluated({**where, **progress.figures})
         training_mode(self.model)
-        self._looked += time.monotonic() - began  # images per second are those of training
+        self._logged += time.monotonic() - began  # images per second are those of training
 
     def _save(self) -> None:
-        """Write the state that a continued run begins with."""
+        """Write the state for resuming."""
         if not disk.is_finite(self.model):
             raise ZooError(self._diverged({"a weight": math.nan}))
         self._saved = time.monotonic()
@@ -299,7 +299,7 @@ class Training:
 
 
 def restore(training: Training, saved: dict[str, Any]) -> None:
-    """Put a saved state into a run that has just been prepared."""
+    """Load a saved state into a newly prepared run."""
     training.model.load_state_dict(saved["model"])
     training.optimizer.load_state_dict(saved["optimizer"])
     if training.average:
@@ -307,7 +307,7 @@ def restore(training: Training, saved: dict[str, Any]) -> None:
 
 
 def training_mode(model: nn.Module) -> None:
-    """Training mode, except for frozen parts: their BatchNorms keep their statistics."""
+    """Set training mode except for frozen parts, whose BatchNorm statistics must not change."""
     model.train()
     for module in model.modules():
         parameters = list(module.parameters())
@@ -316,20 +316,17 @@ def training_mode(model: nn.Module) -> None:
 
 
 def _seed(seed: int, number: int, process: int) -> None:
-    """Make all random draws of a forward pass a function of its number.
-
-    A continued run then draws the same, whatever has drawn in between.
-    """
+    """Seed a forward pass by its number, so that a resumed run draws the same random numbers."""
     words = np.random.SeedSequence((seed, number, process)).generate_state(2)
     torch.manual_seed(int(words[0]) << 32 | int(words[1]))
 
 
 @contextlib.contextmanager
 def out_of_memory(batch_size: int) -> Iterator[None]:
-    """Turn a full device into an error that names what to change.
+    """Replace an out-of-memory error by one that names the settings to change.
 
     Raises:
-        ZooError: the device has no memory left.
+        ZooError: the device ran out of memory.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Less memory for more computing: blocks whose activations are computed again when needed."""
+"""Activation checkpointing: less memory for more computation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vitadapter_zoo.models.adapter import Extractor, Injector
 
 
 def checkpoint_blocks(backbone: nn.Module) -> int:
-    """Let blocks keep their input only, and compute the rest again in the backward pass.
+    """Make blocks store only their input and recompute the rest in the backward pass.
 
     These are the transformer blocks, and the adapter's injectors and extractors, whose maps are
     five times as many tokens. State-dict names, results and random draws stay the same.
@@ -22,7 +22,7 @@ def checkpoint_blocks(backbone: nn.Module) -> int:
         backbone: with its blocks in ``blocks`` or ``layers``.
 
     Returns:
-        How many modules are computed again.
+        The number of modules that are recomputed.
 
     Raises:
         ZooError: the backbone has no blocks.

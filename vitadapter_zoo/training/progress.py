@@ -1,4 +1,4 @@
-"""What a run tells: a live line or plain lines, ``log.jsonl``, TensorBoard files."""
+"""Progress output of a run: a live line or plain lines, ``log.jsonl`` and TensorBoard files."""
 
 from __future__ import annotations
 

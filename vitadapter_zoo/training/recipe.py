@@ -1,4 +1,4 @@
-"""All numbers of a training run: the paper's by default, and those that the paper does not have."""
+"""The hyperparameters of a training run; the defaults are the paper's."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ UNDECAYED = ("level_embed", "pos_embed")
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """The numbers of one training run; ``published`` gives the paper's for a row.
+    """Hyperparameters of a training run; ``published`` returns the paper's for a row.
 
     Attributes:
         epochs: passes over the training images; 12 (1x) or 36 (3x) in the paper.
         schedule: ``"step"`` divides the learning rate by 10 at each milestone, as published;
-            ``"cosine"`` lets it fall to ``final_lr`` of itself (not in the paper).
+            ``"cosine"`` reduces it to ``final_lr`` times itself (not in the paper).
         milestones: fractions of the epochs, 0..1.
         final_lr: where the cosine ends, relative to the learning rate.
         lr: learning rate of a batch of 16 images; 1e-4 (3x) or 2e-4 (1x) in the paper.
         betas: of AdamW.
         weight_decay: of AdamW. Norms, biases, position and level embeddings and layer scales
             have none.
-        layer_decay: factor of the learning rate from block to block; None without.
+        layer_decay: factor of the learning rate from block to block, or None.
         warmup: iterations of the linear warm-up, at most a tenth of the run.
         warmup_ratio: where the warm-up begins, relative to the learning rate.
         clip: largest norm of the gradient; None, as published, does not clip.

@@ -1,4 +1,4 @@
-"""Devices, processes, optimizer: what a run is set up with before its first step."""
+"""Setting up a run: device, processes, precision, frozen parameters and optimizer."""
 
 from __future__ import annotations
 

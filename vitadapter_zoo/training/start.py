@@ -1,4 +1,4 @@
-"""What a run starts from: fresh weights as the original draws them, or a trained detector's."""
+"""Initial weights of a run: random as in the original, pretrained, or of a trained detector."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def starting_model(
     offline: bool | None = None,
     progress: bool = True,
 ) -> tuple[MaskRCNN, str]:
-    """The detector that training begins with, and one line that says where its weights are from.
+    """Build the detector that training starts with; describe the origin of its weights in a line.
 
     Args:
         name: load name, or a folder or repository as for ``load``: the network to train.
@@ -55,7 +55,7 @@ def starting_model(
     if start in (SCRATCH, PRETRAINING):
         initialize(model, seed)
     if start == SCRATCH:
-        return model, "all weights are fresh"
+        return model, "random initial weights"
     if start == PRETRAINING:
         if not row.pretraining_url:
             raise CheckpointError(
@@ -69,7 +69,7 @@ def starting_model(
             offline=offline,
             progress=progress,
         )
-        return model, f"trunk of {row.pretraining_name}, all else is fresh"
+        return model, f"trunk of {row.pretraining_name}, all other weights random"
     wanted, checkpoint = (name if start == PUBLISHED else start), None
     if start != PUBLISHED and os.fspath(start) not in list_models():
         path = settings.expanded(start)
@@ -121,7 +121,7 @@ def _few(names: list[str]) -> str:
 
 
 def initialize(model: MaskRCNN, seed: int = 0) -> None:
-    """Draw all weights as the original's constructors do.
+    """Initialise all weights with the distributions of the original code.
 
     Args:
         model: a detector on the CPU.

@@ -1,4 +1,4 @@
-"""What of a run lies on the disk: the state to continue from, detectors, and the log."""
+"""Files of a run: the state for resuming, the saved detectors and the log."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ LAST, BEST = "last", "best"
 
 
 class Average:
-    """The moving average of a detector's weights (EMA), kept where the detector is.
+    """The exponential moving average (EMA) of a detector's weights, on the detector's device.
 
-    The decay begins small, so that the average forgets the first weights: at step t it is
+    The decay starts small, so that the first weights have little influence: at step t it is
     ``min(decay, (1 + t) / (10 + t))``.
 
     Args:
@@ -44,7 +44,7 @@ class Average:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the weights after optimizer step ``step``, from 1."""
+        """Add the weights after optimizer step ``step``, counted from 1."""
         weight = 1 - min(self._decay, (1 + step) / (10 + step))
         averages, values = zip(*self._floats, strict=True)
         torch._foreach_lerp_(list(averages), list(values), weight)
@@ -105,7 +105,7 @@ def write_folder(model: MaskRCNN, target: Path) -> None:
 
 
 def recover(directory: Path) -> None:
-    """Put in order what a killed process left.
+    """Remove or restore the partial folders of a killed process.
 
     Raises:
         ZooError: the directory cannot be written to.
@@ -135,7 +135,7 @@ def append_log(directory: Path, entry: Mapping[str, Any]) -> None:
 
 
 def read_log(directory: Path) -> list[dict[str, Any]]:
-    """The lines of the log; a torn last line is left out."""
+    """Read the log without an incomplete last line."""
     path = directory / LOG
     lines: Iterable[str] = path.read_text("utf-8").splitlines() if path.exists() else ()
     entries = []
@@ -148,7 +148,7 @@ def read_log(directory: Path) -> list[dict[str, Any]]:
 
 
 def truncate_log(directory: Path, step: int) -> None:
-    """Remove the lines of steps after ``step``, which are done again.
+    """Remove the entries of steps after ``step``, which will be repeated.
 
     Raises:
         ZooError: it cannot be written.
@@ -159,7 +159,7 @@ def truncate_log(directory: Path, step: int) -> None:
 
 
 def is_finite(model: nn.Module) -> bool:
-    """Whether every weight is a number; waits for the device."""
+    """Return whether every weight is finite; waits for the device."""
     sums = [value.sum() for value in model.state_dict().values() if value.is_floating_point()]
     return bool(torch.stack([x.float() for x in sums]).isfinite().all()) if sums else True
 

@@ -1,4 +1,4 @@
-"""From an image and its objects to what the network is trained on: sizes, crops, flips, masks.
+"""Transforms of training images and their objects: sizes, crops, flips and masks.
 
 The order and the ranges are the original's: flip, then one of two branches (a random size; or a
 size, a crop and a size), then a crop to 1024 x 1024.
