@@ -1,6 +1,7 @@
 """Generating small data sets in COCO's format, and detectors that find objects in them."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from hotcoco import mask as coco_mask
 
-from vitadapter_zoo import MaskRCNN
+from vitadapter_zoo import MaskRCNN, get_row
 from vitadapter_zoo.catalog import COCO_CATEGORY_IDS, COCO_CLASSES
 from vitadapter_zoo.models import build
 
@@ -113,4 +114,20 @@ def write_coco(root: Path, model: MaskRCNN, count: int, seed: int = 0) -> Path:
     annotations = root / "annotations" / "instances_val2017.json"
     annotations.parent.mkdir(parents=True, exist_ok=True)
     annotations.write_text(json.dumps(annotate(model, pictures, seed)))
+    return root
+
+
+def validation_images(root: Path, count: int) -> Path:
+    """Copy the first ``count`` validation images of the package to a folder in COCO's layout."""
+    files = get_row("adapter-n-emoji").data_files
+    assert files is not None
+    content = json.loads(files[0].read_text())
+    content["images"] = content["images"][:count]
+    known = {image["id"] for image in content["images"]}
+    content["annotations"] = [one for one in content["annotations"] if one["image_id"] in known]
+    (root / "annotations").mkdir(parents=True)
+    (root / "annotations" / "instances_val2017.json").write_text(json.dumps(content))
+    (root / "val2017").mkdir()
+    for image in content["images"]:
+        shutil.copy(files[1] / image["file_name"], root / "val2017")
     return root
