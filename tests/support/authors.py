@@ -1,7 +1,7 @@
 """A deformable attention in the form in which its authors and their followers publish it.
 
-Names, signature and layers are those of ``MSDeformAttn`` in Deformable DETR, Mask2Former, DINOv2 and
-DINOv3; the code is our own. As in DINOv3, the forward pass always computes by ``grid_sample``.
+Names, signature and layers are those of ``MSDeformAttn`` in Deformable DETR, Mask2Former, DINOv2
+and DINOv3; the code is our own. As in DINOv3, the forward pass always computes by ``grid_sample``.
 """
 
 import torch

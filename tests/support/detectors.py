@@ -36,24 +36,28 @@ class Family:
     Attributes:
         build: the model, in evaluation mode, with random weights.
         inputs: arguments of its ``forward``, with padding where the family takes a mask.
-        encoded: finds the module whose output is compared, the one after the attentions.
+        around: finds the modules whose outputs are compared, those that hold the attentions.
         attentions: how many deformable attentions are replaced.
     """
 
     build: Callable[[], nn.Module]
     inputs: Callable[[], dict[str, Tensor]]
-    encoded: Callable[[Any], nn.Module]
+    around: Callable[[Any], list[nn.Module]]
     attentions: int
 
 
 def pixels(*, masked: bool) -> dict[str, Tensor]:
-    """Two images ``[2, 3, 64, 96]``; the second has padding where ``masked``."""
+    """Two images ``[2, 3, 96, 160]``; the second has padding where ``masked``.
+
+    The smallest map of Deformable DETR has 2 x 3 pixels: the normalisation of a single pixel would
+    magnify rounding errors.
+    """
     generator = torch.Generator().manual_seed(0)
-    found = {"pixel_values": torch.randn(2, 3, 64, 96, generator=generator)}
+    found = {"pixel_values": torch.randn(2, 3, 96, 160, generator=generator)}
     if masked:
-        mask = torch.ones(2, 64, 96, dtype=torch.int64)
-        mask[1, 48:] = 0
-        mask[1, :, 64:] = 0
+        mask = torch.ones(2, 96, 160, dtype=torch.int64)
+        mask[1, 80:] = 0
+        mask[1, :, 112:] = 0
         found["pixel_mask"] = mask
     return found
 
@@ -189,7 +193,7 @@ def _omdet() -> nn.Module:
 def _omdet_inputs() -> dict[str, Tensor]:
     words, tasks = torch.arange(3, 15).view(4, 3), torch.arange(3, 11).view(2, 4)
     return {
-        "pixel_values": pixels(masked=False)["pixel_values"][..., :64],
+        "pixel_values": pixels(masked=False)["pixel_values"][..., :64, :64],
         "classes_input_ids": words,
         "classes_attention_mask": torch.ones_like(words),
         "tasks_input_ids": tasks,
@@ -200,24 +204,33 @@ def _omdet_inputs() -> dict[str, Tensor]:
 
 FAMILIES = {
     "Deformable DETR": Family(
-        _deformable_detr, lambda: pixels(masked=True), lambda m: m.model.encoder, 4
+        _deformable_detr,
+        lambda: pixels(masked=True),
+        lambda m: [m.model.encoder, m.model.decoder],
+        4,
     ),
     "GroundingDINO": Family(
-        lambda: _grounding("GroundingDino"), _grounding_inputs, lambda m: m.model.encoder, 4
+        lambda: _grounding("GroundingDino"),
+        _grounding_inputs,
+        lambda m: [m.model.encoder, m.model.decoder],
+        4,
     ),
     "MM-GroundingDINO": Family(
-        lambda: _grounding("MMGroundingDino"), _grounding_inputs, lambda m: m.model.encoder, 4
+        lambda: _grounding("MMGroundingDino"),
+        _grounding_inputs,
+        lambda m: [m.model.encoder, m.model.decoder],
+        4,
     ),
     "Mask2Former": Family(
         _mask2former,
         lambda: pixels(masked=True),
-        lambda m: m.model.pixel_level_module.decoder.encoder,
+        lambda m: [m.model.pixel_level_module.decoder.encoder],
         2,
     ),
     "OneFormer": Family(
-        _oneformer, _oneformer_inputs, lambda m: m.model.pixel_level_module.decoder.encoder, 2
+        _oneformer, _oneformer_inputs, lambda m: [m.model.pixel_level_module.decoder.encoder], 2
     ),
-    "OmDet-Turbo": Family(_omdet, _omdet_inputs, lambda m: m.decoder, 2),
+    "OmDet-Turbo": Family(_omdet, _omdet_inputs, lambda m: [m.decoder], 2),
 }
 
 # Families whose operator serves 300 queries of a decoder, by the names of their models.
