@@ -138,7 +138,7 @@ def worst(errors: Iterable[float]) -> float:
 
 def _outputs(channels: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the output of each kernel on ``device`` and the correct output."""
-    value, shapes, locations, weights = arguments = _small_input(channels)
+    value, shapes, locations, weights = arguments = small_input(channels)
     moved = [tensor.to(device) for tensor in arguments]
     grad = torch.linspace(-1, 1, 2 * 7 * 2 * channels, dtype=torch.float32).view(2, 7, -1)
     kernels = torch.ops.vitadapter_zoo
@@ -164,7 +164,7 @@ def _outputs(channels: int, device: torch.device) -> Iterator[tuple[Tensor, Tens
         yield from zip(mine, gradients, strict=True)
 
 
-def _small_input(channels: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def small_input(channels: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Create inputs of two images and three levels.
 
     Locations are inside and outside of the maps. None is on the border between two cells.
