@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from vitadapter_zoo.detections.output_files import refuse_inputs
 from vitadapter_zoo.errors import ZooError
 from vitadapter_zoo.evaluation.dataset import Dataset, read_dataset
 from vitadapter_zoo.models import MaskRCNN
@@ -309,6 +310,7 @@ def _validation(found: TrainingData, directory: Path, accelerator: Accelerator) 
     if found.valid is None:
         return None
     annotations = directory / disk.VALIDATION
+    refuse_inputs([annotations], [found.train.source, found.valid.source])
     if accelerator.is_main_process:
         write_coco(found.valid, annotations)
     accelerator.wait_for_everyone()
