@@ -129,15 +129,16 @@ def report_folder(folder: Path | None, inputs: Sequence[Any]) -> Path | None:
 
 
 def tell(found: Verification, as_json: bool, folder: Path | None) -> None:
-    """Print the outcome, write the report, and exit with the verdict's status."""
+    """Write the report, print the outcome, and exit with the verdict's status."""
     from vitadapter_zoo.reports import report
 
+    if folder is not None:  # first: standard output may be full or closed
+        report.write(found, folder, command=command_line())
     if as_json:
         click.echo(json.dumps(report.record(found), indent=2))
     else:
         report.print_table(found)
     if folder is not None:
-        report.write(found, folder, command=command_line())
         click.echo(f"report: {folder / report.PAGE}", err=True)
     click.get_current_context().exit(EXIT_STATUS[found.verdict])
 
