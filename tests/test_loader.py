@@ -1,3 +1,4 @@
+import contextlib
 import json
 import pickle
 import zipfile
@@ -167,6 +168,37 @@ def test_options_for_device_dtype_and_fresh_weights(published_file: MakeFile) ->
     assert not same_weights(fresh, NAME)
     with pytest.raises(ValueError, match="leave one of them out"):
         vitadapter_zoo.load(NAME, pretrained=False, checkpoint="x.pth")
+
+
+EMOJI = "adapter-n-emoji"
+
+
+@pytest.mark.parametrize("state", ["float64", "float16", "meta", "inference"])
+@pytest.mark.parametrize(
+    "options", [{}, {"classes": ["dog", "zebra"]}, {"pretrained": False}], ids=str
+)
+def test_no_state_of_the_process_changes_what_is_loaded(
+    options: dict[str, Any], state: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another library's default dtype or device, or inference mode around the call."""
+    torch.manual_seed(0)
+    wanted = vitadapter_zoo.load(EMOJI, **options).state_dict()
+    torch.manual_seed(0)
+    with contextlib.ExitStack() as ambient:
+        if state == "meta":
+            ambient.enter_context(torch.device("meta"))
+        elif state == "inference":
+            ambient.enter_context(torch.inference_mode())
+        else:
+            ambient.callback(torch.set_default_dtype, torch.get_default_dtype())
+            torch.set_default_dtype(getattr(torch, state))
+        model = vitadapter_zoo.load(EMOJI, **options)
+    for name, value in model.state_dict().items():
+        assert value.dtype == wanted[name].dtype
+        assert torch.equal(value, wanted[name])
+    image = model.preprocess(standins.PHOTO).tensor[:, :, :64, :64]
+    sum(x.mean() for x in model.neck(model.backbone(image))).backward()  # it can be trained
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("kind", ["zip", "legacy", "bare pickle"])

@@ -21,7 +21,10 @@ def test_the_cache_folder_is_expanded(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert settings.home() == tmp_path / "other"
 
 
-@pytest.mark.parametrize("path", ["~no-such-user-here/x", "a\0b"])
+@pytest.mark.parametrize(
+    "path",
+    ["~no-such-user-here/x", "a\0b", "x" * 256, "ß" * 128, "x/" * 2048, "9" * 5000, "a\ud800"],
+)
 def test_a_path_that_cannot_be_expanded_is_one_error(path: str) -> None:
     with pytest.raises(ZooError, match="the path"):
         settings.expanded(path)

@@ -137,14 +137,16 @@ def load(
     _check_combination(name, checkpoint, pretrained)
     found = find(name, cache_dir=cache_dir, offline=offline, progress=progress)
     if not pretrained:
-        with torch.device(device):
+        with torch.inference_mode(False), torch.device(device):
             model = build(found.row, wanted or found.categories)
         return model.to(device=device, dtype=dtype).eval()
-    loaded, origin = _weights(found, checkpoint, cache_dir, offline, progress, allow_nonfinite)
-    model = _assembled(found, loaded, origin, checkpoint is not None, wanted, allow_nonfinite)
-    if dtype is None and found.place is not None:
-        dtype = getattr(torch, found.dtype)
-    model.to(device=device, dtype=dtype)
+    # Weights that are made in inference mode could not be trained.
+    with torch.inference_mode(False), torch.device("cpu"):
+        loaded, origin = _weights(found, checkpoint, cache_dir, offline, progress, allow_nonfinite)
+        model = _assembled(found, loaded, origin, checkpoint is not None, wanted, allow_nonfinite)
+        if dtype is None and found.place is not None:
+            dtype = getattr(torch, found.dtype)
+        model.to(device=device, dtype=dtype)
     if dtype in (torch.float16, torch.bfloat16) and not allow_nonfinite:
         check_finite(model.state_dict(), f"{origin}, converted to {dtype},")
     return model.eval()

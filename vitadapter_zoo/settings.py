@@ -11,6 +11,10 @@ from vitadapter_zoo.errors import ZooError
 
 Home: TypeAlias = str | os.PathLike[str] | None
 
+# Bytes; the limits of Linux and of its usual file systems. Beyond them even the question whether a
+# file exists is an error.
+LONGEST_PATH, LONGEST_NAME = 4095, 255
+
 
 def expanded(path: str | os.PathLike[str]) -> Path:
     """The path with a leading ``~`` or ``~user`` replaced by that user's home folder.
@@ -19,11 +23,21 @@ def expanded(path: str | os.PathLike[str]) -> Path:
     path that a user can give passes through this function once, where it enters the package.
 
     Raises:
-        ZooError: there is no such user, or the path holds a null character.
+        ZooError: there is no such user, or no file can have that path: it is too long, or holds a
+            null character or half of a surrogate pair.
     """
     text = os.fspath(path)
     if "\0" in text:
         raise ZooError(f"the path {text[:80]!r} holds a null character")
+    try:
+        encoded = os.fsencode(text)
+    except UnicodeEncodeError as error:
+        raise ZooError(f"the path {text[:80]!r} holds a character that is not Unicode") from error
+    if len(encoded) > LONGEST_PATH or max(map(len, encoded.split(b"/"))) > LONGEST_NAME:
+        raise ZooError(
+            f"the path that begins with {text[:80]!r} is too long: a file's name has at most "
+            f"{LONGEST_NAME} bytes and a path {LONGEST_PATH:,}"
+        )
     # Path.expanduser would drop the dot of "./~" and expand that too.
     result = os.path.expanduser(text)  # noqa: PTH111
     user, slash, _ = text.partition("/")

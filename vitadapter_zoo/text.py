@@ -35,6 +35,23 @@ def shown(text: object, limit: int = 80) -> str:
     )
 
 
+def visible(text: str, limit: int = 2000) -> str:
+    """Foreign text for a page: as it is, but for what cannot be seen, which is escaped.
+
+    Unlike `shown` it keeps backslashes, so that a command line can be copied.
+
+    Args:
+        text: the text.
+        limit: largest number of characters that is kept, before escaping.
+    """
+    if len(text) > limit:
+        text = f"{text[: limit - 3]}..."
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
+        for character in text
+    )
+
+
 def quoted(text: object, limit: int = 80) -> str:
     """``shown`` in single quotes."""
     return f"'{shown(text, limit)}'"

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from forked import COMMAND, Done, workers
+from forked import COMMAND, Done, run, workers
 
 BROKEN = """
 from vitadapter_zoo.{module} import {name} as broken
@@ -31,6 +31,9 @@ def broken(module: str, name: str, error: str, *arguments: str) -> Done:
         ("MemoryError()", "MemoryError"),
         ("RuntimeError('a\\n\\nb\\x1b[2J' + 'x' * 10_000)", r"RuntimeError: a b\x1b[2Jxxx"),
         ("FileNotFoundError(2, 'No such file', 'lost.txt')", "lost.txt"),
+        ("EOFError()", "EOFError"),
+        ("BaseException('a panic in Rust')", "BaseException: a panic in Rust"),
+        ("GeneratorExit()", "GeneratorExit"),
     ],
 )
 def test_an_unforeseen_error_is_one_line_and_status_2(
@@ -50,6 +53,71 @@ def test_an_unforeseen_error_is_one_line_and_status_2(
         assert len(done.stderr) < 1000
         assert shown in done.stderr
         assert "--debug" in done.stderr
+
+
+@pytest.mark.parametrize("end", ["1", "'a library gave up'", "True", "3"])
+def test_a_library_that_ends_the_program_refutes_nothing(end: str, tmp_path: Path) -> None:
+    (tmp_path / "own.json").write_text("{}")
+    arguments = ("verify", "vit-t-deit-3x", "--annotations", str(tmp_path / "own.json"))
+    done = broken("evaluation.dataset", "read_dataset", f"SystemExit({end})", *arguments)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "a library ended the program" in done.stderr
+
+
+LONG = "x" * 300
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["info", LONG],
+        ["config", LONG],
+        ["card", LONG],
+        ["card", "vit-t-deit-3x", "--out", LONG],
+        ["download", LONG],
+        ["download", "vit-t-deit-3x", "--checkpoint", LONG],
+        ["convert", LONG, "--model", "vit-t-deit-3x"],
+        ["convert", __file__, "--model", "vit-t-deit-3x", "--out", LONG],
+        ["predict", LONG, "--model", "vit-t-deit-3x"],
+        ["predict", "9" * 5000, "--model", "vit-t-deit-3x"],
+        ["predict", __file__, "--model", LONG],
+        ["score", LONG, "--model", "adapter-n-emoji"],
+        ["score", __file__, "--model", "adapter-n-emoji", "--report", LONG],
+        ["verify", "adapter-n-emoji", "--annotations", LONG],
+        ["verify", "adapter-n-emoji", "--annotations", "x.json", "--images", "9" * 300],
+        ["verify", "adapter-n-emoji", "--coco", LONG],
+        ["verify", "adapter-n-emoji", "--run", LONG],
+        ["verify", LONG, "--annotations", __file__],
+        ["train", "adapter-n-emoji", "--data", LONG, "--out", "out"],
+        ["train", "adapter-n-emoji", "--data", ".", "--out", LONG],
+        ["demo", "--out", LONG],
+        ["info", f"user/{LONG}"],
+        ["info", "user/a--b"],
+        ["info", "user/a.git"],
+    ],
+    ids=lambda arguments: " ".join(part[:12] for part in arguments),
+)
+def test_a_path_or_name_that_nothing_can_have_is_one_line(
+    arguments: list[str], tmp_path: Path
+) -> None:
+    done = run(*arguments, "--offline" if arguments[0] == "info" else "--debug", cwd=tmp_path)
+    assert done.returncode == 2
+    error = done.stderr.splitlines()[-1]
+    assert error.startswith("Error: ")
+    assert "does not expect" not in error
+    assert len(error) < 700
+
+
+def test_a_file_that_may_not_be_used_is_named_without_a_call_for_a_report() -> None:
+    """Also where nothing of ours foresees it: the system's reason, and what to do."""
+    for error, reason in (
+        ("PermissionError(13, 'Permission denied', 'a\x1b[2Jb')", r"a\x1b[2Jb: Permission denied"),
+        ("OSError(40, 'Too many levels of symbolic links', b'loop')", "loop: Too many levels"),
+    ):
+        done = broken("finder", "place_of", error, "info", "user/x")
+        assert done.returncode == 2
+        assert f"Error: cannot use {reason}" in done.stderr
 
 
 def test_debug_prints_the_traceback(tmp_path: Path) -> None:

@@ -118,6 +118,9 @@ def test_other_outputs_never_replace_an_input_nor_each_other(
         *("--coco-json", str(weights)),
     )
     assert "which is never replaced" in text
+    for name in ("config.json", "model.safetensors"):  # of the model's folder
+        text = failure("predict", str(picture), *model, "--coco-json", str(folder / name))
+        assert "which is never replaced" in text
     assert "is a folder" in failure("predict", str(picture), *model, "--coco-json", str(folder))
     (found,) = lines(
         *(str(picture), *model, "--coco-json", str(tmp_path / "photo.png"), "--out", str(tmp_path))

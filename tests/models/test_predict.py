@@ -79,6 +79,16 @@ def other_locale() -> Iterator[None]:
         locale.setlocale(locale.LC_ALL, before)
 
 
+@contextmanager
+def coarse_products() -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 AMBIENT: dict[str, Ambient] = {
     "bfloat16": default_dtype(torch.bfloat16),
     "float16": default_dtype(torch.float16),
@@ -88,6 +98,7 @@ AMBIENT: dict[str, Ambient] = {
     "no grad": torch.no_grad,
     "inference": torch.inference_mode,
     "deterministic": deterministic,
+    "coarse products": coarse_products,
     "numpy": strict_numpy,
     "locale": other_locale,
 }

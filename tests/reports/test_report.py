@@ -252,6 +252,26 @@ def test_hostile_names_stay_text(scene: Scene, tmp_path: Path) -> None:
     assert "cannot read the image" in page.text
 
 
+def test_what_cannot_be_seen_is_escaped_in_the_page(scene: Scene, tmp_path: Path) -> None:
+    """Control characters, terminal escapes and changes of direction; also in the pictures."""
+    content = json.loads(scene.data.annotations.read_text())
+    for category in content["categories"]:
+        category["name"] += "\x1b[2J\n\u202e\x00" + "x" * 5000
+    path = tmp_path / "hostile.json"
+    path.write_text(json.dumps(content))
+    data = read_dataset(path, scene.data.folder)
+    found = judge("a\x9bb", data, as_found(scene)[:1], None, images=scene.data.folder)
+    missed = replace(found, results=[without(one, 1) for one in found.results])
+    report.write(missed, tmp_path / "out", command="vitadapter-zoo verify 'a\\b'")
+    text = (tmp_path / "out" / "report.html").read_text()
+    assert "x" * 2000 not in text
+    assert all(letter.isprintable() or letter == "\n" for letter in text)
+    page = parse(tmp_path / "out" / "report.html")
+    assert r"person\x1b[2J\n\u202e\x00xxx" in page.text
+    assert r"vitadapter-zoo verify 'a\b'" in page.text
+    assert page.tags.count("img") == 2
+
+
 def as_found(scene: Scene) -> list[ImageResult]:
     """Detections that are the annotations themselves, each once, with sure scores."""
     results = []
@@ -388,6 +408,29 @@ def test_a_report_that_cannot_be_written_is_told_first(tmp_path: Path) -> None:
     result = invoke("verify", NAME, "--coco", str(tmp_path), "--report", str(tmp_path / "out"))
     assert result.exit_code == 2
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_a_report_never_replaces_what_is_scored(link: bool, tmp_path: Path) -> None:
+    """Results in a folder of an earlier report, annotations that are called like a report."""
+    folder = tmp_path / "report"
+    folder.mkdir()
+    results, annotations = folder / "detections.json", tmp_path / "report.json"
+    results.write_text("[]")
+    annotations.write_text("{}")
+    inputs = [str(results), "--annotations", str(annotations)]
+    out = folder
+    if link:  # the annotations under the report's name
+        (tmp_path / "out").mkdir()
+        out = tmp_path / "out"
+        (out / "report.json").symlink_to(annotations)
+    result = invoke("score", *inputs, "--model", NAME, "--report", str(out))
+    assert result.exit_code == 2
+    assert "which is never replaced" in result.output
+    result = invoke("verify", NAME, *inputs[1:], "--report", str(tmp_path))
+    assert result.exit_code == 2
+    assert "which is never replaced" in result.output
+    assert (results.read_text(), annotations.read_text()) == ("[]", "{}")
 
 
 def test_no_detections_and_no_objects_make_a_page_too(scene: Scene, tmp_path: Path) -> None:

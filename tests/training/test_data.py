@@ -1,6 +1,7 @@
 """Data sets for training: layouts, classes, and what is wrong with them."""
 
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -89,7 +90,16 @@ LEFT_OUT: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "outside": (lambda one: box(one, 70, 5, 10, 10), "1 objects outside of their image"),
     "no width": (lambda one: box(one, 5, 5, 0, 10), "1 objects without an area"),
     "no area": (lambda one: one.update(area=0), "1 objects without an area"),
-    "not a number": (lambda one: box(one, 5, 5, float("nan"), 10), "1 objects without an area"),
+    "not a number": (
+        lambda one: box(one, 5, 5, float("nan"), 10),
+        "1 objects whose box is not four numbers",
+    ),
+    "three numbers": (lambda one: box(one, 5, 5, 10), "1 objects whose box is not four numbers"),
+    "infinite area": (lambda one: one.update(area=math.inf), "1 objects without an area"),
+    "a polygon with NaN": (
+        lambda one: one.update(segmentation=[[1, 1, math.nan, 5, 9, 9]]),
+        "1 objects without a mask",
+    ),
     "no mask": (lambda one: one.update(segmentation=[]), "1 objects without a mask"),
     "a line": (lambda one: one.update(segmentation=[[1, 1, 5, 5]]), "1 objects without a mask"),
     "other size": (
@@ -189,6 +199,22 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Any], Path], Any], str]] = {
     ),
     "no ids": (lambda content, _: content["images"][0].pop("id"), "not in COCO's instances format"),
     "no annotations": (lambda content, _: content.pop("annotations"), "has no annotations"),
+    "an id that is none": (
+        lambda content, _: content["annotations"][0].update(image_id=[1]),
+        "a list of 1 is no id",
+    ),
+    "endless size": (
+        lambda content, _: content["images"][0].update(height=10**400, width=math.inf),
+        "not in COCO's instances format",
+    ),
+    "a class without a name": (
+        lambda content, _: content["categories"][0].update(name=None),
+        "category 1 of .* has no name",
+    ),
+    "a class of terminal escapes": (
+        lambda content, _: [one.update(name="\x1b[2J") for one in content["categories"]],
+        r"two categories named '\\x1b\[2J'",
+    ),
 }
 
 
@@ -198,6 +224,78 @@ def test_bad_data_are_refused(case: str, content: dict[str, Any], tmp_path: Path
     change(content, tmp_path / "train")
     with pytest.raises(DatasetError, match=message):
         read(content, tmp_path)
+
+
+@pytest.mark.parametrize("first", [2**53 + 1, -5, "a", "9" * 5000])
+def test_ids_are_names(first: int | str, content: dict[str, Any], tmp_path: Path) -> None:
+    """Large, negative and text ids, which float64 and sorting would mix up."""
+    plain, _ = read(content, tmp_path)
+    renamed = {
+        key: first + key if isinstance(first, int) else f"{first}{key}" for key in range(1, 4)
+    }
+    for kind, key in (("images", "id"), ("annotations", "image_id")):
+        for one in content[kind]:
+            one[key] = renamed[one[key] + 1]
+    for kind, key in (("categories", "id"), ("annotations", "category_id")):
+        for one in content[kind]:
+            one[key] = renamed[one[key]]
+    found, root = read(content, tmp_path)
+    assert found.classes == plain.classes
+    for one, other in zip(found.train.samples, plain.train.samples, strict=True):
+        assert (one.path, one.instances) == (other.path, other.instances)
+    write_coco(found.train, tmp_path / "valid.json")
+    again = read_dataset(tmp_path / "valid.json", root)
+    assert {image.image_id for image in again.images} == set(renamed.values())
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_annotations_in_every_unicode_encoding(
+    encoding: str, content: dict[str, Any], tmp_path: Path
+) -> None:
+    content["categories"][0]["name"] = "Kreis ○"
+    shapes.write(tmp_path / "train" / "_annotations.coco.json", content).write_bytes(
+        json.dumps(content, ensure_ascii=False).encode(encoding)
+    )
+    assert read_data(tmp_path).classes == ("Kreis ○", "square")
+
+
+def test_deeply_nested_annotations_are_one_error(tmp_path: Path) -> None:
+    source = tmp_path / "train" / "_annotations.coco.json"
+    source.parent.mkdir()
+    source.write_text("[" * 100_000)
+    with pytest.raises(DatasetError, match="nested too deeply"):
+        read_data(tmp_path)
+
+
+ALIASES = "\n".join(
+    ["a0: &a0 [x, x]", *(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]" for n in range(1, 40))]
+)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (f"{ALIASES}\nnames: *a39\ntrain: images", "a list of 2 is not a text"),
+        (f"{ALIASES}\nnames: [a]\ntrain: *a39", "a list of 2 is not a text"),
+        ("names: " + "[" * 5000, "is not YOLO's"),
+        ("names: [a]\ntrain: 2024-13-45 10:00:00", "is not YOLO's"),
+        ("names: ['\\e[2J']\ntrain: '\\e[2J'", "is not there"),
+        ("names: [a]", "has no images in train"),
+    ],
+)
+def test_bad_yolo_descriptions_are_one_error(content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "data.yaml").write_text(content)
+    with pytest.raises(DatasetError, match=message) as caught:
+        read_data(tmp_path)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 1000
+
+
+def test_a_list_of_images_that_is_no_text_is_one_error(tmp_path: Path) -> None:
+    (tmp_path / "data.yaml").write_text("names: [a]\ntrain: list.txt")
+    (tmp_path / "list.txt").write_bytes(b"\xff\xfe\xfa")
+    with pytest.raises(DatasetError, match="cannot read the list of images"):
+        read_data(tmp_path)
 
 
 def test_other_classes_in_the_validation_annotations(tmp_path: Path) -> None:
@@ -212,6 +310,7 @@ def test_other_classes_in_the_validation_annotations(tmp_path: Path) -> None:
     ("line", "message"),
     [
         ("0 0.1 0.1 x 0.2", r"line 1 of .*000.txt is not `class x1 y1"),
+        ("inf 0.1 0.1 0.2 0.1 0.2 0.2", r"line 1 of .*000.txt is not `class x1 y1"),
         ("2 0.1 0.1 0.2 0.1 0.2 0.2", r"has class 2, but data.yaml names 2 classes"),
     ],
 )

@@ -71,6 +71,58 @@ def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainingRes
     return train(NANO, data, out, epochs=40, ema=0.9, tensorboard=True, **QUICK)
 
 
+AMBIENT = {
+    "float16": lambda: torch.set_default_dtype(torch.float16),
+    "meta": lambda: torch.set_default_device("meta"),
+    "no grad": lambda: torch.set_grad_enabled(False),
+    "coarse products": lambda: torch.set_float32_matmul_precision("medium"),
+}
+
+
+@pytest.fixture(scope="module")
+def plainly_trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainingResult:
+    return train(NANO, data, tmp_path_factory.mktemp("plain") / "run", epochs=1, **QUICK)
+
+
+@pytest.mark.parametrize("name", AMBIENT)
+def test_no_state_of_the_process_changes_a_weight(
+    name: str, data: Path, tmp_path: Path, plainly_trained: TrainingResult
+) -> None:
+    """Another library's default dtype, default device, grad mode or precision of products."""
+    try:
+        AMBIENT[name]()
+        found = train(NANO, data, tmp_path / "run", epochs=1, **QUICK)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+        torch.set_grad_enabled(True)
+        torch.set_float32_matmul_precision("highest")
+    assert same(found.last, plainly_trained.last)
+
+
+def test_the_run_never_replaces_its_own_annotations(data: Path, tmp_path: Path) -> None:
+    annotations = data / "annotations" / "instances_val2017.json"
+    own = tmp_path / "valid.json"
+    own.write_bytes(annotations.read_bytes())
+    files = ((data / "annotations" / "instances_train2017.json", data / "train2017"),
+             (own, data / "val2017"))  # fmt: skip
+    with pytest.raises(ZooError, match="which is never replaced"):
+        train(NANO, None, tmp_path, train_files=files[0], valid_files=files[1], epochs=1, **QUICK)
+    assert own.read_bytes() == annotations.read_bytes()
+
+
+@pytest.mark.parametrize("line", [b'{"step": "1"}', b"[]", b"\xff", b"[" * 100_000, b"torn"])
+def test_a_log_is_read_up_to_a_line_that_is_none_of_ours(line: bytes, tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 3}\n')
+    assert read_log(tmp_path) == [{"step": 1}]
+
+
+def test_a_state_that_is_another_pickle_is_one_error(tmp_path: Path) -> None:
+    torch.save([1, 2], tmp_path / "state.pt")
+    with pytest.raises(ZooError, match=r"state.pt cannot be read \("):
+        read_state(tmp_path)
+
+
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 

@@ -69,7 +69,10 @@ class _ZooGroup(click.Group):
             return super().invoke(ctx)
         except (click.ClickException, click.Abort, click.exceptions.Exit):
             raise
-        except Exception as error:
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        # A panic of a library in Rust is no Exception.
+        except BaseException as error:
             raise failures.failure(error, ctx) from error
 
 

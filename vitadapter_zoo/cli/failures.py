@@ -13,12 +13,16 @@ from pathlib import Path
 import click
 
 from vitadapter_zoo.errors import ZooError
+from vitadapter_zoo.text import PATH, shown
 
 COULD_NOT_RUN = 2  # 1 is a finding: `verify` refutes, `compare` sees a difference
 INTERRUPTED = 128 + signal.SIGINT  # as shells report a process that a signal ended
 READER_GONE = 128 + signal.SIGPIPE
 # Of writing to a stream. Files are named in the error, or written by code that raises ZooError.
 STREAM_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF, errno.EPIPE)
+# Of opening what the user named; a file that is suddenly gone is a fault of our own.
+PATH_ERRORS = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.EROFS,
+               errno.ENOTDIR, errno.EISDIR, errno.ENOSPC, errno.EDQUOT)  # fmt: skip
 LONGEST_REASON = 500  # characters of another library's message that are shown
 
 _DEBUG = "vitadapter_zoo.debug"  # key in click's context
@@ -51,7 +55,7 @@ def add_debug_option(command: click.Command) -> None:
 
 
 def failure(
-    error: Exception, context: click.Context
+    error: BaseException, context: click.Context
 ) -> click.ClickException | click.exceptions.Exit:
     """What ends a command that raised an exception; with ``--debug`` the traceback is printed."""
     if context.meta.get(_DEBUG):
@@ -60,6 +64,9 @@ def failure(
         return CommandFailure(str(error))
     if isinstance(error, OSError) and is_of_output(error):
         return output_failure(error)
+    if isinstance(error, OSError) and error.filename and error.errno in PATH_ERRORS:
+        place = shown(os.fsdecode(error.filename), PATH)
+        return CommandFailure(f"cannot use {place}: {error.strerror}; choose another path")
     name = context.invoked_subcommand or context.info_name
     return CommandFailure(
         f"{name} stopped on an error that it does not expect ({describe(error)}); repeat the "
@@ -92,10 +99,17 @@ def describe(error: BaseException) -> str:
 
 
 def status_of(end: SystemExit) -> int:
-    """The exit status that a SystemExit asks for."""
+    """The exit status for a SystemExit, which no command of ours raises.
+
+    A library's own 1 does not mean that a checkpoint is refuted.
+    """
     if isinstance(end.__context__, BrokenPipeError):  # rich exits with 1 then
         return READER_GONE
-    return end.code if isinstance(end.code, int) else int(end.code is not None)
+    if end.code in (None, 0):
+        return 0
+    reason = "" if isinstance(end.code, int) else f" ({describe(end)})"
+    show(CommandFailure(f"a library ended the program{reason}"))
+    return COULD_NOT_RUN
 
 
 def finish_output(status: int) -> int:

@@ -217,10 +217,12 @@ def convert(
         raise ZooError(f"{target} exists: give --force to replace it, or another --out")
     import torch
 
+    from vitadapter_zoo.detections.output_files import refuse_inputs
     from vitadapter_zoo.weights import convert as conversion
     from vitadapter_zoo.weights import resolve
 
     paths, where = _sources(source, found, offline, quiet, allow_nonfinite)
+    refuse_inputs([target], paths)
     names = tuple(part.strip() for part in classes.split(",")) if classes else None
     if is_folder and names is None:
         names = found.categories

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from vitadapter_zoo.images.videos import VideoFile
     from vitadapter_zoo.models import MaskRCNN
 
+LONGEST_INDEX = 6  # digits of a camera's index
 CHECKED = 100  # pictures that are decoded before the model is loaded
 
 
@@ -131,7 +132,7 @@ def predict(
 
     chosen = expand([_source(text) for text in sources])
     _check_inputs(chosen)
-    inputs = [*chosen, name, *([checkpoint] if checkpoint else [])]
+    inputs = [*chosen, *_model_files(name), *([checkpoint] if checkpoint else [])]
     results = outputs.checked(coco_json, inputs) if coco_json else None
     model = _load(name, checkpoint, device, dtype, offline, quiet)
     overlays = Overlays(
@@ -170,7 +171,17 @@ def predict(
 
 def _source(text: str) -> Source:
     """An argument as a source: a number that is no file is a camera."""
-    return int(text) if text.isdecimal() and not Path(text).exists() else text
+    is_index = text.isdecimal() and len(text) < LONGEST_INDEX
+    return int(text) if is_index and not Path(text).exists() else text
+
+
+def _model_files(name: str) -> list[Path]:
+    """The files that are read where the model's name is a folder's."""
+    from vitadapter_zoo import settings
+
+    folder = settings.expanded(name)
+    kinds = ("config.json", "preprocessor_config.json", "*.safetensors", "*.safetensors.index.json")
+    return [path for kind in kinds for path in folder.glob(kind)] if folder.is_dir() else []
 
 
 def _check_inputs(chosen: Sequence[Source]) -> None:

@@ -56,7 +56,7 @@ def score(
     """Score a file of COCO results, for example from the original code, and give a verdict."""
     started = time.monotonic()
     row = get_row(name)
-    results, folder = settings.expanded(results), report_folder(folder)
+    results, folder = settings.expanded(results), report_folder(folder, [results, annotations])
     data = dataset(name, coco, annotations, images, ignore_exif)
     from vitadapter_zoo.evaluation.results_file import read_results
     from vitadapter_zoo.evaluation.scoring import versions

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +41,7 @@ class _ImageFolder(click.ParamType[Path]):
     name = "DIR"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        if isinstance(value, str) and value.isdigit() and not Path(value).is_dir():
+        if isinstance(value, str) and value.isdigit() and not settings.expanded(value).is_dir():
             self.fail(
                 f"--images takes the folder of the image files; to evaluate {value} of the images, "
                 f"write --limit {value}",
@@ -111,27 +112,33 @@ def dataset(
     return read_dataset(annotations, images or annotations.parent, ignore_exif=ignore_exif)
 
 
-def report_folder(folder: Path | None) -> Path | None:
-    """The folder of the report; one that cannot be written is an error before the hours of work."""
+def report_folder(folder: Path | None, inputs: Sequence[Any]) -> Path | None:
+    """The folder of the report; one that cannot be used is an error before the hours of work.
+
+    Args:
+        folder: of the option; None where there is to be no report.
+        inputs: the files that the command reads; None stands for one that is not given.
+    """
     from vitadapter_zoo.reports import report
 
     if folder is None:
         return None
     folder = settings.expanded(folder)
-    report.check_folder(folder)
+    report.check_folder(folder, inputs)
     return folder
 
 
 def tell(found: Verification, as_json: bool, folder: Path | None) -> None:
-    """Print the outcome, write the report, and exit with the verdict's status."""
+    """Write the report, print the outcome, and exit with the verdict's status."""
     from vitadapter_zoo.reports import report
 
+    if folder is not None:  # first: standard output may be full or closed
+        report.write(found, folder, command=command_line())
     if as_json:
         click.echo(json.dumps(report.record(found), indent=2))
     else:
         report.print_table(found)
     if folder is not None:
-        report.write(found, folder, command=command_line())
         click.echo(f"report: {folder / report.PAGE}", err=True)
     click.get_current_context().exit(EXIT_STATUS[found.verdict])
 

@@ -128,7 +128,7 @@ def verify(
         raise click.UsageError("--ignore-exif needs --backend native: mmdet applies EXIF rotations")
     if every and (checkpoint, run, expect) != (None, None, None):
         raise click.UsageError("--checkpoint, --run and --expect belong to one model, not to --all")
-    folder = report_folder(folder)
+    folder = report_folder(folder, [annotations, checkpoint])
     data = dataset(name, coco, annotations, images, ignore_exif)
     import torch
 

@@ -26,13 +26,28 @@ def checked(path: str | os.PathLike[str], inputs: Iterable[Any]) -> Path:
     target = settings.expanded(path)
     if target.is_dir():
         raise ZooError(f"cannot write {shown(target, PATH)}: it is a folder")
-    for given in inputs:
-        if isinstance(given, (str, os.PathLike)) and same_file(target, given):
-            raise ZooError(
-                f"{shown(target, PATH)} is the input {shown(given, PATH)}, which is never "
-                "replaced; choose another name for the output"
-            )
+    refuse_inputs([target], inputs)
     return target
+
+
+def refuse_inputs(targets: Iterable[Path], inputs: Iterable[Any]) -> None:
+    """Refuse to write over an input.
+
+    Args:
+        targets: the files to write.
+        inputs: what is read; those that are paths are compared with each target.
+
+    Raises:
+        ZooError: one of them is an input under any name (a link, other letter case).
+    """
+    given = [one for one in inputs if isinstance(one, (str, os.PathLike))]
+    for target in targets:
+        for one in given:
+            if same_file(target, one):
+                raise ZooError(
+                    f"{shown(target, PATH)} is the input {shown(one, PATH)}, which is never "
+                    "replaced; choose another name for the output"
+                )
 
 
 def same_file(one: Path, other: str | os.PathLike[str]) -> bool:

@@ -34,7 +34,8 @@ def order(key: Id) -> tuple[Any, ...]:
     if _NUMBER.fullmatch(key):
         return (1, int(key), key)
     parts = _DIGITS.split(key)
-    return (2, [(int(part), "") if part.isdigit() else (-1, part) for part in parts], key)
+    # str.isdigit also takes characters that int refuses, a superscript two for instance.
+    return (2, [(int(part), "") if _DIGITS.fullmatch(part) else (-1, part) for part in parts], key)
 
 
 def is_unicode(text: str) -> bool:

@@ -94,7 +94,8 @@ def _detection(
     score, mask = values.number(entry.get("score"), 0, 1), entry.get("segmentation")
     if score is None:
         raise _not_results(file, f"detection {place} has a score that is not a number in 0..1")
-    if not isinstance(mask, dict) or not isinstance(mask.get("counts"), str):
+    counts = mask.get("counts") if isinstance(mask, dict) else None
+    if not isinstance(mask, dict) or not isinstance(counts, str) or not counts.isascii():
         raise _not_results(file, f"detection {place} has no compressed RLE")
     try:
         masks.check_size(mask, size)
@@ -107,7 +108,7 @@ def _detection(
             f"detection {place} has a bbox that is not four numbers [x, y, width, height] in "
             "pixels",
         )
-    return _Detection(category_id, score, mask["counts"], box)
+    return _Detection(category_id, score, counts, box)
 
 
 def _check_masks(content: list[dict[str, Any]], file: str) -> None:

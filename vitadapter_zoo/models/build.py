@@ -10,6 +10,7 @@ from vitadapter_zoo.models.boxes import ANCHOR_SCALE, FINEST_SCALE
 from vitadapter_zoo.models.heads import BOX_WIDTH, MASK_CONVS, REGIONS, RoIHead, RPNHead
 from vitadapter_zoo.models.mask_rcnn import MaskRCNN
 from vitadapter_zoo.models.necks import FPN, WIDTH, ChannelMapper
+from vitadapter_zoo.models.precision import float32_by_default
 from vitadapter_zoo.models.uniperceiver import UniPerceiverAdapter
 from vitadapter_zoo.models.vit import ViTBaseline
 
@@ -88,8 +89,9 @@ def build_backbone(row: Row) -> nn.Module:
     )
 
 
+@float32_by_default()
 def build(row: Row, categories: tuple[str, ...] | None = None) -> MaskRCNN:
-    """Build the row's whole detector, with newly initialised weights on the default device.
+    """Build the row's whole detector, with newly initialised float32 weights on the default device.
 
     ``categories`` are the names of the classes. The default is the classes of the row's weights.
     """

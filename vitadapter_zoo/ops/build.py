@@ -154,11 +154,13 @@ def build() -> list[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".building-") as temporary:
         command = [sys.executable, "-m", "vitadapter_zoo.ops.build", temporary]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+        done = subprocess.run(  # noqa: S603
+            command, capture_output=True, encoding="utf-8", errors="replace", check=False
+        )
         if done.returncode != 0:
             log = target.parent / "build-op.log"
             output = done.stdout + done.stderr
-            log.write_text(output)
+            log.write_text(output, encoding="utf-8")
             lines = [line.strip() for line in output.splitlines() if line.strip()]
             errors = [line for line in lines if re.search("[Ee]rror: ", line)] or lines[-1:]
             raise ZooError(

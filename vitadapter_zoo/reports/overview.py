@@ -81,7 +81,10 @@ def verify_all(
     for row in rows:
         try:
             found = evaluate(row)
-        except Exception as error:  # also one that nobody expects: the other rows still run
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        # Also one that nobody expects, or a panic in Rust, which is no Exception: the others run.
+        except BaseException as error:
             outcomes[row.name] = Outcome(row.name, "failed", _reason(error), *_published(row))
         else:
             place = None if directory is None else f"{row.name}/{report.PAGE}"
@@ -104,7 +107,7 @@ def verify_all(
     return content
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     return str(error) if isinstance(error, ZooError) else f"{type(error).__name__}: {shown(error)}"
 
 

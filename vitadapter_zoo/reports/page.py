@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
+from markupsafe import Markup
 
 from vitadapter_zoo.catalog import PAPER
 from vitadapter_zoo.evaluation.scoring import FIGURES, MEANINGS, NOTHING
 from vitadapter_zoo.reports import charts
 from vitadapter_zoo.reports.worst_images import SCORE, Pictures
+from vitadapter_zoo.text import visible
 
 SIZES = {"small": "APs", "medium": "APm", "large": "APl"}
 
@@ -69,6 +71,8 @@ def _render(template: str, **values: Any) -> str:
         loader=jinja2.PackageLoader("vitadapter_zoo.reports"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
+        # Names of classes, files and models are foreign; Markup is made here.
+        finalize=lambda value: visible(value) if type(value) is str else value,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -91,12 +95,12 @@ def _classes(content: Mapping[str, Any]) -> list[tuple[str, list[float]]]:
     return sorted(rows, key=lambda row: (-row[1][2], -row[1][0], row[0]))
 
 
-def _sources(shown: Pictures | str) -> str | list[str]:
+def _sources(shown: Pictures | str) -> str | list[Markup]:
     """Data URIs: annotations, detections."""
     if isinstance(shown, str):
         return shown
     return [
-        f"data:image/jpeg;base64,{base64.b64encode(picture).decode()}"
+        Markup(f"data:image/jpeg;base64,{base64.b64encode(picture).decode()}")  # noqa: S704
         for picture in (shown.annotations, shown.detections)
     ]
 

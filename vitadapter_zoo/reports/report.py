@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,12 +78,19 @@ def _scores(scores: Scores) -> dict[str, Any]:
     }
 
 
-def check_folder(directory: Path) -> None:
+def check_folder(directory: Path, inputs: Sequence[Any] = ()) -> None:
     """Refuse a folder that no report can be written to, before the evaluation starts.
 
+    Args:
+        directory: of the report.
+        inputs: what the evaluation reads; those that are paths are never replaced.
+
     Raises:
-        ZooError: it cannot be created or written to.
+        ZooError: it cannot be created or written to, or a file of the report is an input.
     """
+    from vitadapter_zoo.detections.output_files import refuse_inputs
+
+    refuse_inputs([directory / name for name in (PAGE, FIGURES_FILE, DETECTIONS)], inputs)
     there = next(path for path in (directory, *directory.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise ZooError(

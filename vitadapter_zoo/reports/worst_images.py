@@ -27,6 +27,7 @@ SCORE = 0.3  # lowest score of a detection that counts, as in `vitadapter-zoo pr
 SHOWN = 8
 LONGEST_SIDE = 480  # pixels of a picture
 TEXT_HEIGHT = 14
+LONGEST_LABEL = 40  # characters of a class name
 PICTURE_BYTES = 2_000_000  # of all pictures together, so that the page can be mailed
 GOOD, FALSE, MISSED, CROWD = (72, 199, 116), (255, 92, 92), (255, 179, 64), (170, 170, 170)
 
@@ -88,7 +89,7 @@ def worst(found: Verification) -> list[tuple[WorstImage, Pictures | str]]:
         judged,
         key=lambda pair: (-len(pair[1].missed) - len(pair[1].false), ids.order(pair[0].image_id)),
     )
-    names = dict(found.data.categories)
+    names = {key: shown(name, LONGEST_LABEL) for key, name in found.data.categories}
     paths = {image.image_id: image.path for image in found.data.images}
     chosen: list[tuple[WorstImage, Pictures | str]] = []
     room = PICTURE_BYTES
@@ -103,11 +104,11 @@ def worst(found: Verification) -> list[tuple[WorstImage, Pictures | str]]:
             missed=len(unmatched.missed),
             false=len(unmatched.false),
         )
-        shown = _pictures(found, mistakes.file_name, result, unmatched, objects, names)
-        if isinstance(shown, Pictures):
-            room -= len(shown.annotations) + len(shown.detections)
-            shown = shown if room >= 0 else "the page has reached its limit for pictures"
-        chosen.append((mistakes, shown))
+        drawn = _pictures(found, mistakes.file_name, result, unmatched, objects, names)
+        if isinstance(drawn, Pictures):
+            room -= len(drawn.annotations) + len(drawn.detections)
+            drawn = drawn if room >= 0 else "the page has reached its limit for pictures"
+        chosen.append((mistakes, drawn))
     return chosen
 
 

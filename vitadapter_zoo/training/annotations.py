@@ -5,7 +5,6 @@ What cannot be trained on is left out and counted; what makes a whole file doubt
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -14,12 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from vitadapter_zoo.errors import DatasetError
+from vitadapter_zoo.evaluation import ids, values
 from vitadapter_zoo.evaluation.annotation_file import without_super_categories
+from vitadapter_zoo.evaluation.ids import Id
+from vitadapter_zoo.text import PATH, JSONError, parse_json, quoted, repr_of, shown
 from vitadapter_zoo.training.masks import pixels_of
 
 Box = tuple[float, float, float, float]
 
 # Reasons for which objects are left out, as they are counted and told.
+NO_BOX = "objects whose box is not four numbers"
 OUTSIDE = "objects outside of their image"
 ZERO_AREA = "objects without an area"
 NO_MASK = "objects without a mask"
@@ -52,13 +55,13 @@ class Sample:
     """One image with its objects.
 
     Attributes:
-        image_id: a number of its own.
+        image_id: the annotation file's.
         path: of the image file.
         size: (height, width) in pixels; None where the annotations do not say.
         instances: its objects.
     """
 
-    image_id: int
+    image_id: Id
     path: str
     size: tuple[int, int] | None
     instances: tuple[Instance, ...]
@@ -97,105 +100,142 @@ def read_coco(source: Path, folder: Path, classes: tuple[str, ...] | None = None
     """
     content = _read_json(source)
     try:
-        names = _category_names(content, source)
-        ordered = tuple(names[key] for key in sorted(names)) if classes is None else classes
-        labels = _labels(names, ordered, {a["category_id"] for a in content["annotations"]}, source)
-        ignored: Counter[str] = Counter()
-        sizes = _image_sizes(content["images"], source)
-        found: dict[int, list[Instance]] = {key: [] for key in sizes}
-        for annotation in _without_duplicates(content["annotations"], ignored):
-            if annotation["image_id"] not in sizes or annotation["category_id"] not in labels:
-                raise DatasetError(
-                    f"an annotation of {source} names an image or class that the file does not "
-                    f"have: {str(annotation)[:120]}; it was cut or edited, take the original file"
-                )
-            size = sizes[annotation["image_id"]]
-            instance = _instance(annotation, labels[annotation["category_id"]], size)
-            if isinstance(instance, str):
-                ignored[instance] += 1
-            else:
-                found[annotation["image_id"]].append(instance)
-        samples = tuple(
-            Sample(
-                image["id"],
-                str(folder / image["file_name"]),
-                sizes[image["id"]],
-                tuple(found[image["id"]]),
-            )
-            for image in content["images"]
-        )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        if isinstance(error, DatasetError):
-            raise
+        return _split(content, source, folder, classes)
+    except DatasetError:
+        raise
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
         raise DatasetError(
-            f"{source} is not in COCO's instances format ({type(error).__name__}: {error}); export "
-            "the data set again as COCO segmentation"
+            f"{shown(source, PATH)} is not in COCO's instances format ({type(error).__name__}: "
+            f"{shown(error)}); export the data set again as COCO segmentation"
         ) from error
-    return Split(source, folder, ordered, samples, ignored)
+
+
+def _split(
+    content: dict[str, Any], source: Path, folder: Path, classes: tuple[str, ...] | None
+) -> Split:
+    """The images and objects of parsed JSON; whatever is wrong with it is an error of Python."""
+    file = shown(source, PATH)
+    used = {_id(annotation["category_id"]) for annotation in content["annotations"]}
+    names = _category_names(content, file)
+    by_id = sorted(names, key=ids.order)
+    ordered = tuple(names[key] for key in by_id) if classes is None else classes
+    labels = _labels(names, ordered, used, file)
+    ignored: Counter[str] = Counter()
+    sizes = _image_sizes(content["images"], file)
+    found: dict[Id, list[Instance]] = {key: [] for key in sizes}
+    for annotation in _without_duplicates(content["annotations"], ignored):
+        image_id, category_id = _id(annotation["image_id"]), _id(annotation["category_id"])
+        if image_id not in sizes or category_id not in labels:
+            raise DatasetError(
+                f"an annotation of {file} names an image or class that the file does not have: "
+                f"image {shown(image_id)}, category {shown(category_id)}; it was cut or edited, "
+                "take the original file"
+            )
+        instance = _instance(annotation, labels[category_id], sizes[image_id])
+        if isinstance(instance, str):
+            ignored[instance] += 1
+        else:
+            found[image_id].append(instance)
+    samples = []
+    for image in content["images"]:
+        image_id, name = _id(image["id"]), image["file_name"]
+        if not ids.is_unicode(name) or "\0" in name:
+            raise ValueError(f"image {shown(image_id)} has a file_name that no file can have")
+        samples.append(
+            Sample(image_id, str(folder / name), sizes[image_id], tuple(found[image_id]))
+        )
+    return Split(source, folder, ordered, tuple(samples), ignored)
+
+
+def _id(value: Any) -> Id:
+    """An id of the file, exactly as the evaluation reads it.
+
+    Raises:
+        ValueError: it cannot be one.
+    """
+    key = ids.read(value)
+    if key is None:
+        raise ValueError(f"{shown(repr_of(value))} is no id: that is a whole number or text")
+    return key
 
 
 def _read_json(source: Path) -> dict[str, Any]:
     try:
-        content = json.loads(source.read_bytes())
+        content = parse_json(source.read_bytes())
     except OSError as error:
         raise DatasetError(
-            f"cannot read the annotation file {source}: {error.strerror}; check the path"
+            f"cannot read the annotation file {shown(source, PATH)}: {error.strerror}; check the "
+            "path"
         ) from error
-    except ValueError as error:
+    except JSONError as error:
         raise DatasetError(
-            f"{source} is not JSON ({error}): it is truncated or another kind of file; export it "
+            f"{shown(source, PATH)}: {error}; it is truncated or another kind of file: export it "
             "again"
         ) from error
     if not isinstance(content, dict) or "annotations" not in content:
         raise DatasetError(
-            f"{source} has no annotations: it is not in COCO's instances format; export the data "
-            "set again as COCO segmentation"
+            f"{shown(source, PATH)} has no annotations: it is not in COCO's instances format; "
+            "export the data set again as COCO segmentation"
         )
     return content
 
 
-def _category_names(content: dict[str, Any], source: Path) -> dict[int, str]:
+def _category_names(content: dict[str, Any], file: str) -> dict[Id, str]:
     """Name by category id, without the categories that only group others."""
-    names: dict[int, str] = {}
+    names: dict[Id, str] = {}
     for category in without_super_categories(content["categories"], content["annotations"]):
-        key, name = category["id"], str(category["name"])
+        key, name = _id(category["id"]), category["name"]
+        if isinstance(name, int) and not isinstance(name, bool):
+            name = str(name)
+        if not isinstance(name, str) or not name.strip() or not ids.is_unicode(name):
+            raise DatasetError(f"category {shown(key)} of {file} has no name")
         if key in names:
-            raise DatasetError(f"{source} has the category id {key!r} twice; number them apart")
+            raise DatasetError(
+                f"{file} has the category id {shown(repr(key))} twice; number them apart"
+            )
         if name in names.values():
             raise DatasetError(
-                f"{source} has two categories named {name!r}; merge or rename one of them"
+                f"{file} has two categories named {quoted(name)}; merge or rename one of them"
             )
         names[key] = name
     if not names:
-        raise DatasetError(f"{source} has no categories; export the data set again with them")
+        raise DatasetError(f"{file} has no categories; export the data set again with them")
     return names
 
 
 def _labels(
-    names: dict[int, str], classes: tuple[str, ...], used: set[int], source: Path
-) -> dict[int, int]:
+    names: dict[Id, str], classes: tuple[str, ...], used: set[Id], file: str
+) -> dict[Id, int]:
     """Label by category id. Categories without objects may lack one."""
     places = {name: label for label, name in enumerate(classes)}
     unknown = [names[key] for key in names if key in used and names[key] not in places]
     if unknown:
         raise DatasetError(
-            f"{source} has objects of {', '.join(map(repr, unknown[:3]))}, which the training "
-            f"annotations lack (they have {', '.join(map(repr, classes[:5]))}): use the same "
+            f"{file} has objects of {', '.join(map(quoted, unknown[:3]))}, which the training "
+            f"annotations lack (they have {', '.join(map(quoted, classes[:5]))}): use the same "
             "names in both"
         )
     return {key: places[name] for key, name in names.items() if name in places}
 
 
-def _image_sizes(images: Sequence[dict[str, Any]], source: Path) -> dict[int, Any]:
+def _image_sizes(images: Sequence[dict[str, Any]], file: str) -> dict[Id, Any]:
     """(height, width) by image id; None where the file does not say."""
-    sizes: dict[int, tuple[int, int] | None] = {}
+    sizes: dict[Id, tuple[int, int] | None] = {}
     for image in images:
-        if image["id"] in sizes:
+        key = _id(image["id"])
+        if key in sizes:
             raise DatasetError(
-                f"{source} has the image id {image['id']!r} twice; number the images apart"
+                f"{file} has the image id {shown(repr(key))} twice; number the images apart"
             )
         known = image.get("height") and image.get("width")
-        sizes[image["id"]] = (int(image["height"]), int(image["width"])) if known else None
+        sizes[key] = (int(image["height"]), int(image["width"])) if known else None
     return sizes
 
 
@@ -223,11 +263,16 @@ def _instance(
     if isinstance(segmentation, str):
         return segmentation
     if annotation.get("bbox"):
-        left, top, width, height = (float(x) for x in annotation["bbox"])
+        box = values.coordinates(annotation["bbox"])
+        if box is None or len(box) != 4:
+            return NO_BOX
+        left, top, width, height = box
     else:
         left, top, width, height = _bounds(segmentation)
     area = annotation.get("area")
     area = math.nan if area is None else float(area)
+    if math.isinf(area):
+        return ZERO_AREA
     if not (width >= 1 and height >= 1) or area <= 0:
         return ZERO_AREA
     x1, y1, x2, y2 = max(left, 0.0), max(top, 0.0), left + width, top + height
@@ -259,11 +304,11 @@ def _segmentation(value: Any, size: tuple[int, int] | None) -> Any:
             return OTHER_SIZE
         return {"size": [height, width], "counts": text}
     polygons = [
-        [float(x) for x in polygon]
+        values.coordinates(polygon)
         for polygon in value or ()
         if len(polygon) >= 6 and len(polygon) % 2 == 0
     ]
-    return polygons or NO_MASK
+    return NO_MASK if not polygons or None in polygons else polygons
 
 
 def _bounds(segmentation: Any) -> Box:
@@ -299,7 +344,9 @@ def read_yolo_labels(
     except FileNotFoundError:
         return ()
     except (OSError, ValueError) as error:
-        raise DatasetError(f"cannot read the labels {path}: {error}; export them again") from error
+        raise DatasetError(
+            f"cannot read the labels {shown(path, PATH)}: {shown(error)}; export them again"
+        ) from error
     height, width = size
     found = []
     for number, line in enumerate(lines, 1):
@@ -308,14 +355,15 @@ def read_yolo_labels(
         try:
             first, *relative = (float(x) for x in line.split())
             label = int(first)
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             raise DatasetError(
-                f"line {number} of {path} is not `class x1 y1 x2 y2 x3 y3 ...`: {line[:80]!r}; "
+                f"line {number} of {shown(path, PATH)} is not `class x1 y1 x2 y2 x3 y3 ...`: "
+                f"{quoted(line)}; "
                 "export the data set again as YOLO segmentation"
             ) from error
         if label != first or not 0 <= label < len(classes):
             raise DatasetError(
-                f"line {number} of {path} has class {first:g}, but data.yaml names "
+                f"line {number} of {shown(path, PATH)} has class {first:g}, but data.yaml names "
                 f"{len(classes)} classes, 0 to {len(classes) - 1}; correct one of them"
             )
         scale = (width, height)

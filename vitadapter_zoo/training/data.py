@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from vitadapter_zoo.errors import DatasetError
+from vitadapter_zoo.evaluation.ids import is_unicode
 from vitadapter_zoo.settings import expanded
+from vitadapter_zoo.text import PATH, quoted, repr_of, shown
 from vitadapter_zoo.training.annotations import (
     NO_MASK,
     Sample,
@@ -93,7 +95,11 @@ def _read_folder(folder: Path) -> list[Split]:
         if (folder / name).is_file():
             return _read_yolo(folder / name)
     there = sorted(path.name for path in folder.iterdir())[:8] if folder.is_dir() else None
-    found = f"it holds {', '.join(there) or 'nothing'}" if there is not None else "no such folder"
+    found = (
+        f"it holds {', '.join(map(shown, there)) or 'nothing'}"
+        if there is not None
+        else "no such folder"
+    )
     raise DatasetError(
         f"{folder} is not a data set ({found}): it needs train/{ROBOFLOW} (Roboflow's COCO "
         "export), annotations/instances_train*.json (COCO) or data.yaml (YOLO segmentation); give "
@@ -114,8 +120,8 @@ def _coco(folder: Path) -> list[tuple[Path, Path]]:
         if len(files) > 1:
             raise DatasetError(
                 f"{folder / 'annotations'} has {len(files)} files for {kind}: "
-                f"{', '.join(file.name for file in files)}; choose with --train FILE DIR and "
-                "--val FILE DIR"
+                f"{', '.join(shown(file.name) for file in files[:8])}; choose with "
+                "--train FILE DIR and --val FILE DIR"
             )
         if files:
             found.append((files[0], _coco_images(folder, files[0])))
@@ -145,38 +151,59 @@ def _read_yolo(source: Path) -> list[Split]:
         names = content["names"]
         if isinstance(names, dict):
             names = [names[label] for label in range(len(names))]
-        classes = tuple(str(name) for name in names)
-        train, valid = content["train"], content.get("val") or content.get("valid")
-        root = source.parent / str(content.get("path") or "")
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
+        classes = tuple(_plain(name) for name in names)
+        train, valid = (_entries(content.get(key)) for key in ("train", "val"))
+        valid = valid or _entries(content.get("valid"))
+        root = source.parent / _plain(content.get("path") or "")
+    except (
+        OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, yaml.YAMLError,
+    ) as error:  # fmt: skip
         raise DatasetError(
-            f"{source} is not a YOLO data set ({type(error).__name__}: {error}): it needs "
-            "train, val and names"
+            f"{shown(source, PATH)} is not a YOLO data set ({type(error).__name__}: "
+            f"{shown(error, PATH)}): it needs train, val and names"
         ) from error
     if not classes or len(set(classes)) < len(classes):
-        raise DatasetError(f"{source} names no class, or a class twice: {list(classes)[:8]}")
+        listed = ", ".join(map(quoted, classes[:8]))
+        raise DatasetError(f"{shown(source, PATH)} names no class, or a class twice: {listed}")
     parts = [_yolo_part(source, root, train, classes)]
     if valid:
         parts.append(_yolo_part(source, root, valid, classes))
     return parts
 
 
-def _yolo_part(source: Path, root: Path, entry: Any, classes: tuple[str, ...]) -> Split:
-    entries = entry if isinstance(entry, list) else [entry]
-    paths = [path for one in entries for path in _yolo_images(source, root, str(one))]
+def _plain(value: Any) -> str:
+    """A text or number of a YAML file as text.
+
+    Aliases in YAML can make a small file an enormous structure, whose text is never made.
+    """
+    if not isinstance(value, (str, int, float)) or not is_unicode(str(value)):
+        raise ValueError(f"{shown(repr_of(value))} is not a text")
+    return str(value)
+
+
+def _entries(value: Any) -> list[str]:
+    """The folders or lists of images that YOLO's ``train`` or ``val`` names."""
+    if value is None:
+        return []
+    return [_plain(one) for one in (value if isinstance(value, list) else [value])]
+
+
+def _yolo_part(source: Path, root: Path, entries: list[str], classes: tuple[str, ...]) -> Split:
+    paths = [path for entry in entries for path in _yolo_images(source, root, entry)]
     if not paths:
-        raise DatasetError(f"{source} has no images in {entry}; unpack them there")
+        listed = ", ".join(map(quoted, entries[:4])) or "train"
+        raise DatasetError(f"{shown(source, PATH)} has no images in {listed}; unpack them there")
     ignored: Counter[str] = Counter()
     samples = []
     for number, (path, size) in enumerate(zip(paths, _file_sizes(paths), strict=True), 1):
         if isinstance(size, str):
-            raise DatasetError(f"{path} {size}; restore the file, or remove it")
+            raise DatasetError(f"{shown(path, PATH)} {size}; restore the file, or remove it")
         instances = read_yolo_labels(_yolo_label(path), size, classes, ignored)
         samples.append(Sample(number, str(path), size, instances))
     if ignored[NO_MASK] and not any(sample.instances for sample in samples):
         raise DatasetError(
-            f"the labels of {source} are boxes, not masks: export the data set as YOLO "
-            "segmentation, with polygons"
+            f"the labels of {shown(source, PATH)} are boxes, not masks: export the data set as "
+            "YOLO segmentation, with polygons"
         )
     folder = paths[0].parent if len({path.parent for path in paths}) == 1 else root
     return Split(source, folder.absolute(), classes, tuple(samples), ignored)
@@ -186,13 +213,28 @@ def _yolo_images(source: Path, root: Path, entry: str) -> list[Path]:
     """The images of a folder, or those that a text file lists."""
     # Roboflow writes ../train/images for what lies beside data.yaml.
     places = [root / entry, source.parent / entry, source.parent / entry.removeprefix("../")]
+    places = [expanded(place) for place in places]
     for place in places:
         if place.is_dir():
             files = sorted(path for path in place.rglob("*") if path.is_file())
             return [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
         if place.is_file():
-            return [place.parent / line for line in place.read_text().split("\n") if line.strip()]
-    raise DatasetError(f"{source} names {entry}, but {places[0]} is not there; unpack it there")
+            return _listed_images(place)
+    raise DatasetError(
+        f"{shown(source, PATH)} names {quoted(entry)}, but {shown(places[0], PATH)} is not there; "
+        "unpack it there"
+    )
+
+
+def _listed_images(file: Path) -> list[Path]:
+    """The images that the lines of a text file name."""
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except (OSError, ValueError) as error:
+        raise DatasetError(
+            f"cannot read the list of images {shown(file, PATH)}: {shown(error)}; export it again"
+        ) from error
+    return [expanded(file.parent / line) for line in lines if line.strip()]
 
 
 def _yolo_label(image: Path) -> Path:
@@ -213,15 +255,15 @@ def _checked(split: Split) -> Split:
     """
     paths = [Path(sample.path) for sample in split.samples]
     if not paths:
-        raise DatasetError(f"{split.source} has no images; export the data set again")
+        raise DatasetError(f"{shown(split.source, PATH)} has no images; export the data set again")
     wrong: dict[str, list[str]] = {}
     samples = []
     for sample, size in zip(split.samples, _file_sizes(paths), strict=True):
         if isinstance(size, str):
-            wrong.setdefault(size, []).append(sample.path)
+            wrong.setdefault(size, []).append(shown(sample.path, PATH))
         elif sample.size is not None and sample.size != size:
             wrong.setdefault("have another size than annotated", []).append(
-                f"{sample.path} ({size[1]} x {size[0]} instead of "
+                f"{shown(sample.path, PATH)} ({size[1]} x {size[0]} instead of "
                 f"{sample.size[1]} x {sample.size[0]})"
             )
         else:
@@ -231,8 +273,8 @@ def _checked(split: Split) -> Split:
             f"{len(names):,} {reason}, {names[0]} for instance" for reason, names in wrong.items()
         )
         raise DatasetError(
-            f"of the {len(paths):,} images of {split.source}, {faults}: restore the files, or "
-            "remove them from the annotations"
+            f"of the {len(paths):,} images of {shown(split.source, PATH)}, {faults}: restore the "
+            "files, or remove them from the annotations"
         )
     return replace(split, samples=tuple(samples))
 
@@ -254,7 +296,8 @@ def _file_size(path: Path) -> tuple[int, int] | str:
             return height, width
     except FileNotFoundError:
         return "are not there"
-    except (OSError, ValueError, SyntaxError):
+    # Pillow's decoders raise whatever their arithmetic does on a damaged header.
+    except Exception:
         return "cannot be decoded"
 
 
@@ -275,8 +318,8 @@ def _for_training(split: Split, keep_empty: bool) -> Split:
             ignored["images without objects"] += 1
     if not any(sample.instances for sample in samples):
         raise DatasetError(
-            f"{split.source} has no objects to train on (left out: {counted(+ignored) or 'none'}): "
-            "export the data set with its annotations"
+            f"{shown(split.source, PATH)} has no objects to train on (left out: "
+            f"{counted(+ignored) or 'none'}): export the data set with its annotations"
         )
     return replace(split, samples=tuple(samples), ignored=+ignored)
 
@@ -292,7 +335,8 @@ def described(split: Split, name: str) -> str:
     empty = [name for label, name in enumerate(split.classes) if label not in objects]
     line = f"{name}: {len(split.samples):,} images, {sum(objects.values()):,} objects"
     if empty:
-        line += f"; no objects of {', '.join(empty[:5])}{', ...' if len(empty) > 5 else ''}"
+        listed = ", ".join(shown(name, 40) for name in empty[:5])
+        line += f"; no objects of {listed}{', ...' if len(empty) > 5 else ''}"
     return line + (f"; left out: {counted(split.ignored)}" if split.ignored else "")
 
 

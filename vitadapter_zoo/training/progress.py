@@ -67,7 +67,8 @@ class Reporter:
     def say(self, line: str) -> None:
         """Show one line."""
         if self._live:
-            self._live[0].console.print(line)
+            # Class names are foreign text, not rich's markup.
+            self._live[0].console.print(line, markup=False)
         elif self._shown:
             print(line, file=sys.stderr, flush=True)
 

@@ -10,9 +10,11 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from vitadapter_zoo.detections.output_files import refuse_inputs
 from vitadapter_zoo.errors import ZooError
 from vitadapter_zoo.evaluation.dataset import Dataset, read_dataset
 from vitadapter_zoo.models import MaskRCNN
+from vitadapter_zoo.models.precision import usual_state
 from vitadapter_zoo.settings import expanded
 from vitadapter_zoo.text import shown
 from vitadapter_zoo.training import state as disk
@@ -159,7 +161,7 @@ def train(
     began = time.monotonic()
     accelerator = accelerator_of(precision, device, accumulate)
     images = batch_size * accumulate * accelerator.num_processes
-    with _own_directory(out, accelerator) as directory, out_of_memory(batch_size):
+    with usual_state(), _own_directory(out, accelerator) as directory, out_of_memory(batch_size):
         saved = _saved(directory, resume)
         found = read_data(data, train=train_files, valid=valid_files, keep_empty=keep_empty)
         # A saved state holds all weights, so that what they began from is not read again.
@@ -309,6 +311,7 @@ def _validation(found: TrainingData, directory: Path, accelerator: Accelerator) 
     if found.valid is None:
         return None
     annotations = directory / disk.VALIDATION
+    refuse_inputs([annotations], [found.train.source, found.valid.source])
     if accelerator.is_main_process:
         write_coco(found.valid, annotations)
     accelerator.wait_for_everyone()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from vitadapter_zoo.errors import ZooError
 from vitadapter_zoo.models import MaskRCNN
 from vitadapter_zoo.publishing.pretrained import save_pretrained
+from vitadapter_zoo.text import JSONError, parse_json, shown
 from vitadapter_zoo.weights import atomic
 
 STATE = "state.pt"
@@ -74,8 +74,9 @@ def read_state(directory: Path) -> dict[str, Any] | None:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         return dict(state)
-    except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        reason = str(error).partition("\n")[0]
+    # A damaged pickle makes torch raise almost any exception.
+    except Exception as error:
+        reason = shown(str(error).partition("\n")[0] or type(error).__name__)
         raise ZooError(
             f"{path} cannot be read ({reason}): restore it, or begin again in another folder"
         ) from error
@@ -135,15 +136,18 @@ def append_log(directory: Path, entry: Mapping[str, Any]) -> None:
 
 
 def read_log(directory: Path) -> list[dict[str, Any]]:
-    """Read the log without an incomplete last line."""
+    """Read the log up to the first incomplete or foreign line."""
     path = directory / LOG
-    lines: Iterable[str] = path.read_text("utf-8").splitlines() if path.exists() else ()
+    lines: Iterable[bytes] = path.read_bytes().splitlines() if path.exists() else ()
     entries = []
     for line in lines:
         try:
-            entries.append(json.loads(line))
-        except ValueError:
+            entry = parse_json(line)
+        except JSONError:
             break
+        if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
+            break
+        entries.append(entry)
     return entries
 
 

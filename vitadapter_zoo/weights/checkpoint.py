@@ -17,7 +17,8 @@ from vitadapter_zoo.weights.shards import LONGEST_NAME, MOST_CLASSES
 LARGEST_HEADER = 100_000_000  # bytes; the safetensors format's own limit
 # Where training frameworks put the weights, in the order of preference.
 STATE_KEYS = ("state_dict", "model_state_dict", "model", "state_dict_ema", "ema_state_dict",
-              "model_ema", "ema", "network", "net", "weights")  # fmt: skip
+              "model_ema", "ema", "network", "net", "weights", "module", "model_state", "params",
+              "params_ema")  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -30,15 +30,16 @@ def for_classes(
         ``tensors``.
     """
     places = {name: index for index, name in enumerate(old)}
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     result = dict(tensors)
     for name, (rows, background, deviation) in CLASS_ROWS.items():
         weight, bias = tensors[f"{name}.weight"], tensors[f"{name}.bias"]
         count = len(new) * rows + background
         fan_out = count * weight[0, 0].numel() if weight.ndim > 2 else count
         spread = deviation if deviation is not None else (2 / fan_out) ** 0.5
-        fresh = torch.randn(count, *weight.shape[1:], generator=generator) * spread
-        fresh, zeros = fresh.to(weight.dtype), bias.new_zeros(count)
+        shape = (count, *weight.shape[1:])
+        drawn = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu") * spread
+        fresh, zeros = drawn.to(weight.device, weight.dtype), bias.new_zeros(count)
         for index, category in enumerate(new):
             if category in places:
                 here, there = index * rows, places[category] * rows

@@ -13,7 +13,9 @@ from vitadapter_zoo.settings import expanded
 from vitadapter_zoo.text import quoted, shown
 
 HUB = "https://huggingface.co"
-REPO = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
+# As the Hub allows names: ASCII, neither ".." nor "--", no "." or "-" at the end.
+REPO = re.compile(r"(?!.*(?:--|\.\.|\.git$))\w[\w.-]*(?<![.-])/\w[\w.-]*(?<![.-])", re.ASCII)
+LONGEST_REPO = 96  # characters
 WEIGHTS = (".pth", ".pth.tar", ".pt", ".bin", ".ckpt", ".safetensors")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -86,7 +88,7 @@ def parse(text: str | os.PathLike[str]) -> Source:
             name = f"hf://{name.removeprefix(prefix)}"
     if name.startswith("hf://"):
         found = re.fullmatch(r"hf://([^/@]+/[^/@]+)(?:@([^/]+))?(?:/(.+))?", name)
-        if not found or not REPO.fullmatch(found[1]):
+        if not found or not _is_repo(found[1]):
             raise CheckpointError(
                 f"{quoted(name)} names no file on the Hub: write hf://user/repo, "
                 "hf://user/repo@revision or hf://user/repo@revision/file"
@@ -95,12 +97,17 @@ def parse(text: str | os.PathLike[str]) -> Source:
     if name.startswith(("http://", "https://")):
         return _on_the_hub(name) or Url(name)
     path = expanded(name).absolute()
-    is_id = isinstance(text, str) and REPO.fullmatch(name) and not name.lower().endswith(WEIGHTS)
+    is_id = isinstance(text, str) and _is_repo(name) and not name.lower().endswith(WEIGHTS)
     if not path.exists() and is_id:
         return HubFile(name)
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint file {shown(path, 300)}")
     return LocalFile(path)
+
+
+def _is_repo(name: str) -> bool:
+    """Whether the Hub may have a repository of that name, ``user/repo``."""
+    return len(name) <= LONGEST_REPO and REPO.fullmatch(name) is not None
 
 
 def _on_the_hub(url: str) -> HubFile | None:
@@ -109,6 +116,6 @@ def _on_the_hub(url: str) -> HubFile | None:
         if url.startswith(f"{host}/"):
             path = unquote(urlparse(url[len(host) :]).path)
             found = re.fullmatch(r"/([^/]+/[^/]+)/(?:resolve|blob|raw)/([^/]+)/(.+)", path)
-            if found:
+            if found and _is_repo(found[1]):
                 return HubFile(found[1], None if found[2] == "main" else found[2], found[3])
     return None

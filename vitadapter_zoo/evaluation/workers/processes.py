@@ -128,7 +128,7 @@ def _work(spec: Spec, pipe: Connection) -> None:
     def evaluate(image: Image) -> None:
         try:
             say(evaluator.evaluate(read(image)))
-        except Exception as error:
+        except BaseException as error:  # a panic in Rust is no Exception
             _give_up(say, error)
 
     try:
@@ -136,7 +136,7 @@ def _work(spec: Spec, pipe: Connection) -> None:
     except ZooError as error:
         say(error)
         return
-    except Exception as error:
+    except BaseException as error:
         _give_up(say, error)
     say(evaluator.facts)
     with ThreadPoolExecutor(IMAGES_PER_WORKER, "image") as threads:
@@ -148,7 +148,7 @@ def _work(spec: Spec, pipe: Connection) -> None:
             threads.submit(evaluate, image)
 
 
-def _give_up(say: Callable[[Message], None], error: Exception) -> NoReturn:
+def _give_up(say: Callable[[Message], None], error: BaseException) -> NoReturn:
     """Report an error and end at once: another thread may be in the network for minutes."""
     with contextlib.suppress(OSError):
         say(WorkerExit(f"{type(error).__name__}: {error}"))
