@@ -18,6 +18,7 @@ ROOT = PACKAGE.name
 LAYERS = (
     ("__main__",),
     ("cli",),
+    ("web",),
     ("reports",),
     ("training", "export"),  # training measures a model's AP as it goes, and reads the same data
     ("evaluation",),
