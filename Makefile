@@ -4,7 +4,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-ray test-mmdet mmdet-env mmdet-ready lint benchmark check-torch-headers gpu-check wheel test-wheel sanitize clean
+.PHONY: demo docs plot test test-slow test-ray test-mmdet mmdet-env mmdet-ready lint benchmark check-torch-headers gpu-check wheel test-wheel sanitize clean
 
 demo: .venv/.current
 	$(BIN)/python demo/run.py
@@ -32,6 +32,14 @@ mmdet-ready:
 
 test-mmdet: .venv-mmdet/.current
 	VITADAPTER_ZOO_OP=compiled .venv-mmdet/bin/python -m pytest tests/with_mmdet
+
+# The site, in build/site. A broken link or a public name without an entry is an error.
+docs: .venv/.current
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+# The picture of the models on the first page.
+plot: .venv/.current
+	$(BIN)/python scripts/make_plot.py
 
 lint: .venv/.current
 	$(BIN)/ruff format --check .

@@ -8,12 +8,10 @@ The README and the model card begin with it. Run it again when the weights chang
 import io
 from pathlib import Path
 
-import torch
 from PIL import Image
-from torch.nn import functional
 
 import vitadapter_zoo
-from vitadapter_zoo import Detections, MaskRCNN, get_row
+from vitadapter_zoo import MaskRCNN, get_row
 
 MODEL = "adapter-n-emoji"
 # Names of validation images by rows of the picture. They are chosen by eye.
@@ -51,18 +49,10 @@ def line(model: MaskRCNN, paths: list[Path]) -> Image.Image:
         # The last one takes what rounding has left.
         last = number == len(images)
         width = WIDTH - left if last else round(image.width / image.height * height)
-        found = resized(model.predict(image, SCORE)[0], width, height)
+        found = model.predict(image, SCORE)[0].resized(height, width)
         row.paste(found.draw(image.resize((width, height), Image.Resampling.LANCZOS)), (left, 0))
         left += width + GAP
     return row
-
-
-def resized(found: Detections, width: int, height: int) -> Detections:
-    """The detections on the resized image, so that lines and text are drawn sharp."""
-    old_height, old_width = found.masks.shape[1:]
-    scale = torch.tensor([width / old_width, height / old_height] * 2)
-    masks = functional.interpolate(found.masks[:, None].float(), (height, width))[:, 0] > 0.5
-    return Detections(found.boxes * scale, found.scores, found.labels, masks, found.categories)
 
 
 def encoded(picture: Image.Image) -> bytes:

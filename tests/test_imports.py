@@ -18,6 +18,7 @@ ROOT = PACKAGE.name
 LAYERS = (
     ("__main__",),
     ("cli",),
+    ("web",),
     ("reports",),
     ("training", "export"),  # training measures a model's AP as it goes, and reads the same data
     ("evaluation",),
@@ -86,18 +87,19 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
 
 
-def readme_names() -> list[str]:
-    """Names below the package in the README that a program can write."""
-    text = (PACKAGE.parent / "README.md").read_text(encoding="utf-8")
+def printed_names() -> list[str]:
+    """Names below the package in the README and on the site that a program can write."""
+    pages = [PACKAGE.parent / "README.md", *(PACKAGE.parent / "docs").glob("*.md")]
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
     found = re.findall(r"(?<![\w/])vitadapter_zoo((?:\.[A-Za-z_]\w*)+)", text)
     return sorted({f"zoo{name}" for name in found})
 
 
 def test_every_public_name_is_there_after_a_bare_import() -> None:
-    """Those of ``__all__``, and those that the README shows."""
-    names = readme_names()
+    """Those of ``__all__``, and those that the README and the site show."""
+    names = printed_names()
     assert {"zoo.load", "zoo.evaluation.read_dataset", "zoo.reports.write"} <= set(names)
-    # Two need more: mmdet, and what the README imports in the line above.
+    # Two need more: mmdet, and what the site imports in the line above.
     rest = [name for name in names if not name.startswith(("zoo.backends.mmdet", "zoo.ops.compat"))]
     lines = [
         "import vitadapter_zoo as zoo",

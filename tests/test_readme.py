@@ -1,45 +1,59 @@
-"""The README's Python blocks run as printed, with the detector in the package."""
+"""The README's code runs as printed, and the site prints the arguments of `load` as they are."""
 
 import inspect
 import re
 import shutil
 from pathlib import Path
 
+import documents
 import pytest
 import standins
 
-from vitadapter_zoo import list_models, load
+from vitadapter_zoo import get_row, list_models, load
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
-MMDET = ("# needs mmdet", "# in an mmdet")  # `make test-mmdet` has what these need
-RUNNABLE = [block for block in BLOCKS if not block.startswith(MMDET)]
-
-
-def test_most_blocks_can_be_run() -> None:
-    assert len(RUNNABLE) >= 7
-    assert len(BLOCKS) - len(RUNNABLE) == 2
+README = documents.ROOT / "README.md"
+TEXT = README.read_text(encoding="utf-8")
+BLOCKS = [block for block in documents.blocks(README) if block.language == "python"]
 
 
 def test_load_is_printed_with_its_arguments_and_defaults() -> None:
-    (block,) = [block for block in BLOCKS if block.startswith("vitadapter_zoo.load(\n")]
+    blocks = documents.blocks(documents.ROOT / "docs" / "load.md")
+    (block,) = [block.text for block in blocks if "vitadapter_zoo.load(\n" in block.text]
     printed = dict(re.findall(r"^    (\w+)=(.+),$", block, re.MULTILINE))
     parameters = inspect.signature(load).parameters
     defaults = {name: repr(it.default).replace("'", '"') for name, it in parameters.items()}
     assert printed == {name: text for name, text in defaults.items() if name != "name"}
 
 
+def test_the_table_is_the_catalog() -> None:
+    printed = re.findall(r"^\| ([\w-]+) \| ([\d.]+) \| ([\d.]+) \| (\d+)M \|$", TEXT, re.MULTILINE)
+    rows = [row for row in map(get_row, list_models()) if not row.made_here]
+    assert sorted(printed) == sorted(
+        (row.name, str(row.box_ap), str(row.mask_ap), str(row.parameters)) for row in rows
+    )
+
+
+def test_links_lead_to_files() -> None:
+    for target in re.findall(r"\]\(((?!http)[^)#]+)", TEXT):
+        assert (documents.ROOT / target).is_file(), target
+
+
 @pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
-def test_every_block_is_python(block: str) -> None:
-    compile(block, "README.md", "exec")
-
-
-@pytest.mark.parametrize("block", RUNNABLE, ids=range(len(RUNNABLE)))
-def test_block_runs(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_block_runs(
+    block: documents.Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The published weights would be downloaded, so the detector in the package stands for them."""
-    for name in list_models():
-        block = block.replace(f'"{name}"', '"adapter-n-emoji"')
+    assert block.reason is None
     shutil.copy(standins.PHOTO, tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)
-    namespace = {"__name__": "readme"}
-    exec("import vitadapter_zoo\n" + block, namespace)  # noqa: S102  our own text
+    documents.run_python(block.text, {"__name__": "readme"})
+    assert (tmp_path / "overlay.png").is_file()
+
+
+def test_commands_have_the_options_that_are_printed() -> None:
+    shell = [block for block in documents.blocks(README) if block.language == "sh"]
+    lines = [words for block in shell for words in documents.commands(block)]
+    own = [words for words in lines if words[0] == documents.PROGRAM]
+    assert len(own) >= 5
+    for words in own:
+        documents.check_options(words)

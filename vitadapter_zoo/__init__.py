@@ -23,7 +23,7 @@ from vitadapter_zoo.errors import (
 )
 
 if TYPE_CHECKING:
-    from vitadapter_zoo import backends, evaluation, models, ops, reports, training
+    from vitadapter_zoo import backends, evaluation, models, ops, reports, training, web
     from vitadapter_zoo.detections import Detections
     from vitadapter_zoo.evaluation.verdict import Verification
     from vitadapter_zoo.evaluation.verify import verify
@@ -60,6 +60,7 @@ __all__ = [
     "train",
     "training",
     "verify",
+    "web",
 ]
 
 # Public names by the module that defines them, and public subpackages.
@@ -73,7 +74,7 @@ _LAZY = {
     "train": "training.run",
     "verify": "evaluation.verify",
 }
-_SUBPACKAGES = ("backends", "evaluation", "models", "ops", "reports", "training")
+_SUBPACKAGES = ("backends", "evaluation", "models", "ops", "reports", "training", "web")
 
 _moved.install()
 

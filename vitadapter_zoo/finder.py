@@ -12,8 +12,9 @@ from vitadapter_zoo import settings
 from vitadapter_zoo.catalog import Row, get_row, list_models
 from vitadapter_zoo.errors import CheckpointError
 from vitadapter_zoo.text import quoted
+from vitadapter_zoo.weights import cache
 from vitadapter_zoo.weights.progress import bars
-from vitadapter_zoo.weights.source import HubFile, parse
+from vitadapter_zoo.weights.source import HubFile, LocalFile, parse
 
 
 @dataclass(frozen=True)
@@ -95,3 +96,16 @@ def place_of(name: str | os.PathLike[str]) -> Path | HubFile | None:
             "load(NAME, checkpoint=...) or --model NAME --checkpoint FILE"
         )
     return None
+
+
+def cached_bytes(row: Row, *, cache_dir: settings.Home = None) -> int | None:
+    """Size of a row's converted published weights in the cache.
+
+    Returns:
+        Bytes; None where they are not in the cache, or are in the package.
+    """
+    source = parse(row.checkpoint_url)
+    if isinstance(source, LocalFile):
+        return None
+    provenance = cache.entry(row.name, str(source), cache_dir).read()
+    return provenance.size if provenance else None

@@ -18,6 +18,7 @@ from vitadapter_zoo.cli.models import info, list_command
 from vitadapter_zoo.cli.op import build_op_command, env_command
 from vitadapter_zoo.cli.predict import predict
 from vitadapter_zoo.cli.score import score
+from vitadapter_zoo.cli.serve import serve
 from vitadapter_zoo.cli.train import train
 from vitadapter_zoo.cli.verify import verify
 
@@ -97,6 +98,7 @@ for command in (
     info,
     demo,
     predict,
+    serve,
     train,
     verify,
     score,

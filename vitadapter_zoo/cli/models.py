@@ -16,10 +16,8 @@ from click.shell_completion import CompletionItem
 
 from vitadapter_zoo.catalog import COCO_CLASSES, Row, get_row, list_models
 from vitadapter_zoo.errors import UnknownModelError
-from vitadapter_zoo.finder import Found, find
+from vitadapter_zoo.finder import Found, cached_bytes, find
 from vitadapter_zoo.text import PATH, shown
-from vitadapter_zoo.weights import cache
-from vitadapter_zoo.weights.source import LocalFile, parse
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -182,7 +180,7 @@ def _published(row: Row) -> list[str]:
     if row.name in SECONDS:
         memory = f", {MEMORY[row.size]} MB beside the weights" if row.has_adapter else ""
         facts["an image"] = f"{SECONDS[row.name]:.1f} s on 2 CPU cores{memory}"
-    cached = _cached_bytes(row)
+    cached = cached_bytes(row)
     if row.made_here:
         facts["download"] = "none: the weights are in the package"
     elif cached:
@@ -232,17 +230,8 @@ def _record(row: Row) -> dict[str, Any]:
     record["pretraining_url"] = row.pretraining_url
     record["box_gain"] = row.box_gain
     record["mask_gain"] = row.mask_gain
-    record["cached_bytes"] = _cached_bytes(row)
+    record["cached_bytes"] = cached_bytes(row)
     return record
-
-
-def _cached_bytes(row: Row) -> int | None:
-    """Size of the converted published weights in the cache, None where they are not there."""
-    source = parse(row.checkpoint_url)
-    if isinstance(source, LocalFile):
-        return None
-    provenance = cache.entry(row.name, str(source)).read()
-    return provenance.size if provenance else None
 
 
 def _print_csv(records: list[dict[str, Any]]) -> None:
@@ -306,7 +295,7 @@ def _print_table(console: Console, rows: list[Row], title: str, caption: str) ->
     table.add_column("params", justify="right", no_wrap=True)
     table.add_column("cached", justify="right", no_wrap=True)
     for row in rows:
-        cached = _cached_bytes(row)
+        cached = cached_bytes(row)
         extra = (row.backbone, row.pretraining_name, "yes" if row.fpn else "no") if wide else ()
         table.add_row(
             row.name,

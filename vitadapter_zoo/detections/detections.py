@@ -187,6 +187,29 @@ class Detections:
         labels = [label for label, name in enumerate(self.categories) if name in names]
         return self[torch.isin(self.labels, torch.tensor(labels, dtype=torch.int64, device="cpu"))]
 
+    def resized(self, height: int, width: int) -> Detections:
+        """The detections on the same image after it is resized.
+
+        Args:
+            height: of the resized image in pixels, at least 1.
+            width: likewise.
+
+        Returns:
+            Detections that do not know their image.
+
+        Raises:
+            ValueError: a side below 1.
+        """
+        if min(height, width) < 1:
+            raise ValueError(f"an image cannot be resized to {width} x {height} pixels")
+        return Detections(
+            boxes=self.boxes * masks_of.scales(self.size, (height, width)),
+            scores=self.scores,
+            labels=self.labels,
+            masks=masks_of.resized(self._masks, (height, width)),
+            categories=self.categories,
+        )
+
     def to_coco(
         self,
         image_id: int,

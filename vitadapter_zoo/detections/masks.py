@@ -13,6 +13,7 @@ from typing import TypeAlias, cast
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from vitadapter_zoo.ops.masks import STRIP_PIXELS, paste_masks, paste_rle, paste_strips
 
@@ -48,6 +49,22 @@ def take(masks: Masks, chosen: Tensor) -> Masks:
     if isinstance(masks, MaskMaps):
         return MaskMaps(masks.probabilities[chosen], masks.boxes[chosen], masks.size)
     return masks[chosen]
+
+
+def resized(masks: Masks, size: tuple[int, int]) -> Masks:
+    """The masks for an image that is resized to ``size`` (height, width) in pixels."""
+    if isinstance(masks, MaskMaps):
+        boxes = masks.boxes * scales(masks.size, size)
+        return MaskMaps(masks.probabilities, boxes, size)
+    if not len(masks):
+        return masks.new_zeros(0, *size)
+    smooth = functional.interpolate(masks[:, None].float(), size, mode="bilinear")
+    return smooth[:, 0] > MASK_THRESHOLD
+
+
+def scales(old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """Float32 ``[4]``: factors for boxes (x1, y1, x2, y2) between two (height, width)."""
+    return torch.tensor([new[1] / old[1], new[0] / old[0]] * 2, device="cpu")
 
 
 def dense(masks: Masks) -> Tensor:

@@ -99,7 +99,9 @@ def check_folder(directory: Path, inputs: Sequence[Any] = ()) -> None:
         )
 
 
-def write(found: Verification, directory: Path, *, command: str | None = None) -> dict[str, Any]:
+def write(
+    found: Verification, directory: str | os.PathLike[str], *, command: str | None = None
+) -> dict[str, Any]:
     """Write report.json, report.html and detections.json; each file is replaced in one step.
 
     Args:
@@ -116,6 +118,7 @@ def write(found: Verification, directory: Path, *, command: str | None = None) -
     from vitadapter_zoo.reports import page
     from vitadapter_zoo.reports.worst_images import worst
 
+    folder = settings.expanded(directory)
     examples = worst(found)
     content = {
         **record(found),
@@ -125,10 +128,10 @@ def write(found: Verification, directory: Path, *, command: str | None = None) -
         "score_histogram": score_histogram(found),
         "worst_images": [asdict(mistakes) for mistakes, _ in examples],
     }
-    with cache.locked(settings.home(), f"report-{cache.digest(str(directory.resolve()))}"):
-        _write_detections(found, directory / DETECTIONS)
-        atomic.write_json(directory / FIGURES_FILE, content)
-        atomic.write_text(directory / PAGE, page.report(content, [shown for _, shown in examples]))
+    with cache.locked(settings.home(), f"report-{cache.digest(str(folder.resolve()))}"):
+        _write_detections(found, folder / DETECTIONS)
+        atomic.write_json(folder / FIGURES_FILE, content)
+        atomic.write_text(folder / PAGE, page.report(content, [shown for _, shown in examples]))
     return content
 
 

@@ -1,0 +1,76 @@
+"""The models that the web demo offers; one of them is in memory at a time."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from vitadapter_zoo.catalog import get_row, list_models
+from vitadapter_zoo.errors import UnknownModelError
+from vitadapter_zoo.finder import cached_bytes, find
+from vitadapter_zoo.loader import load
+from vitadapter_zoo.text import quoted
+
+if TYPE_CHECKING:
+    from vitadapter_zoo.detections import Detections
+    from vitadapter_zoo.images import ImageInput
+    from vitadapter_zoo.models import MaskRCNN
+
+
+def available(own: Sequence[str] = ()) -> list[str]:
+    """Names of the models that load without a download.
+
+    Args:
+        own: folders that ``save_pretrained`` or ``train`` wrote, or repositories of the Hub in the
+            cache; they come first.
+
+    Returns:
+        ``own``, the detector in the package, and the rows of the catalog whose weights are in the
+        cache.
+
+    Raises:
+        ZooError: a name of ``own`` is not a model.
+    """
+    for name in own:
+        find(name, offline=True)
+    rows = [get_row(name) for name in list_models()]
+    inside = [row.name for row in rows if row.made_here]
+    cached = [row.name for row in rows if cached_bytes(row) is not None]
+    return list(dict.fromkeys([*own, *inside, *cached]))
+
+
+class Models:
+    """Loads the chosen model on first use and keeps it until another one is chosen.
+
+    Args:
+        names: what may be chosen.
+        device: where the network computes, ``"cpu"`` or ``"cuda"`` for instance.
+    """
+
+    def __init__(self, names: Sequence[str], device: str = "cpu") -> None:
+        self.names = tuple(names)
+        self.device = device
+        self._lock = threading.Lock()  # two requests must not load two models
+        self._loaded: tuple[str, MaskRCNN] | None = None
+
+    def predict(self, name: str, image: ImageInput, score: float) -> Detections:
+        """Detect the objects in one image.
+
+        Args:
+            name: one of ``names``.
+            image: see `vitadapter_zoo.images.read_image`.
+            score: lowest score that is kept, 0..1.
+
+        Raises:
+            UnknownModelError: the name is not offered.
+            ZooError: the weights or the image cannot be used.
+        """
+        if name not in self.names:
+            raise UnknownModelError(f"this page does not offer the model {quoted(name)}")
+        with self._lock:
+            if self._loaded is None or self._loaded[0] != name:
+                self._loaded = None  # frees the memory before the next model needs it
+                model = load(name, device=self.device, offline=True, progress=False)
+                self._loaded = name, model
+            return self._loaded[1].predict(image, score)[0]
