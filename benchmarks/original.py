@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import nms, roi_align
 
-from vitadapter_zoo.models import adapter, heads, necks, uniperceiver, vit
+from vitadapter_zoo.models import adapter, heads, necks, uniperceiver, vit, vit_adapter
 from vitadapter_zoo.models.boxes import ROI_STRIDES, anchors, decode
 
 Grid = tuple[int, int]
@@ -218,7 +218,7 @@ def adapted(
     quarter = len(trunk) // 4
     for index, module in enumerate(backbone.interactions):
         interaction = cast("adapter.InteractionBlock", module)
-        injector = interaction.injector
+        injector = cast("adapter.Injector", interaction.injector)
         normed = injector.query_norm(x), injector.feat_norm(c)
         attended = deformable_attention(injector.attn, normed[0], points[1], normed[1], grids)
         x = x + injector.gamma * attended
@@ -254,7 +254,7 @@ def backbone(module: nn.Module, image: Tensor) -> list[Tensor]:
     trunk = cast("vit.VisionTransformer", module)
     x = convolved(trunk.patch_embed.proj, image).flatten(2).transpose(1, 2)
     x = x + positions(trunk.pos_embed[0, 1:], grid)
-    if isinstance(trunk, adapter.ViTAdapter):
+    if isinstance(trunk, vit_adapter.ViTAdapter):
         return adapted(trunk, image, x, trunk.blocks)
     plain = cast("vit.ViTBaseline", trunk)
     quarter = len(plain.blocks) // 4

@@ -22,6 +22,7 @@ LAYERS = (
     ("reports",),
     ("training", "export"),  # training measures a model's AP as it goes, and reads the same data
     ("evaluation",),
+    ("backbones",),
     ("loader",),
     ("finder",),
     ("backends", "publishing"),

@@ -24,11 +24,12 @@ from vitadapter_zoo.errors import (
 
 if TYPE_CHECKING:
     from vitadapter_zoo import backends, evaluation, models, ops, reports, training, web
+    from vitadapter_zoo.backbones import backbone, register_timm
     from vitadapter_zoo.detections import Detections
     from vitadapter_zoo.evaluation.verdict import Verification
     from vitadapter_zoo.evaluation.verify import verify
     from vitadapter_zoo.loader import load
-    from vitadapter_zoo.models import MaskRCNN
+    from vitadapter_zoo.models import DINOv3Adapter, MaskRCNN, ViTAdapter
     from vitadapter_zoo.publishing.pretrained import push_to_hub, save_pretrained
     from vitadapter_zoo.training.run import train
 
@@ -36,6 +37,7 @@ __all__ = [
     "BackendError",
     "CheckpointError",
     "ConfigError",
+    "DINOv3Adapter",
     "DatasetError",
     "Detections",
     "DownloadError",
@@ -45,8 +47,10 @@ __all__ = [
     "UnknownModelError",
     "UnsafeCheckpointError",
     "Verification",
+    "ViTAdapter",
     "ZooError",
     "__version__",
+    "backbone",
     "backends",
     "evaluation",
     "get_row",
@@ -55,6 +59,7 @@ __all__ = [
     "models",
     "ops",
     "push_to_hub",
+    "register_timm",
     "reports",
     "save_pretrained",
     "train",
@@ -65,11 +70,15 @@ __all__ = [
 
 # Public names by the module that defines them, and public subpackages.
 _LAZY = {
+    "DINOv3Adapter": "models",
     "Detections": "detections",
     "MaskRCNN": "models",
     "Verification": "evaluation.verdict",
+    "ViTAdapter": "models",
+    "backbone": "backbones",
     "load": "loader",
     "push_to_hub": "publishing.pretrained",
+    "register_timm": "backbones",
     "save_pretrained": "publishing.pretrained",
     "train": "training.run",
     "verify": "evaluation.verify",

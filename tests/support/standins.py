@@ -48,7 +48,7 @@ def tensor(name: str, shape: list[int]) -> Tensor:
         values = 1.0 + 0.1 * rng.standard_normal(shape)
     elif leaf in ("bias", "running_mean"):
         values = 0.05 * rng.standard_normal(shape)
-    elif leaf == "level_embed" or "pos_embed" in name:
+    elif leaf in ("level_embed", "cls_token") or "pos_embed" in name:
         values = 0.2 * rng.standard_normal(shape)
     else:
         fan_in = int(np.prod(shape[1:]))

@@ -277,8 +277,8 @@ ALIASES = "\n".join(
     [
         (f"{ALIASES}\nnames: *a39\ntrain: images", "a list of 2 is not a text"),
         (f"{ALIASES}\nnames: [a]\ntrain: *a39", "a list of 2 is not a text"),
-        ("names: " + "[" * 5000, "is not YOLO's"),
-        ("names: [a]\ntrain: 2024-13-45 10:00:00", "is not YOLO's"),
+        ("names: " + "[" * 5000, "is not a YOLO data set"),
+        ("names: [a]\ntrain: 2024-13-45 10:00:00", "is not a YOLO data set"),
         ("names: ['\\e[2J']\ntrain: '\\e[2J'", "is not there"),
         ("names: [a]", "has no images in train"),
     ],

@@ -5,7 +5,7 @@ strides 8, 16 and 32. Injectors and extractors exchange features between the two
 deformable attention.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,13 +13,9 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
+from vitadapter_zoo.models.pyramid import Pyramid
 from vitadapter_zoo.models.tokens import Linear, in_chunks, items_per_chunk
-from vitadapter_zoo.models.vit import (
-    LAYER_NORM_EPS,
-    VisionTransformer,
-    channels_last,
-    tokens_to_map,
-)
+from vitadapter_zoo.models.vit import channels_last, tokens_to_map
 from vitadapter_zoo.ops import ms_deform_attn_fused
 
 POINTS = 4  # sampling points per head and level
@@ -194,14 +190,22 @@ class Extractor(nn.Module):
 class InteractionBlock(nn.Module):
     """An injector, a quarter of the trunk's blocks and an extractor.
 
-    The last interaction block has two more extractors.
+    The last interaction block has two more extractors. DINOv3's arrangement has no injectors.
     """
 
     def __init__(
-        self, dim: int, heads: int, ratio: float, eps: float, drop_path: float, *, last: bool
+        self,
+        dim: int,
+        heads: int,
+        ratio: float,
+        eps: float,
+        drop_path: float,
+        *,
+        last: bool,
+        injects: bool = True,
     ) -> None:
         super().__init__()
-        self.injector = Injector(dim, heads, ratio, eps)
+        self.injector = Injector(dim, heads, ratio, eps) if injects else None
         self.extractor = Extractor(dim, heads, ratio, eps, drop_path)
         self.extra_extractors = nn.ModuleList(
             Extractor(dim, heads, ratio, eps, drop_path) for _ in range(2 if last else 0)
@@ -211,13 +215,18 @@ class InteractionBlock(nn.Module):
         self, x: Tensor, c: Tensor, blocks: Sequence[nn.Module], geometry: Geometry
     ) -> tuple[Tensor, Tensor]:
         """Run a quarter of the trunk, ``blocks``; return new trunk tokens and prior tokens."""
-        x = self.injector(x, c, geometry)
+        if self.injector is not None:
+            x = self.injector(x, c, geometry)
         for block in blocks:
             x = block(x, *geometry.trunk)
+        return x, self.extract(c, x, geometry)
+
+    def extract(self, c: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
+        """Run the extractors only; return new prior tokens."""
         c = self.extractor(c, x, geometry)
         for extractor in self.extra_extractors:
             c = extractor(c, x, geometry)
-        return x, c
+        return c
 
 
 class Convolutions(nn.Sequential):
@@ -294,7 +303,7 @@ class SpatialPrior(nn.Module):
         return [c1, self.fc2(c2), self.fc3(c3), self.fc4(c4)]
 
 
-class WithAdapter(nn.Module):
+class WithAdapter(Pyramid, nn.Module):
     """Mixin with the adapter's layers and its forward pass, for any kind of trunk."""
 
     def add_adapter(
@@ -305,12 +314,15 @@ class WithAdapter(nn.Module):
         eps: float,
         drop_path: float,
         stem_width: int = STEM_WIDTH,
+        *,
+        injects: bool = True,
     ) -> None:
         """Create the layers; ``heads`` and ``ratio`` configure the deformable attention."""
+        self.width = dim
         self.level_embed = nn.Parameter(torch.zeros(3, dim))
         self.spm = SpatialPrior(dim, stem_width)
         self.interactions = nn.ModuleList(
-            InteractionBlock(dim, heads, ratio, eps, drop_path, last=index == 3)
+            InteractionBlock(dim, heads, ratio, eps, drop_path, last=index == 3, injects=injects)
             for index in range(4)
         )
         self.up = nn.ConvTranspose2d(dim, dim, 2, 2)
@@ -332,30 +344,47 @@ class WithAdapter(nn.Module):
             Four maps ``[N, dim, H / s, W / s]``, s = 4, 8, 16, 32.
         """
         geometry = Geometry.of(image)
-        stem, *prior = self.spm(image)
-        c = torch.cat(
-            [
-                part.flatten(2).transpose(1, 2) + level
-                for part, level in zip(prior, self.level_embed, strict=True)
-            ],
-            dim=1,
-        )
+        stem, c = self.prior_tokens(image)
         quarter = len(blocks) // 4
         for index, interaction in enumerate(self.interactions):
             x, c = interaction(x, c, blocks[index * quarter : (index + 1) * quarter], geometry)
+        return self.pyramid(stem, c, [tokens_to_map(x, *geometry.trunk)] * 4, geometry)
 
-        trunk = tokens_to_map(x, *geometry.trunk)
+    def prior_tokens(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the stem's map at stride 4 and the tokens of the three coarser prior maps."""
+        stem, *prior = self.spm(image)
+        tokens = [
+            part.flatten(2).transpose(1, 2) + level
+            for part, level in zip(prior, self.level_embed, strict=True)
+        ]
+        return stem, torch.cat(tokens, dim=1)
+
+    def pyramid(
+        self, stem: Tensor, c: Tensor, trunks: Sequence[Tensor], geometry: Geometry
+    ) -> list[Tensor]:
+        """Compute the outputs from the prior tokens ``c`` and the trunk's maps.
+
+        Args:
+            stem: the stem's map at stride 4.
+            c: ``[N, sum of H_l * W_l, dim]``.
+            trunks: for each output, the map at stride 16 that is resized and added to it.
+            geometry: the grids.
+
+        Returns:
+            Those of ``out_indices`` among four maps ``[N, dim, H / s, W / s]``, s = 4, 8, 16, 32.
+        """
         areas = [height * width for height, width in geometry.prior]
         c2, c3, c4 = (
             tokens_to_map(part, *shape)
             for part, shape in zip(c.split(areas, dim=1), geometry.prior, strict=True)
         )
-        return [
-            self._stride_4_map(stem, c2, trunk),
-            self.norm2(c2 + _rescaled(trunk, 2)),
-            self.norm3(c3 + trunk),
-            self.norm4(c4 + _rescaled(trunk, 0.5)),
-        ]
+        compute: tuple[Callable[[], Tensor], ...] = (
+            lambda: self._stride_4_map(stem, c2, trunks[0]),
+            lambda: self.norm2(c2 + _rescaled(trunks[1], 2)),
+            lambda: self.norm3(c3 + trunks[2]),
+            lambda: self.norm4(c4 + _rescaled(trunks[3], 0.5)),
+        )
+        return [compute[index]() for index in self.out_indices]
 
     def _stride_4_map(self, stem: Tensor, c2: Tensor, trunk: Tensor) -> Tensor:
         """Compute the map at stride 4, a few rows at a time where that is faster.
@@ -386,36 +415,3 @@ class WithAdapter(nn.Module):
 
 def _rescaled(x: Tensor, scale: float) -> Tensor:
     return F.interpolate(x, scale_factor=scale, mode="bilinear", align_corners=False)
-
-
-class ViTAdapter(VisionTransformer, WithAdapter):
-    """The ViT-Adapter backbone: a plain ViT trunk with the adapter.
-
-    Args:
-        dim, heads, windows, pretrain_grid, drop_path: of the trunk, see ``VisionTransformer``.
-        deform_heads: heads of the deformable attention.
-        deform_ratio: width of the deformable attention's values relative to ``dim``.
-        stem_width: width of the spatial prior's stem.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        heads: int,
-        windows: tuple[bool, ...],
-        pretrain_grid: int,
-        drop_path: float,
-        *,
-        deform_heads: int,
-        deform_ratio: float,
-        stem_width: int = STEM_WIDTH,
-    ) -> None:
-        super().__init__(dim, heads, windows, pretrain_grid, drop_path)
-        self.add_adapter(dim, deform_heads, deform_ratio, LAYER_NORM_EPS, drop_path, stem_width)
-
-    def forward(self, image: Tensor) -> list[Tensor]:
-        """Compute maps ``[N, dim, H / s, W / s]``, s = 4, 8, 16, 32, from images ``[N, 3, H, W]``.
-
-        ``H`` and ``W`` are multiples of 32.
-        """
-        return self.adapted(image, self.embed(image), self.blocks)

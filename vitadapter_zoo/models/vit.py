@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
+from vitadapter_zoo.models.pyramid import Pyramid
 from vitadapter_zoo.models.tokens import Linear, Mlp, in_chunks, on_cpu_without_gradients
 
 PATCH = 16
@@ -187,7 +188,7 @@ class VisionTransformer(nn.Module):
         return self.patch_embed(image) + positions
 
 
-class ViTBaseline(VisionTransformer):
+class ViTBaseline(Pyramid, VisionTransformer):
     """The plain ViT detector backbone.
 
     Outputs of four depths are resized to strides 4, 8, 16 and 32.
@@ -197,6 +198,7 @@ class ViTBaseline(VisionTransformer):
         self, dim: int, heads: int, windows: tuple[bool, ...], pretrain_grid: int, drop_path: float
     ) -> None:
         super().__init__(dim, heads, windows, pretrain_grid, drop_path)
+        self.width = dim
         self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.norm3 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
@@ -226,4 +228,4 @@ class ViTBaseline(VisionTransformer):
             for block in self.blocks[index * quarter : (index + 1) * quarter]:
                 x = block(x, height, width)
             maps.append(scale(tokens_to_map(norm(x), height, width)))
-        return maps
+        return [maps[index] for index in self.out_indices]

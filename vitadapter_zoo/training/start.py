@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vitadapter_zoo import settings
 from vitadapter_zoo.catalog import list_models
 from vitadapter_zoo.errors import CheckpointError
 from vitadapter_zoo.loader import find, load
 from vitadapter_zoo.models import MaskRCNN, build
-from vitadapter_zoo.models.adapter import MSDeformAttn
+from vitadapter_zoo.models.initial import draw
 from vitadapter_zoo.text import shown
 from vitadapter_zoo.weights.heads import for_classes
 from vitadapter_zoo.weights.pretraining import read_pretraining
@@ -134,8 +133,7 @@ def initialize(model: MaskRCNN, seed: int = 0) -> None:
                 nn.init.trunc_normal_(parameter, std=0.02)
             elif name.endswith("level_embed"):
                 nn.init.normal_(parameter)
-        model.backbone.apply(_initialize_backbone)
-        model.backbone.apply(_initialize_sampling)
+        draw(model.backbone)
         for part in (model.neck, model.rpn_head, model.roi_head):
             for module in part.modules():
                 _initialize_head(module, part is model.rpn_head)
@@ -144,38 +142,6 @@ def initialize(model: MaskRCNN, seed: int = 0) -> None:
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         nn.init.normal_(model.roi_head.bbox_head.fc_cls.weight, std=0.01)
         nn.init.normal_(model.roi_head.bbox_head.fc_reg.weight, std=0.001)
-
-
-def _initialize_backbone(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-    elif isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
-        fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
-        nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
-    else:
-        return
-    if module.bias is not None:
-        nn.init.zeros_(module.bias)
-
-
-def _initialize_sampling(module: nn.Module) -> None:
-    """Deformable DETR (arXiv:2010.04159): heads look in directions of their own, evenly."""
-    if not isinstance(module, MSDeformAttn):
-        return
-    angles = torch.arange(module.heads) * (2 * math.pi / module.heads)
-    directions = torch.stack([angles.cos(), angles.sin()], dim=-1)
-    directions = directions / directions.abs().amax(dim=-1, keepdim=True)
-    offsets: Tensor = module.sampling_offsets.bias
-    points = offsets.numel() // (2 * module.heads * module.levels)
-    steps = torch.arange(1, points + 1)[:, None]
-    grid = directions[:, None, None] * steps  # [heads, 1, points, 2]
-    offsets.copy_(grid.expand(-1, module.levels, -1, -1).flatten())
-    nn.init.zeros_(module.sampling_offsets.weight)
-    for zeroed in (module.attention_weights.weight, module.attention_weights.bias):
-        nn.init.zeros_(zeroed)
-    for projection in (module.value_proj, module.output_proj):
-        nn.init.xavier_uniform_(projection.weight)
-        nn.init.zeros_(projection.bias)
 
 
 def _initialize_head(module: nn.Module, proposals: bool) -> None:

@@ -108,14 +108,14 @@ def unwrap(
     ignored = [
         name
         for name in tensors
-        if name not in wanted and (_bare(name) in flat or _bare(name) in COUNTERS)
+        if name not in wanted and (bare_name(name) in flat or bare_name(name) in COUNTERS)
     ]
     renamed: dict[str, str] = {}
     removed = {}
     for name in tensors:
         if name in ignored:
             continue
-        bare = name if name in wanted else _bare(name)
+        bare = name if name in wanted else bare_name(name)
         if bare in renamed:
             raise CheckpointError(
                 f"there are two values for one name: {quoted(renamed[bare])} and {quoted(name)} "
@@ -130,7 +130,8 @@ def unwrap(
     return found, list(removed), ignored
 
 
-def _bare(name: str) -> str:
+def bare_name(name: str) -> str:
+    """Remove from a name what wrappers such as DDP add to it."""
     parts = name.split(".")
     while len(parts) > 1 and parts[0] in PREFIXES:
         parts = parts[1:]

@@ -57,7 +57,7 @@ def read_pretraining(
     """
     if pretrained is None:
         return
-    path = _fetched(pretrained, settings.home(cache_dir), settings.is_offline(offline), progress)
+    path = fetched(pretrained, settings.home(cache_dir), settings.is_offline(offline), progress)
     found = _from_jax(path, pretrained) if _is_npz(path) else _read(path, pretrained)
     trunk = {name: x for name, x in network.named_parameters() if name.startswith(TRUNK)}
     if resize_positions and "pos_embed" in trunk and "pos_embed" in found:
@@ -158,13 +158,18 @@ def _jax_block(arrays: dict[str, Tensor], source: str, target: str) -> dict[str,
     return tensors
 
 
-def _fetched(pretrained: str, home: Path, offline: bool, progress: bool) -> Path:
-    """The file, downloaded into the cache if it is a URL."""
+def fetched(pretrained: str, home: Path, offline: bool, progress: bool) -> Path:
+    """The file, downloaded into the cache if it is a URL.
+
+    Raises:
+        ConfigError: neither a file nor a URL.
+        DownloadError: it cannot be fetched.
+    """
     source = parse(pretrained)
     if isinstance(source, LocalFile):
         return source.path
     if not isinstance(source, Url):
-        raise ConfigError(f"pretrained={pretrained!r} is neither a file nor an http(s) URL")
+        raise ConfigError(f"{pretrained!r} is neither a file nor an http(s) URL")
     from vitadapter_zoo.weights.download import download, hash_in_name
 
     target = home / "pretraining" / source.url.rpartition("/")[2]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from vitadapter_zoo.errors import ConfigError
-from vitadapter_zoo.models import adapter, necks, uniperceiver, vit
+from vitadapter_zoo.models import adapter, necks, uniperceiver, vit, vit_adapter
 from vitadapter_zoo.weights.pretraining import read_pretraining
 
 # Arguments that have the same value in all published networks, with that value.
@@ -106,7 +106,7 @@ class ViTBaseline(vit.ViTBaseline):
         read_pretraining(self, self.pretrained)
 
 
-class ViTAdapter(adapter.ViTAdapter):
+class ViTAdapter(vit_adapter.ViTAdapter):
     """The ViT-Adapter backbone; arguments as in the original configuration files.
 
     Args:
