@@ -170,14 +170,14 @@ FAMILIES = {
     "OmDet-Turbo Swin-T": Family(
         _default("OmDetTurbo", use_pretrained_backbone=False),
         with_classes,
-        "decoder_coord_logits",
+        "decoder_class_logits",
         (640, 640),
     ),
     "MSDeformAttn": Family(lambda _size: Extractor(), image, "attended"),
-    "RT-DETR R50": Family(_default("RTDetr"), image, "pred_boxes", (640, 640)),
-    "LW-DETR tiny": Family(_lw_detr, image, "pred_boxes", (640, 640)),
-    "RF-DETR base": Family(_rf_detr, image, "pred_boxes", (560, 560)),
-    "PP-DocLayoutV3": Family(_default("PPDocLayoutV3"), image, "pred_boxes", (800, 800)),
+    "RT-DETR R50": Family(_default("RTDetr"), image, "last_hidden_state", (640, 640)),
+    "LW-DETR tiny": Family(_lw_detr, image, "last_hidden_state", (640, 640)),
+    "RF-DETR base": Family(_rf_detr, image, "last_hidden_state", (560, 560)),
+    "PP-DocLayoutV3": Family(_default("PPDocLayoutV3"), image, "last_hidden_state", (800, 800)),
 }
 
 
