@@ -453,6 +453,17 @@ def test_layers_of_other_sizes_parts_and_bound_forwards_stay() -> None:
     assert accelerate(inner) == 0
 
 
+def test_an_attention_in_two_places_counts_once() -> None:
+    module = MSDeformAttn()
+    holder = Recorded("Deformable DETR").module
+    twin = copy.deepcopy(holder)
+    twin.attn = holder.attn
+    model = nn.ModuleList([module, nn.Sequential(module), holder, twin])
+    assert accelerate(model) == 2
+    assert restore(model) == 2
+    assert type(module) is MSDeformAttn
+
+
 def test_an_older_class_in_a_pickle_is_read_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """The pickle of a replaced module, read where the class has another signature."""
     module = MSDeformAttn()
