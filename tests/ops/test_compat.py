@@ -50,6 +50,8 @@ IMPORTS = {
     "Deformable DETR": "import MultiScaleDeformableAttention as MSDA",
     "Mask2Former": "try:\n    import MultiScaleDeformableAttention as MSDA\n"
     "except ModuleNotFoundError as e:\n    raise ModuleNotFoundError('Please compile') from e",
+    "DINOv3": "try:\n    import MultiScaleDeformableAttention as MSDA\n"
+    "except ImportError:\n    MSDA = None",
     "GroundingDINO": "from groundingdino import _C as MSDA",
 }
 

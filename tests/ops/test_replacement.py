@@ -21,16 +21,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.deformable_detr import modeling_deformable_detr
 from transformers.models.mask2former import modeling_mask2former
 
-from vitadapter_zoo.ops import accelerate, restore
+from vitadapter_zoo.ops import accelerate, families, restore
 
-Call = Callable[[nn.Module], Any]
+Call = Callable[[Any], Any]
 
 
 class Operators(TorchDispatchMode):
     """Counts the operators that compute deformable attention."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.counts: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -302,6 +302,26 @@ def test_the_authors_attention(ratio: float, kind: str) -> None:
         assert_close(mine, theirs)
 
 
+def test_the_attention_of_dinov2_trains_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Theirs computes in an autograd function without a backward pass."""
+
+    class ForwardOnly(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *arguments: Tensor) -> Tensor:
+            return by_grid_sample(*arguments)
+
+    by_grid_sample = authors.by_grid_sample
+    monkeypatch.setattr(authors, "by_grid_sample", ForwardOnly.apply)
+    families._agrees.cache_clear()
+    module = MSDeformAttn()
+    arguments = authors_arguments(2)
+    with pytest.raises(NotImplementedError, match="backward"):
+        module(*arguments).sum().backward()
+    assert accelerate(module) == 1
+    module(*arguments).sum().backward()
+    assert float(module.value_proj.weight.grad.abs().sum()) > 0
+
+
 def test_levels_that_do_not_fit_are_refused() -> None:
     module = MSDeformAttn()
     accelerate(module)
@@ -429,8 +449,19 @@ def test_layers_of_other_sizes_parts_and_bound_forwards_stay() -> None:
     bound.forward = bound.forward  # type: ignore[method-assign]  # as hooks of other libraries do
     assert accelerate(nn.ModuleList([wide, more, bound])) == 0
     inner = Recorded("Deformable DETR").module
-    inner.attn.forward = inner.attn.forward  # type: ignore[method-assign, union-attr]
+    inner.attn.forward = inner.attn.forward  # type: ignore[union-attr]
     assert accelerate(inner) == 0
+
+
+def test_an_attention_in_two_places_counts_once() -> None:
+    module = MSDeformAttn()
+    holder = Recorded("Deformable DETR").module
+    twin = copy.deepcopy(holder)
+    twin.attn = holder.attn
+    model = nn.ModuleList([module, nn.Sequential(module), holder, twin])
+    assert accelerate(model) == 2
+    assert restore(model) == 2
+    assert type(module) is MSDeformAttn
 
 
 def test_an_older_class_in_a_pickle_is_read_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -176,7 +176,6 @@ def _omdet() -> nn.Module:
         encoder_hidden_dim=32,
         decoder_hidden_dim=32,
         d_model=32,
-        backbone_feat_channels=[16, 32, 64],
         encoder_in_channels=[16, 32, 64],
         class_embed_dim=16,
         task_encoder_hidden_dim=16,

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vitadapter_zoo.errors import ZooError
 from vitadapter_zoo.ops import forwards
 from vitadapter_zoo.ops.library import small_input, worst
 
@@ -215,7 +216,7 @@ def _has_structure(module: nn.Module, children: tuple[str, ...], optional: tuple
     public = _public(module)
     if not set(_NUMBERS) <= set(public) <= {*_NUMBERS, *optional}:
         return False
-    if not all(type(public[name]) is int for name in _NUMBERS):
+    if not all(type(public[name]) is int and public[name] > 0 for name in _NUMBERS):
         return False
     if type(public.get("ratio", 1)) not in (int, float):
         return False
@@ -249,10 +250,15 @@ def _in_new_thread(check: Callable[[], bool]) -> bool:
 
     The check runs code of another project, which may fail in any way: then it is not the code that
     we know.
+
+    Raises:
+        ZooError: our own operator cannot be used as ``VITADAPTER_ZOO_OP`` asks.
     """
     with ThreadPoolExecutor(1) as thread:
         try:
             return thread.submit(torch.no_grad()(check)).result()
+        except ZooError:
+            raise
         except Exception:
             return False
 

@@ -7,6 +7,9 @@ from torch import nn
 
 from vitadapter_zoo.ops import families
 
+# The attribute of a replaced class that holds the class it stands for.
+_ORIGINAL = "_vitadapter_zoo_original"
+
 
 def accelerate(model: nn.Module) -> int:
     """Make the multi-scale deformable attentions of ``model`` use our operator, in place.
@@ -27,13 +30,15 @@ def accelerate(model: nn.Module) -> int:
 
     Returns:
         How many attentions were replaced by this call. A second call returns 0.
+
+    Raises:
+        ZooError: the operator cannot be used as ``VITADAPTER_ZOO_OP`` asks.
     """
-    found = [families.found_in(module) for module in model.modules()]
-    for module in found:
-        if module is not None:
-            kind: Any = type(module)
-            module.__class__ = _replaced(kind)
-    return len(found) - found.count(None)
+    found = {families.found_in(module) for module in model.modules()} - {None}
+    for module in cast("set[nn.Module]", found):
+        kind: Any = type(module)
+        module.__class__ = _replaced(kind)
+    return len(found)
 
 
 def restore(model: nn.Module) -> int:
@@ -46,9 +51,6 @@ def restore(model: nn.Module) -> int:
     for module in replaced:
         module.__class__ = getattr(type(module), _ORIGINAL)
     return len(replaced)
-
-
-_ORIGINAL = "_vitadapter_zoo_original"
 
 
 @functools.cache
