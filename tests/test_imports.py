@@ -29,7 +29,7 @@ LAYERS = (
     ("detections",),
     ("ops",),
     ("images", "catalog"),
-    ("settings",),
+    ("settings", "class_names"),
     ("text",),
     ("errors", "_version", "_moved"),
 )

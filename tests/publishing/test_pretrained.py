@@ -10,7 +10,7 @@ from huggingface_hub.utils._validators import validate_repo_id
 
 import vitadapter_zoo
 from vitadapter_zoo import CheckpointError, MaskRCNN, get_row, list_models
-from vitadapter_zoo.catalog import ROWS
+from vitadapter_zoo.catalog import PUBLISHED
 from vitadapter_zoo.publishing.cards import card
 
 NAME = "adapter-t-deit-3x"
@@ -90,7 +90,7 @@ def test_the_card_of_the_row_made_here_claims_nothing_about_coco() -> None:
     assert (data.datasets, data.base_model) == (None, None)
 
 
-@pytest.mark.parametrize("name", [row.name for row in ROWS])
+@pytest.mark.parametrize("name", [row.name for row in PUBLISHED])
 def test_card_metadata_holds_the_published_results(name: str) -> None:
     row, data = get_row(name), ModelCard.load(CARDS / f"{name}.md").data
     assert data.eval_results

@@ -86,7 +86,8 @@ Examples:
 @click.option(
     "--layer-decay",
     type=click.FloatRange(0, 1, min_open=True),
-    help="[paper] 0.8 (AugReg-L), 0.65 (Uni-Perceiver-B), none for the others.",
+    help="[paper] 0.8 (AugReg-L, DINOv2-L), 0.7 (DINOv2-S, -B), 0.65 (Uni-Perceiver-B), none for "
+    "the others.",
 )
 @click.option(
     "--clip", type=click.FloatRange(0, min_open=True), help="Largest norm of the gradient."

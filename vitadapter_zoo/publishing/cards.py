@@ -6,7 +6,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from vitadapter_zoo.catalog import ROWS, Row
+from vitadapter_zoo.catalog import PUBLISHED, ROWS, Row
 from vitadapter_zoo.text import shown
 from vitadapter_zoo.weights import atomic
 
@@ -19,6 +19,9 @@ BASE_MODELS = {
     "DeiT-S": "facebook/deit-small-patch16-224",
     "DeiT-B": "facebook/deit-base-patch16-224",
     "AugReg-L": "timm/vit_large_patch16_384.augreg_in21k_ft_in1k",
+    "DINOv2-S": "facebook/dinov2-small",
+    "DINOv2-B": "facebook/dinov2-base",
+    "DINOv2-L": "facebook/dinov2-large",
 }
 TAGS = ["object-detection", "instance-segmentation", "mask-rcnn", "vit-adapter"]
 CITATION = """@inproceedings{chen2023vitadapter,
@@ -48,7 +51,7 @@ def metadata(row: Row) -> ModelCardData:
             metric_name=name,
             metric_value=value,
             source_name=None if row.made_here else "ViT-Adapter, detection results",
-            source_url=None if row.made_here else SOURCE,
+            source_url=None if row.made_here else _results_of(row),
         )
         for task, kind, name, value in (
             ("object-detection", "box_ap", "box AP", row.box_ap),
@@ -65,6 +68,16 @@ def metadata(row: Row) -> ModelCardData:
         model_name=row.name,
         eval_results=results,
     )
+
+
+def _configurations(row: Row) -> str:
+    """The address of the folder with the row's original configuration file."""
+    return f"{SOURCE}/configs/mask_rcnn" + ("/dinov2" if row.from_dinov2 else "")
+
+
+def _results_of(row: Row) -> str:
+    """The address of the page that publishes the row's figures."""
+    return _configurations(row) if row.from_dinov2 else SOURCE
 
 
 def saved_card(row: Row, categories: Sequence[str]) -> ModelCard:
@@ -86,7 +99,7 @@ def saved_card(row: Row, categories: Sequence[str]) -> ModelCard:
 
 A detector with the network of `{row.name}`, saved by vitadapter-zoo. This card was generated and
 does not know whether the weights were trained further: add the training data, the recipe and the
-results. The published results of `{row.name}` are at <{SOURCE}>.
+results. The published results of `{row.name}` are at <{_results_of(row)}>.
 
 {len(categories)} classes: {names}
 
@@ -157,7 +170,7 @@ COCO val2017, as published by the authors, not measured again here:
 
 ## Training
 
-By the authors, with [{row.config}]({SOURCE}/configs/mask_rcnn): COCO train2017, {schedule}, AdamW.
+By the authors, with [{row.config}]({_configurations(row)}): COCO train2017, {schedule}, AdamW.
 {log}
 ## Intended use and limits
 
@@ -242,7 +255,7 @@ def _table(highlighted: Row) -> str:
         "| model | pretraining | schedule | FPN | box AP | mask AP |",
         "|---|---|---|---|---|---|",
     ]
-    for row in ROWS:
+    for row in PUBLISHED if highlighted.from_dinov2 else ROWS:
         mark = "**" if row == highlighted else ""
         cells = (
             row.name,

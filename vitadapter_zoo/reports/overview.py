@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vitadapter_zoo import settings
-from vitadapter_zoo.catalog import ROWS, Row
+from vitadapter_zoo.catalog import PUBLISHED, Row
 from vitadapter_zoo.errors import ZooError
 from vitadapter_zoo.evaluation.scoring import NOTHING
 from vitadapter_zoo.evaluation.verdict import Verdict, Verification
@@ -55,7 +55,7 @@ def verify_all(
     directory: Path | None,
     *,
     command: str | None = None,
-    rows: Sequence[Row] = ROWS,
+    rows: Sequence[Row] = PUBLISHED,
 ) -> dict[str, Any]:
     """Evaluate one row after the other; a row that cannot run does not stop the others.
 
