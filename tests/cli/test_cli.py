@@ -98,7 +98,7 @@ def test_python_m(module: str) -> None:
 
 
 def test_shells_complete_model_names() -> None:
-    for words in ("info adapter-l", "predict x.jpg --model adapter-l"):
+    for words in ("info adapter-l-a", "predict x.jpg --model adapter-l-a"):
         environment = {
             **os.environ,
             "_VITADAPTER_ZOO_COMPLETE": "bash_complete",
@@ -107,6 +107,37 @@ def test_shells_complete_model_names() -> None:
         }
         completed = subprocess.check_output([INSTALLED], env=environment, text=True)
         assert completed == "plain,adapter-l-augreg-3x\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--model", "vit-t-deit-3x", "--offline"], "offline mode"),
+        (["--model", "adapter-t-deit-1x"], "127.0.0.1:9 cannot be reached"),
+        (
+            ["--model", "vit-t-deit-3x", "--checkpoint", "http://nowhere.invalid/x.pth"],
+            "nowhere.invalid cannot be reached",
+        ),
+    ],
+)
+def test_without_a_network_a_command_fails_before_it_imports_torch(
+    arguments: list[str], reason: str, tmp_path: Path
+) -> None:
+    """Importing torch would take longer than the second that such an error may take."""
+    main = "from vitadapter_zoo.cli import main; main()"
+    code = f"import sys; sys.argv[1:] = {['predict', 'x.jpg', *arguments]!r}; {main}"
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-c", code],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    lines = done.stderr.splitlines()
+    assert done.returncode == 2
+    assert not [line for line in lines if line.rpartition("|")[2].strip() == "torch"]
+    (said,) = [line for line in lines if not line.startswith("import time:")]
+    assert reason in said
 
 
 LIST = "from vitadapter_zoo.cli import main; main(['list'], standalone_mode=False)"

@@ -437,6 +437,9 @@ def test_all_lists_every_row_with_its_verdict_or_its_error(
     arguments = ("verify", "--all", "--coco", str(scene.root), "--offline")
     result = invoke(*arguments, "--report", str(tmp_path / "zoo"))
     assert result.exit_code == 2, result.output
+    # That the network may not be used is said once, not for each of the other rows.
+    assert result.output.count("this is offline mode") == 1
+    assert f"weights of {len(PUBLISHED) - 1} models" in result.output
     content = json.loads((tmp_path / "zoo" / "index.json").read_text())
     assert [row["model"] for row in content["rows"]] == [row.name for row in PUBLISHED]
     page = parse(tmp_path / "zoo" / "index.html")

@@ -11,8 +11,9 @@ import click
 
 from vitadapter_zoo._version import __version__
 from vitadapter_zoo.cli import failures
+from vitadapter_zoo.cli.card import card
 from vitadapter_zoo.cli.demo import demo
-from vitadapter_zoo.cli.hub import cache_group, card, convert, download
+from vitadapter_zoo.cli.hub import cache_group, convert, download
 from vitadapter_zoo.cli.mmdet import compare, config
 from vitadapter_zoo.cli.models import info, list_command
 from vitadapter_zoo.cli.op import build_op_command, env_command

@@ -1,4 +1,4 @@
-"""``download``, ``cache``, ``convert`` and ``card``: the files of the models."""
+"""``download``, ``cache`` and ``convert``: the files of the models."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 UNITS = {"h": 3600, "d": 86400, "w": 604800}
 
 
-def _names(names: tuple[str, ...], everything: bool) -> list[str]:
+def chosen_names(names: tuple[str, ...], everything: bool) -> list[str]:
+    """The names given, or all of the catalog; one of the two must be asked for."""
     if bool(names) == everything:
         raise click.UsageError("name the models, or give --all")
     return list_models() if everything else list(names)
@@ -58,7 +59,7 @@ def download(
 
     NAME is a model of the catalog or a repository of the Hub.
     """
-    chosen = _names(names, everything)
+    chosen = chosen_names(names, everything)
     if checkpoint and len(chosen) != 1:
         raise click.UsageError("--checkpoint goes with one NAME")
     from concurrent.futures import ThreadPoolExecutor
@@ -262,27 +263,6 @@ def _sources(
             found.row, where, lines, offline=offline or None, allow_nonfinite=allow_nonfinite
         )
     return paths, str(where)
-
-
-@click.command(epilog="\b\nExample:\n  vitadapter-zoo card --all --out model_cards\n")
-@click.argument("name", required=False)
-@click.option("--all", "everything", is_flag=True, help="Every model of the catalog.")
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Folder to write to.")
-def card(name: str | None, everything: bool, out: Path | None) -> None:
-    """Print the model card of NAME, or write cards to a folder."""
-    chosen = [find(each) for each in _names((name,) if name else (), everything)]
-    from vitadapter_zoo.publishing import cards
-
-    for found in chosen:
-        own = found.place is not None
-        text = cards.saved_card(found.row, found.categories) if own else cards.card(found.row)
-        if own and out:
-            raise click.UsageError("--out writes the cards of the catalog; a folder has its own")
-        if out or everything:
-            folder = settings.expanded(out or Path("model_cards"))
-            click.echo(cards.write(found.row, folder))
-        else:
-            click.echo(str(text))
 
 
 def _megabytes(size: int) -> str:

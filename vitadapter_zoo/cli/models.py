@@ -26,7 +26,7 @@ from vitadapter_zoo.catalog import (
 from vitadapter_zoo.errors import UnknownModelError
 from vitadapter_zoo.finder import Found, find
 from vitadapter_zoo.text import PATH, shown
-from vitadapter_zoo.weights import cache
+from vitadapter_zoo.weights import cache, presence
 from vitadapter_zoo.weights.source import LocalFile, parse
 
 if TYPE_CHECKING:
@@ -75,6 +75,17 @@ def model_names(
     """For the shell's completion: load names, and folders."""
     names = [CompletionItem(name) for name in list_models() if name.startswith(incomplete)]
     return names or [CompletionItem(incomplete, type="dir")]
+
+
+def check_presence(name: str, checkpoint: str | None, offline: bool) -> None:
+    """Fail at once, before torch is imported, where weights need a network that is away.
+
+    Raises:
+        OfflineError: neither here nor to be had.
+    """
+    if name in list_models():
+        row = get_row(name)
+        presence.check(row, parse(checkpoint or row.checkpoint_url), offline=offline or None)
 
 
 @click.command(

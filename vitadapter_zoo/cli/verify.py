@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from vitadapter_zoo.cli.failures import COULD_NOT_RUN
+from vitadapter_zoo.cli.models import check_presence
 from vitadapter_zoo.cli.verdicts import (
     EXIT_STATUS,
     REPORT,
@@ -128,6 +129,8 @@ def verify(
         raise click.UsageError("--ignore-exif needs --backend native: mmdet applies EXIF rotations")
     if every and (checkpoint, run, expect) != (None, None, None):
         raise click.UsageError("--checkpoint, --run and --expect belong to one model, not to --all")
+    if name is not None and ray is None:
+        check_presence(name, checkpoint, offline)
     folder = report_folder(folder)
     data = dataset(name, coco, annotations, images, ignore_exif)
     import torch

@@ -112,9 +112,9 @@ detections = model.predict("photo.jpg")[0].filter(0.5)
 """)
 
 
-def markdown(text: str) -> str:
+def markdown(text: str, limit: int = 60) -> str:
     """Foreign text for Markdown: one line, shortened, without markup or HTML."""
-    return re.sub(r"([\\`*_{}\[\]()<>#|!&~])", r"\\\1", shown(text, 60).replace("\\", "/"))
+    return re.sub(r"([\\`*_{}\[\]()<>#|!&~])", r"\\\1", shown(text, limit).replace("\\", "/"))
 
 
 def write(row: Row, folder: Path) -> Path:
