@@ -83,6 +83,11 @@ Examples:
   vitadapter-zoo list --filter 'adapter-*'
   vitadapter-zoo info adapter-l-augreg-3x
   vitadapter-zoo predict photo.jpg --model adapter-t-deit-3x --out overlays
+\b
+Completion of commands, options and model names:
+  bash, in ~/.bashrc:  eval "$(_VITADAPTER_ZOO_COMPLETE=bash_source vitadapter-zoo)"
+  zsh, in ~/.zshrc:    eval "$(_VITADAPTER_ZOO_COMPLETE=zsh_source vitadapter-zoo)"
+  fish:                _VITADAPTER_ZOO_COMPLETE=fish_source vitadapter-zoo | source
 """,
 )
 @click.version_option(__version__, prog_name="vitadapter-zoo")

@@ -9,6 +9,7 @@ import click
 
 from vitadapter_zoo import settings
 from vitadapter_zoo.cli.hub import chosen_names
+from vitadapter_zoo.cli.models import model_names
 from vitadapter_zoo.errors import ZooError
 from vitadapter_zoo.finder import Found, find
 from vitadapter_zoo.text import shown
@@ -30,7 +31,7 @@ Examples:
   vitadapter-zoo card my-model/ --report report/report.json --in-place
 """
 )
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=model_names)
 @click.option("--all", "everything", is_flag=True, help="Every model of the catalog.")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Folder to write to.")
 @click.option(

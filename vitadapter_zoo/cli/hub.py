@@ -11,6 +11,7 @@ import click
 
 from vitadapter_zoo import settings
 from vitadapter_zoo.catalog import get_row, list_models
+from vitadapter_zoo.cli.models import model_names
 from vitadapter_zoo.errors import ZooError
 from vitadapter_zoo.finder import Found, find
 from vitadapter_zoo.text import shown
@@ -35,7 +36,7 @@ def chosen_names(names: tuple[str, ...], everything: bool) -> list[str]:
     epilog="\b\nExamples:\n  vitadapter-zoo download adapter-t-deit-3x vit-t-deit-3x\n"
     "  vitadapter-zoo download --all --jobs 4\n"
 )
-@click.argument("names", nargs=-1, metavar="NAME...")
+@click.argument("names", nargs=-1, metavar="NAME...", shell_complete=model_names)
 @click.option("--all", "everything", is_flag=True, help="Every model of the catalog.")
 @click.option(
     "--jobs", type=click.IntRange(1, 16), default=3, show_default=True, help="Downloads at a time."
@@ -178,7 +179,13 @@ def cache_prune(older_than: str | None, everything: bool) -> None:
     "  vitadapter-zoo convert my-model/ --format mmdet\n"
 )
 @click.argument("source", metavar="SRC")
-@click.option("--model", "name", metavar="NAME", help="Load name, see `list`; a folder knows it.")
+@click.option(
+    "--model",
+    "name",
+    shell_complete=model_names,
+    metavar="NAME",
+    help="Load name, see `list`; a folder knows it.",
+)
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="File to write.")
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]))
 @click.option(

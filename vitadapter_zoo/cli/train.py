@@ -7,6 +7,8 @@ from typing import Any, Literal, cast
 
 import click
 
+from vitadapter_zoo.cli.models import model_names
+
 
 @click.command(
     epilog="""\b
@@ -18,7 +20,7 @@ Examples:
   accelerate launch --num-processes 8 -m vitadapter_zoo train adapter-b-deit-3x --data DIR --out R
 """,
 )
-@click.argument("name")
+@click.argument("name", shell_complete=model_names)
 @click.option(
     "--data",
     type=click.Path(path_type=Path),

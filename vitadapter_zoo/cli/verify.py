@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from vitadapter_zoo.cli.failures import COULD_NOT_RUN
-from vitadapter_zoo.cli.models import check_presence
+from vitadapter_zoo.cli.models import check_presence, model_names
 from vitadapter_zoo.cli.verdicts import (
     EXIT_STATUS,
     REPORT,
@@ -47,7 +47,7 @@ Exit status: 0 confirmed, 1 refuted, 3 inconclusive, 2 could not run. With --all
 could not run, else 1 if any was refuted, else 3 if any was inconclusive.
 """,
 )
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=model_names)
 @click.option("--all", "every", is_flag=True, help="Every published checkpoint in turn.")
 @data_options
 @click.option(

@@ -23,6 +23,14 @@ BASE_MODELS = {
     "DINOv2-B": "facebook/dinov2-base",
     "DINOv2-L": "facebook/dinov2-large",
 }
+# Pictures that the Hub's page offers to try a detector of everyday objects on.
+SAMPLES = "https://huggingface.co/datasets/mishig/sample_images/resolve/main"
+WIDGET = [
+    {"src": f"{SAMPLES}/savanna.jpg", "example_title": "Savanna"},
+    {"src": f"{SAMPLES}/football-match.jpg", "example_title": "Football match"},
+    {"src": f"{SAMPLES}/airport.jpg", "example_title": "Airport"},
+]
+LIBRARY = "vitadapter-zoo"
 TAGS = ["object-detection", "instance-segmentation", "mask-rcnn", "vit-adapter"]
 CITATION = """@inproceedings{chen2023vitadapter,
   title={Vision Transformer Adapter for Dense Predictions},
@@ -60,13 +68,14 @@ def metadata(row: Row) -> ModelCardData:
     ]
     return ModelCardData(
         license=row.license.lower(),
-        library_name="vitadapter-zoo",
+        library_name=LIBRARY,
         pipeline_tag="image-segmentation",
         tags=TAGS if row.made_here else [*TAGS, "coco"],
         datasets=None if row.made_here else ["detection-datasets/coco"],
         base_model=BASE_MODELS.get(row.pretraining_name),
         model_name=row.name,
         eval_results=results,
+        widget=None if row.made_here else WIDGET,
     )
 
 
@@ -84,7 +93,7 @@ def saved_card(row: Row, categories: Sequence[str]) -> ModelCard:
     """The card of a detector that a user saved; it has no results."""
     data = ModelCardData(
         license=row.license.lower(),
-        library_name="vitadapter-zoo",
+        library_name=LIBRARY,
         pipeline_tag="image-segmentation",
         tags=TAGS,
         base_model=BASE_MODELS.get(row.pretraining_name),
@@ -161,6 +170,9 @@ vitadapter-zoo predict photo.jpg --model {row.name}
 
 Images are resized to fit {row.input_size[0]} x {row.input_size[1]} and normalised with mean
 ({mean}) and standard deviation ({std}) of RGB, 0 to 255; `model.predict` does that.
+
+`library_name: {LIBRARY}` in the metadata names the package that reads the file. The Hub's own
+inference does not know it, so the example pictures of the metadata serve apps that run the package.
 
 ## Results
 
