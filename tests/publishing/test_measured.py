@@ -154,6 +154,8 @@ def test_reports_that_do_not_belong_to_the_card_are_refused(
     target.write_text("[]")
     assert "is no report.json" in refused("card", name, "--report", str(target))
     assert "from a folder" in refused("card", ROW, "--report", str(report))
+    of_a_file = changed(report, target, lambda c: c.update(model=ROW, checkpoint="mine.pth"))
+    assert "or another file" in refused("card", ROW, "--report", str(of_a_file))
     assert "instead of --all" in refused("card", "--all", "--report", str(report))
     assert "writes into a folder" in refused("card", ROW, "--in-place")
     assert (own / "README.md").read_text() == before

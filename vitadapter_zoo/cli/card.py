@@ -124,7 +124,7 @@ def _measured(path: Path, found: Found) -> Measured:
 
     measured = read_report(path)
     if measured.row != found.row.name or (found.place is None and not measured.by_name):
-        whose = shown(measured.row) + ("" if measured.by_name else " from a folder")
+        whose = shown(measured.row) + ("" if measured.by_name else " from a folder or another file")
         raise ZooError(
             f"{shown(path, 300)} is of another model than {shown(found.name, 300)} ({whose}): give "
             "the report of this model"

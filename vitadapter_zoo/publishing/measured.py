@@ -33,7 +33,7 @@ class Measured:
 
     Attributes:
         row: load name of the detector's network.
-        by_name: whether the detector was verified under that name, rather than a folder's.
+        by_name: whether these are the weights of that name, rather than a folder's or a file's.
         verdict: confirmed, refuted or inconclusive.
         reason: of the verdict.
         compared: whether the figures were compared with published ones.
@@ -106,11 +106,12 @@ def read_report(path: Path) -> Measured:
 
 def _measured(content: Mapping[str, Any]) -> Measured:
     identity = content["identity"]
-    threads = f", {identity['threads']} threads" if identity["threads"] else ""
+    count = identity["threads"]
+    threads = f", {count} thread{'s' if count > 1 else ''}" if count else ""
     comparison = content["comparisons"]["box"]
     return Measured(
         row=str(identity["model"]),
-        by_name=content["model"] == identity["model"],
+        by_name=content["model"] == identity["model"] and content.get("checkpoint") is None,
         verdict=str(content["verdict"]),
         reason=str(content["reason"]),
         compared=content["reference"] == "published" and comparison["published"] is not None,
