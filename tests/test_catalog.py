@@ -1,7 +1,14 @@
 import pytest
 
 from vitadapter_zoo import UnknownModelError, get_row, list_models
-from vitadapter_zoo.catalog import COCO_CLASSES, ROWS
+from vitadapter_zoo.catalog import (
+    COCO_CLASSES,
+    DINOV2,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    PUBLISHED,
+    ROWS,
+)
 
 # (name, box AP, mask AP, printed gains), read off the two tables by hand.
 TABLE_1 = [
@@ -26,8 +33,27 @@ def test_the_tables_have_twelve_rows_of_eleven_checkpoints() -> None:
     assert len(ROWS) == len({row.checkpoint_url for row in ROWS}) == 11
 
 
+def test_dinov2_rows_have_a_table_of_their_own() -> None:
+    figures = {row.name: (row.box_ap, row.mask_ap, row.parameters) for row in DINOV2}
+    assert figures == {
+        "adapter-s-dinov2-3x": (51.5, 45.6, 48),
+        "adapter-b-dinov2-3x": (54.1, 47.8, 120),
+        "adapter-l-dinov2-3x": (55.3, 49.0, 348),
+    }
+    assert list_models(table=4) == list_models(pretraining="dinov2") == list(figures)
+    assert list_models()[len(ROWS) :][:3] == list(figures)
+    for row in DINOV2:
+        # L's configuration trains with 127.5, but is evaluated with these.
+        assert (row.mean, row.std) == (IMAGENET_MEAN, IMAGENET_STD)
+        assert (row.plain, row.box_gain) == (None, None)  # no plain ViT with this pretraining
+    sizes = [row.file_bytes or 0 for row in DINOV2]
+    # The file holds float32 values and a header of at most a few hundred KB.
+    assert [round(size / 1e6) for size in sizes] == [193, 485, 1395]
+    assert len({row.sha256 for row in DINOV2}) == 3
+
+
 def test_what_was_made_here_comes_last_and_is_in_no_published_table() -> None:
-    assert list_models() == [row.name for row in ROWS] + ["adapter-n-emoji"]
+    assert list_models() == [row.name for row in PUBLISHED] + ["adapter-n-emoji"]
     assert list_models(table=3) == list_models(size="n") == ["adapter-n-emoji"]
     assert [row.name for row in ROWS if row.made_here] == []
     row = get_row("adapter-n-emoji")
@@ -45,7 +71,7 @@ def test_figures_and_computed_gains_are_the_printed_ones(
 
 
 def test_every_row_says_where_its_files_are() -> None:
-    for row in ROWS:
+    for row in PUBLISHED:
         stem = row.config.removesuffix(".py")
         assert row.checkpoint_url.rpartition("/")[2].startswith(f"{stem}.pth")
         assert row.log_url is None or row.log_url.endswith(f"{stem}.log")
@@ -61,7 +87,7 @@ def test_criteria_narrow_the_list() -> None:
     ]
     assert list_models(schedule="1X") == ["adapter-t-deit-1x"]
     assert list_models(fpn=False) == ["adapter-s-deit-3x-nofpn"]
-    assert list_models(size="l", backbone="vit-adapter-l") == ["adapter-l-augreg-3x"]
+    assert list_models(size="l", backbone="vit-adapter-l", table=1) == ["adapter-l-augreg-3x"]
     assert list_models(pretraining="Uni-Perceiver") == ["adapter-b-uniperceiver-3x"]
     assert len(list_models(pretraining="DeiT")) == 8
     assert list_models("nothing*") == []
@@ -75,8 +101,11 @@ def test_an_unknown_name_offers_the_nearest() -> None:
 
 
 def test_lists_of_patterns_and_exclusion() -> None:
-    assert list_models(["vit-t-*", "adapter-l-*"]) == ["vit-t-deit-3x", "adapter-l-augreg-3x"]
+    both = ["vit-t-deit-3x", "adapter-l-augreg-3x"]
+    assert list_models(["vit-t-*", "adapter-l-augreg-*"]) == both
     assert list_models(("vit-*",), exclude_filters="*-deit-*") == ["vit-l-augreg-3x"]
-    assert list_models("adapter-s-*", exclude_filters=["*nofpn", "x*"]) == ["adapter-s-deit-3x"]
+    assert list_models("adapter-s-d*", exclude_filters=["*nofpn", "*dinov2*"]) == [
+        "adapter-s-deit-3x"
+    ]
     assert list_models([]) == []
     assert list_models(exclude_filters="*") == []

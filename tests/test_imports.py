@@ -31,7 +31,7 @@ LAYERS = (
     ("detections",),
     ("ops",),
     ("images", "catalog"),
-    ("settings",),
+    ("settings", "class_names"),
     ("text",),
     ("errors", "_version", "_moved"),
 )

@@ -159,6 +159,25 @@ def test_absent_batch_counters_are_zero(tmp_path: Path) -> None:
     assert same_weights(vitadapter_zoo.load(NAME, checkpoint=path), NAME)
 
 
+def test_a_dinov2_row_loads_and_finds_objects(published_file: MakeFile) -> None:
+    file = published_file("adapter-s-dinov2-3x")
+    model = vitadapter_zoo.load("adapter-s-dinov2-3x", checkpoint=file)
+    assert same_weights(model, "adapter-s-dinov2-3x")
+    # The grid of 37 x 37 position embeddings is resized to the image's; the class token's has no
+    # effect.
+    image = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        before = model.backbone(image)
+        for token, has_effect in ((0, False), (1 + 4 * 37 + 3, True)):
+            model.get_parameter("backbone.pos_embed")[:, token] += 5
+            after = model.backbone(image)
+            assert torch.equal(after[2], before[2]) is not has_effect
+    # The networks of other pretrainings have the same names, and this size has the same shapes but
+    # for the position embeddings.
+    with pytest.raises(CheckpointError, match="The file fits adapter-s-dinov2-3x: load it under"):
+        vitadapter_zoo.load("adapter-s-deit-3x", checkpoint=file)
+
+
 def test_options_for_device_dtype_and_fresh_weights(published_file: MakeFile) -> None:
     half = vitadapter_zoo.load(NAME, checkpoint=published_file(NAME), dtype=torch.bfloat16)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}

@@ -2,7 +2,8 @@
 
 The figures of ``ROWS`` are the original tables' (ViT-Adapter, arXiv:2205.08534, detection README);
 they are never computed here, except the gains over the plain ViT, which are never stored. Those of
-``MADE_HERE`` were measured by this package after a training with it.
+``DINOV2`` are of a table that the authors published later (configs/mask_rcnn/dinov2/README). Those
+of ``MADE_HERE`` were measured by this package after a training with it.
 """
 
 import difflib
@@ -11,6 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from vitadapter_zoo.class_names import COCO_CATEGORY_IDS as COCO_CATEGORY_IDS
+from vitadapter_zoo.class_names import COCO_CLASSES as COCO_CLASSES
+from vitadapter_zoo.class_names import EMOJI_CLASSES as EMOJI_CLASSES
 from vitadapter_zoo.errors import UnknownModelError
 
 PAPER = "https://arxiv.org/abs/2205.08534"
@@ -29,6 +33,7 @@ _RELEASES = "https://github.com/czczup/ViT-Adapter/releases/download"
 _HUB = "https://huggingface.co/czczup/ViT-Adapter"
 _DEIT = "https://dl.fbaipublicfiles.com/deit"
 _AUGREG = "https://storage.googleapis.com/vit_models/augreg"
+_DINOV2 = "https://dl.fbaipublicfiles.com/dinov2"
 
 DEIT_T = ("DeiT-T", f"{_DEIT}/deit_tiny_patch16_224-a1311bcf.pth")
 DEIT_S = ("DeiT-S", f"{_DEIT}/deit_small_patch16_224-cd65a155.pth")
@@ -42,31 +47,9 @@ AUGREG_L = (
     f"{_AUGREG}/L_16-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.1-sd_0.1"
     "--imagenet2012-steps_20k-lr_0.01-res_384.npz",
 )
-
-
-# COCO's 80 classes in the order of the networks' outputs.
-# fmt: off
-COCO_CLASSES: tuple[str, ...] = (
-    "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat",
-    "traffic light", "fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog",
-    "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe", "backpack", "umbrella",
-    "handbag", "tie", "suitcase", "frisbee", "skis", "snowboard", "sports ball", "kite",
-    "baseball bat", "baseball glove", "skateboard", "surfboard", "tennis racket", "bottle",
-    "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple", "sandwich",
-    "orange", "broccoli", "carrot", "hot dog", "pizza", "donut", "cake", "chair", "couch",
-    "potted plant", "bed", "dining table", "toilet", "tv", "laptop", "mouse", "remote",
-    "keyboard", "cell phone", "microwave", "oven", "toaster", "sink", "refrigerator", "book",
-    "clock", "vase", "scissors", "teddy bear", "hair drier", "toothbrush",
-)
-
-# The ten ids between 1 and 90 that COCO's detection task never used are left out.
-COCO_CATEGORY_IDS: tuple[int, ...] = (
-    1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 27,
-    28, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43, 44, 46, 47, 48, 49, 50, 51, 52, 53,
-    54, 55, 56, 57, 58, 59, 60, 61, 62, 63, 64, 65, 67, 70, 72, 73, 74, 75, 76, 77, 78, 79, 80,
-    81, 82, 84, 85, 86, 87, 88, 89, 90,
-)
-# fmt: on
+DINOV2_S = ("DINOv2-S", f"{_DINOV2}/dinov2_vits14/dinov2_vits14_pretrain.pth")
+DINOV2_B = ("DINOv2-B", f"{_DINOV2}/dinov2_vitb14/dinov2_vitb14_pretrain.pth")
+DINOV2_L = ("DINOv2-L", f"{_DINOV2}/dinov2_vitl14/dinov2_vitl14_pretrain.pth")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,11 +75,12 @@ class Row:
         license: SPDX identifier of the repository that publishes the weights.
         paper: URL.
         tables: the tables that print the row: 1 (results), 2 (without FPN), or both; 3 holds what
-            was made here.
+            was made here, 4 the authors' later results with DINOv2's pretraining.
         classes: names of the classes that the weights know, in the order of the outputs.
         data: data set that the figures were measured on, as a folder within this package in COCO's
             layout; None for COCO's val2017, which is not in it.
         sha256: of the published file, where it is known.
+        file_bytes: size of the published file, where it is known.
         notes: what a user of the row should know.
     """
 
@@ -119,6 +103,7 @@ class Row:
     paper: str = PAPER
     tables: tuple[int, ...] = (1,)
     sha256: str | None = None
+    file_bytes: int | None = None
     notes: str = ""
     classes: tuple[str, ...] = COCO_CLASSES
     data: str | None = None
@@ -132,6 +117,11 @@ class Row:
     def pretraining_url(self) -> str:
         """URL of the pretrained weights."""
         return self.pretraining[1]
+
+    @property
+    def from_dinov2(self) -> bool:
+        """Whether training started from DINOv2's weights."""
+        return self.pretraining_name.startswith("DINOv2")
 
     @property
     def made_here(self) -> bool:
@@ -252,10 +242,42 @@ ROWS: tuple[Row, ...] = (
     ),
 )  # fmt: skip
 
-EMOJI_CLASSES = (
-    "bicycle", "car", "airplane", "bus", "boat", "cat", "dog", "elephant", "giraffe", "umbrella",
-    "sports ball", "banana", "apple", "carrot", "pizza", "donut", "clock", "teddy bear",
+DINOV2: tuple[Row, ...] = (
+    Row(
+        name="adapter-s-dinov2-3x", backbone="ViT-Adapter-S", size="S", pretraining=DINOV2_S,
+        schedule="3x+MS", box_ap=51.5, mask_ap=45.6, parameters=48, tables=(4,),
+        config="mask_rcnn_dinov2_adapter_small_fpn_3x_coco.py",
+        checkpoint_url=f"{_HUB}/resolve/main/mask_rcnn_dinov2_adapter_small_fpn_3x_coco.pth",
+        log_url=f"{_HUB}/resolve/main/mask_rcnn_dinov2_adapter_small_fpn_3x_coco.log",
+        sha256="d37fd251d9aad6cb9f8efa06c5de4dab5ac88b03ec49536bc794730458e92343",
+        file_bytes=193171513,
+        notes="DINOv2's 14x14 patch embedding was resized to 16x16 before the training.",
+    ),
+    Row(
+        name="adapter-b-dinov2-3x", backbone="ViT-Adapter-B", size="B", pretraining=DINOV2_B,
+        schedule="3x+MS", box_ap=54.1, mask_ap=47.8, parameters=120, tables=(4,),
+        config="mask_rcnn_dinov2_adapter_base_fpn_3x_coco.py",
+        checkpoint_url=f"{_HUB}/resolve/main/mask_rcnn_dinov2_adapter_base_fpn_3x_coco.pth",
+        log_url=f"{_HUB}/resolve/main/mask_rcnn_dinov2_adapter_base_fpn_3x_coco.log",
+        sha256="ff145f8441e91b97a09f23a977e27ef7cbfe170b9433ae509716a076fc52b282",
+        file_bytes=484524793,
+        notes="DINOv2's 14x14 patch embedding was resized to 16x16 before the training.",
+    ),
+    Row(
+        name="adapter-l-dinov2-3x", backbone="ViT-Adapter-L", size="L", pretraining=DINOV2_L,
+        schedule="3x+MS", box_ap=55.3, mask_ap=49.0, parameters=348, tables=(4,),
+        config="mask_rcnn_dinov2_adapter_large_fpn_3x_coco.py",
+        checkpoint_url=f"{_HUB}/resolve/main/mask_rcnn_dinov2_adapter_large_fpn_3x_coco.pth",
+        log_url=f"{_HUB}/resolve/main/mask_rcnn_dinov2_adapter_large_fpn_3x_coco.log",
+        sha256="53f760346a611b706a169569b3e4c5bf64446adbb928d3a6d00b342e2fb48ac4",
+        file_bytes=1395190889,
+        notes="DINOv2's 14x14 patch embedding was resized to 16x16 before the training. Its "
+        "configuration trains with mean = std = 127.5 and evaluates with ImageNet's mean and "
+        "deviation; the published figures are of the evaluation, so the row has the latter.",
+    ),
 )  # fmt: skip
+
+PUBLISHED: tuple[Row, ...] = (*ROWS, *DINOV2)  # trained and measured by the paper's authors
 
 MADE_HERE: tuple[Row, ...] = (
     Row(
@@ -284,7 +306,7 @@ def list_models(
 ) -> list[str]:
     """Load names in the order of the tables, all or those that fit every criterion.
 
-    What was made here comes last.
+    DINOv2's rows follow the two tables of the paper; what was made here comes last.
 
     Args:
         filter: shell pattern on the name, ``"adapter-*"`` or ``"*-l-*"``; of a list of patterns
@@ -295,7 +317,7 @@ def list_models(
         pretraining: ``"DeiT-T"``, or its family ``"DeiT"``; case does not matter.
         schedule: ``"1x"`` or ``"3x+MS"``; case does not matter.
         fpn: with or without an FPN.
-        table: 1 (results), 2 (without FPN) or 3 (made here).
+        table: 1 (results), 2 (without FPN), 3 (made here) or 4 (DINOv2).
     """
     wanted_names = _patterns(filter)
     unwanted_names = _patterns(exclude_filters)
@@ -305,7 +327,7 @@ def list_models(
 
     return [
         row.name
-        for row in (*ROWS, *MADE_HERE)
+        for row in (*PUBLISHED, *MADE_HERE)
         if (filter is None or _fits(row.name, wanted_names))
         and not _fits(row.name, unwanted_names)
         and same(backbone, row.backbone)
@@ -334,7 +356,7 @@ def get_row(name: str) -> Row:
     Raises:
         UnknownModelError: no such row; the message offers the nearest names.
     """
-    rows = {row.name: row for row in (*ROWS, *MADE_HERE)}
+    rows = {row.name: row for row in (*PUBLISHED, *MADE_HERE)}
     if name in rows:
         return rows[name]
     near = difflib.get_close_matches(name.casefold(), rows, n=3, cutoff=0.4)

@@ -17,6 +17,10 @@ class DownloadError(ZooError):
     """A file could not be fetched whole, or is not the file that was published."""
 
 
+class OfflineError(DownloadError):
+    """A file is not in the cache, and the network is away or must not be used."""
+
+
 class CheckpointError(ZooError):
     """A file is not a checkpoint, or not a checkpoint of the model asked for."""
 

@@ -12,7 +12,7 @@ import standins
 import vitadapter_zoo
 from vitadapter_zoo import BackendError, get_row
 from vitadapter_zoo.backends.mmdet.config import as_python, mmdet_config
-from vitadapter_zoo.catalog import ROWS
+from vitadapter_zoo.catalog import PUBLISHED
 
 COMMAND = str(Path(sys.executable).parent / "vitadapter-zoo")
 
@@ -37,7 +37,7 @@ def test_command_prints_the_whole_configuration() -> None:
     assert "unknown model 'vit-x'" in unknown.stderr
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+@pytest.mark.parametrize("row", PUBLISHED, ids=lambda row: row.name)
 def test_recipes_match_the_original(row: vitadapter_zoo.Row) -> None:
     config = mmdet_config(row)
     short = row.name == "adapter-t-deit-1x"
@@ -46,10 +46,29 @@ def test_recipes_match_the_original(row: vitadapter_zoo.Row) -> None:
     assert config["optimizer"]["lr"] == (2e-4 if short else 1e-4)
     steps = [step["type"] for step in config["data"]["train"]["pipeline"]]
     assert ("AutoAugment" in steps) is not short
-    decayed = {"adapter-b-uniperceiver-3x", "vit-l-augreg-3x", "adapter-l-augreg-3x"}
+    decayed = {
+        "adapter-b-uniperceiver-3x": 0.65,
+        "vit-l-augreg-3x": 0.80,
+        "adapter-l-augreg-3x": 0.80,
+        "adapter-s-dinov2-3x": 0.70,
+        "adapter-b-dinov2-3x": 0.70,
+        "adapter-l-dinov2-3x": 0.80,
+    }
     assert ("constructor" in config["optimizer"]) is (row.name in decayed)
+    rate = config["optimizer"]["paramwise_cfg"].get("layer_decay_rate")
+    assert rate == decayed.get(row.name)
     assert config["model"]["backbone"].get("layer_scale", True) is not short
     assert ast.parse(as_python(config))
+
+
+def test_dinov2_trunk_is_configured_as_in_the_original() -> None:
+    for name in ("adapter-s-dinov2-3x", "adapter-l-dinov2-3x"):
+        backbone = mmdet_config(get_row(name))["model"]["backbone"]
+        assert (backbone["pretrain_size"], backbone["img_size"]) == (592, 592)
+        assert backbone["patch_size"] == 16
+        assert backbone["pretrained"] == get_row(name).pretraining_url
+    assert backbone["drop_path_rate"] == 0.4
+    assert backbone["window_size"] == [14, 14, 14, 14, 14, None] * 4
 
 
 def test_other_classes_reach_the_heads_and_the_data() -> None:

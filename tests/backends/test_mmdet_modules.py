@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vitadapter_zoo import ConfigError, get_row
 from vitadapter_zoo.backends.mmdet import modules as modules
 from vitadapter_zoo.backends.mmdet.config import mmdet_config
-from vitadapter_zoo.catalog import MADE_HERE, ROWS
+from vitadapter_zoo.catalog import MADE_HERE, PUBLISHED
 from vitadapter_zoo.errors import CheckpointError
 from vitadapter_zoo.models.build import build_backbone
 
@@ -36,7 +36,7 @@ def standin_backbone(row: str, **changes: Any) -> nn.Module:
     return network.eval()
 
 
-@pytest.mark.parametrize("name", [row.name for row in (*ROWS, *MADE_HERE) if row.size != "L"])
+@pytest.mark.parametrize("name", [row.name for row in (*PUBLISHED, *MADE_HERE) if row.size != "L"])
 def test_configuration_builds_the_backbone_of_the_catalog(name: str) -> None:
     with torch.device("meta"):
         ours, native = backbone(name), build_backbone(get_row(name))
@@ -156,6 +156,34 @@ def test_pretraining_is_read_when_training_starts(tmp_path: Path) -> None:
     network.init_weights()
     for name, value in network.state_dict().items():
         assert torch.equal(value, trunk.get(name, before[name])), name
+
+
+def test_dinov2_pretraining_is_resized_to_patches_of_16_pixels(tmp_path: Path) -> None:
+    path = tmp_path / "dinov2.pth"
+    network = modules.ViTAdapter(**TINY, deform_num_heads=3, pretrained=str(path))
+    state = network.state_dict()
+    trunk = {name: torch.randn(value.shape) for name, value in state.items()
+             if name.startswith(("pos_embed", "blocks"))}  # fmt: skip
+    # A kernel that rises linearly still does after the resizing, with the same centre.
+    ramp = torch.arange(14.0) - 6.5
+    kernel = ramp.expand(96, 3, 14, 14) * torch.randn(96, 3, 1, 1)
+    theirs = {
+        name.replace("gamma1", "ls1.gamma").replace("gamma2", "ls2.gamma"): value
+        for name, value in trunk.items()
+    }
+    theirs |= {"patch_embed.proj.weight": kernel, "patch_embed.proj.bias": torch.randn(96)}
+    torch.save({**theirs, "cls_token": torch.zeros(1, 1, 96), "mask_token": torch.zeros(96),
+                "norm.weight": torch.ones(96), "norm.bias": torch.zeros(96)}, path)  # fmt: skip
+    network.init_weights()
+    after = network.state_dict()
+    for name, value in trunk.items():
+        assert torch.equal(after[name], value), name
+    assert torch.equal(after["patch_embed.proj.bias"], theirs["patch_embed.proj.bias"])
+    weight = after["patch_embed.proj.weight"]
+    assert weight.shape == (96, 3, 16, 16)
+    steps = weight[..., 1:15].diff(dim=-1)  # at the edges the kernel is continued by its border
+    torch.testing.assert_close(steps, (kernel.diff(dim=-1)[..., :1, :1] * 14 / 16).expand_as(steps))
+    torch.testing.assert_close(weight.flip(-1), -weight)
 
 
 def test_other_pretraining_is_refused(tmp_path: Path) -> None:

@@ -97,16 +97,74 @@ def test_python_m(module: str) -> None:
     assert "adapter-t-deit-1x" in subprocess.check_output(command, text=True)
 
 
-def test_shells_complete_model_names() -> None:
-    for words in ("info adapter-l", "predict x.jpg --model adapter-l"):
-        environment = {
-            **os.environ,
-            "_VITADAPTER_ZOO_COMPLETE": "bash_complete",
-            "COMP_WORDS": f"vitadapter-zoo {words}",
-            "COMP_CWORD": str(len(words.split())),
-        }
-        completed = subprocess.check_output([INSTALLED], env=environment, text=True)
-        assert completed == "plain,adapter-l-augreg-3x\n"
+def completed(words: str, shell: str) -> str:
+    """What the command answers to a shell that completes the last of the words."""
+    environment = {
+        **os.environ,
+        "_VITADAPTER_ZOO_COMPLETE": f"{shell}_complete",
+        "COMP_WORDS": f"vitadapter-zoo {words}",
+        # fish sends the word itself instead of its number
+        "COMP_CWORD": words.split()[-1] if shell == "fish" else str(len(words.split())),
+    }
+    return subprocess.check_output([INSTALLED], env=environment, text=True)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "info",
+        "predict x.jpg --model",
+        "verify",
+        "score x.json --model",
+        "train",
+        "download vit-t-deit-3x",
+        "convert x.pth --model",
+        "card",
+        "config",
+        "compare",
+    ],
+)
+def test_shells_complete_model_names(command: str) -> None:
+    assert completed(f"{command} adapter-l-a", "bash") == "plain,adapter-l-augreg-3x\n"
+
+
+def test_every_shell_gets_the_names_in_its_own_form() -> None:
+    assert completed("info vit-t", "zsh") == "plain\nvit-t-deit-3x\n_\n"
+    assert completed("info vit-t", "fish").startswith("plain")
+    assert "vit-t-deit-3x" in completed("info vit-t", "fish")
+    for shell in ("bash", "zsh", "fish"):
+        assert f"_VITADAPTER_ZOO_COMPLETE={shell}_source vitadapter-zoo" in run("--help").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--model", "vit-t-deit-3x", "--offline"], "offline mode"),
+        (["--model", "adapter-t-deit-1x"], "127.0.0.1:9 cannot be reached"),
+        (
+            ["--model", "vit-t-deit-3x", "--checkpoint", "http://nowhere.invalid/x.pth"],
+            "nowhere.invalid cannot be reached",
+        ),
+    ],
+)
+def test_without_a_network_a_command_fails_before_it_imports_torch(
+    arguments: list[str], reason: str, tmp_path: Path
+) -> None:
+    """Importing torch would take longer than the second that such an error may take."""
+    main = "from vitadapter_zoo.cli import main; main()"
+    code = f"import sys; sys.argv[1:] = {['predict', 'x.jpg', *arguments]!r}; {main}"
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-c", code],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    lines = done.stderr.splitlines()
+    assert done.returncode == 2
+    assert not [line for line in lines if line.rpartition("|")[2].strip() == "torch"]
+    (said,) = [line for line in lines if not line.startswith("import time:")]
+    assert reason in said
 
 
 LIST = "from vitadapter_zoo.cli import main; main(['list'], standalone_mode=False)"

@@ -119,10 +119,30 @@ def test_indexing_and_iteration_give_detections() -> None:
     assert [name for one in found for name in one.class_names] == found.class_names
     assert len(found[[]]) == len(found[5:]) == 0
     assert found[[]].masks.shape == (0, 20, 30)
+    assert found[::-1].class_names == found.class_names[::-1]
     with pytest.raises(IndexError, match="3 detections, none has the index 3"):
         found[3]
-    with pytest.raises(IndexError):
-        found[torch.tensor([True, False])]
+    for wrong in (torch.tensor([True, False]), torch.tensor([True]), np.ones((3, 1), bool)):
+        with pytest.raises(IndexError, match="one bool for each of the 3 detections"):
+            found[wrong]
+    for odd in ("dog", 0.5):
+        with pytest.raises(TypeError, match=r"not '(dog|0\.5)'; with_classes chooses by name"):
+            found[odd]  # type: ignore[index]
+
+
+def test_a_mask_for_a_single_detection_is_a_mask() -> None:
+    # A tensor with one bool converts to an integer, so it could pass for the index 0 or 1.
+    one = sample()[1]
+    assert len(one) == 1
+    for empty in (one.scores > 1, (one.scores > 1).numpy(), [False]):
+        assert len(one[empty]) == 0
+    for full in (one.scores >= 0, (one.scores >= 0).numpy(), [True], torch.tensor([0]), [0]):
+        assert one[full].class_names == ["toothbrush"]
+    assert len(one.filter(0.99)) == 0
+    assert len(one.filter(0)) == 1
+    assert len(one.with_classes("person")) == 0
+    assert len(one.with_classes("toothbrush")) == 1
+    assert len(one[:0][one.scores[:0] > 0.5]) == 0
 
 
 def test_indexing_before_and_after_the_masks_are_made_is_the_same() -> None:
@@ -222,6 +242,9 @@ def test_supervision_without_what_detections_need() -> None:
     odd = sv.Detections(boxes, masks, confidence=np.ones(1), class_id=np.array([80]))
     with pytest.raises(ZooError, match="class ids from 80 to 80 do not fit the 80 categories"):
         Detections.from_supervision(odd)
+    named = sample().to_supervision()
+    with pytest.raises(ZooError, match="the class 0 is 'person' in these detections and 'cat' in"):
+        Detections.from_supervision(named, categories=("cat",) * 80)
     with pytest.raises(ZooError, match="size="):
         Detections.from_supervision(sv.Detections.empty())
     empty = Detections.from_supervision(sv.Detections.empty(), size=(20, 30))

@@ -1,6 +1,7 @@
 """What ``predict`` and ``stream`` take: folders, patterns, URLs, videos, tensors."""
 
 import gc
+from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
@@ -97,7 +98,8 @@ def test_urls(httpserver: HTTPServer, monkeypatch: pytest.MonkeyPatch) -> None:
         read_image(httpserver.url_for("/page"))
     with pytest.raises(ImageError, match="the server answers 503"):
         read_image(httpserver.url_for("/broken"))
-    with pytest.raises(ImageError, match=r"cannot fetch the image http://127\.0\.0\.1:9/x\.jpg: "):
+    refusal = r"cannot fetch the image http://127\.0\.0\.1:9/x\.jpg: Connection refused; check"
+    with pytest.raises(ImageError, match=refusal):
         read_image("http://127.0.0.1:9/x.jpg")
     with pytest.raises(ImageError, match="cannot fetch the image http://"):
         read_image("http://")
@@ -168,6 +170,32 @@ def test_stream_gives_frames_as_they_come(small: MaskRCNN, tmp_path: Path) -> No
     with pytest.raises(ValueError, match="batch_size"):
         small.stream(video, batch_size=0)
     assert len(list(small.stream(video, stride=4))) == 2
+
+
+def test_iterators_are_taken_one_image_at_a_time(small: MaskRCNN, shots: Path) -> None:
+    paths = expand(shots)
+    taken = []
+
+    def given() -> Iterator[Path]:
+        for path in paths:
+            taken.append(path)
+            yield path  # type: ignore[misc]
+
+    expected = small.predict(paths)
+    assert [same(*pair) for pair in zip(small.predict(given()), expected, strict=True)]
+    taken.clear()
+    results = small.stream(given())
+    assert taken == []
+    assert same(next(results), expected[0])
+    assert taken == paths[:1]
+    with standins.PHOTO.open("rb") as file, pytest.raises(ImageError, match="not BufferedReader"):
+        small.predict(file)  # type: ignore[arg-type]
+
+
+def test_calling_the_model_with_a_single_image_is_explained(small: MaskRCNN) -> None:
+    for single in (str(standins.PHOTO), standins.PHOTO, standins.PHOTO.read_bytes()):
+        with pytest.raises(ValueError, match=r"model\.predict\(image\) takes a single image"):
+            small(single)
 
 
 def test_stream_keeps_no_frame(small: MaskRCNN, tmp_path: Path) -> None:

@@ -13,10 +13,10 @@ from torch.fx import GraphModule
 from torchvision.ops import box_iou, roi_align
 
 from vitadapter_zoo import MaskRCNN, get_row
-from vitadapter_zoo.catalog import ROWS
+from vitadapter_zoo.catalog import PUBLISHED
 from vitadapter_zoo.models import adapter, boxes, build, heads, tokens, uniperceiver, vit
 
-NAMES = [row.name for row in ROWS]
+NAMES = [row.name for row in PUBLISHED]
 WITH_OUTPUTS = [
     "adapter-t-deit-3x",
     "vit-t-deit-3x",
@@ -35,6 +35,9 @@ MILLIONS = {
     "adapter-b-deit-3x": 120.19,
     "vit-l-augreg-3x": 337.29,
     "adapter-l-augreg-3x": 347.94,
+    "adapter-s-dinov2-3x": 48.26,
+    "adapter-b-dinov2-3x": 121.10,
+    "adapter-l-dinov2-3x": 348.75,
 }
 
 

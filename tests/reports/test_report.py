@@ -26,7 +26,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from vitadapter_zoo import MaskRCNN, cli, load, save_pretrained
-from vitadapter_zoo.catalog import PAPER, ROWS, get_row
+from vitadapter_zoo.catalog import PAPER, PUBLISHED, ROWS, get_row
 from vitadapter_zoo.errors import DownloadError, ZooError
 from vitadapter_zoo.evaluation.dataset import Dataset, coco_paths, read_dataset
 from vitadapter_zoo.evaluation.evaluator import Evaluator, read
@@ -480,8 +480,11 @@ def test_all_lists_every_row_with_its_verdict_or_its_error(
     arguments = ("verify", "--all", "--coco", str(scene.root), "--offline")
     result = invoke(*arguments, "--report", str(tmp_path / "zoo"))
     assert result.exit_code == 2, result.output
+    # That the network may not be used is said once, not for each of the other rows.
+    assert result.output.count("this is offline mode") == 1
+    assert f"weights of {len(PUBLISHED) - 1} models" in result.output
     content = json.loads((tmp_path / "zoo" / "index.json").read_text())
-    assert [row["model"] for row in content["rows"]] == [row.name for row in ROWS]
+    assert [row["model"] for row in content["rows"]] == [row.name for row in PUBLISHED]
     page = parse(tmp_path / "zoo" / "index.html")
     links = [address for address in page.addresses if address != PAPER]
     assert links == [f"{NAME}/report.html"]

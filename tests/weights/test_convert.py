@@ -24,7 +24,7 @@ NAME = "adapter-t-deit-3x"
 MakeFile = Callable[[str], Path]
 
 
-@pytest.mark.parametrize("name", [NAME, "vit-t-deit-3x"])
+@pytest.mark.parametrize("name", [NAME, "vit-t-deit-3x", "adapter-s-dinov2-3x"])
 def test_a_round_trip_is_bit_exact(name: str, published_file: MakeFile, tmp_path: Path) -> None:
     source, there, back = published_file(name), tmp_path / "a.safetensors", tmp_path / "b.pth"
     result = run("convert", str(source), "--model", name, "--out", str(there))

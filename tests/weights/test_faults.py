@@ -19,7 +19,7 @@ from standins import PHOTO
 
 import vitadapter_zoo
 from vitadapter_zoo import DownloadError, ZooError
-from vitadapter_zoo.catalog import ROWS
+from vitadapter_zoo.catalog import PUBLISHED
 from vitadapter_zoo.weights import cache
 from vitadapter_zoo.weights.download import RetryPolicy, download, hash_in_name
 
@@ -293,7 +293,7 @@ def test_offline_mode_sends_no_request(zoo_home: Path, monkeypatch: pytest.Monke
     assert server.asked == []
     everything = run("download", "--all", "--offline")
     assert everything.returncode == 2
-    assert all(f"{row.name}: " in everything.stderr for row in ROWS)
+    assert all(f"{row.name}: " in everything.stderr for row in PUBLISHED)
     (packaged,) = everything.stdout.splitlines()  # needs no download
     assert packaged.startswith("adapter-n-emoji: ")
 

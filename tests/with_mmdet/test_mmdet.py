@@ -26,7 +26,7 @@ from vitadapter_zoo import BackendError, Detections, MaskRCNN, ZooError, get_row
 from vitadapter_zoo.backends import mmdet as backend
 from vitadapter_zoo.backends.comparison import detection_differences, differences, native_stages
 from vitadapter_zoo.backends.mmdet.config import as_python, mmdet_config
-from vitadapter_zoo.catalog import COCO_CATEGORY_IDS, COCO_CLASSES, ROWS
+from vitadapter_zoo.catalog import COCO_CATEGORY_IDS, COCO_CLASSES, PUBLISHED
 from vitadapter_zoo.weights.convert import to_mmdet
 
 COMMAND = str(Path(sys.executable).parent / "vitadapter-zoo")
@@ -170,7 +170,7 @@ def test_mmdet_s_test_loop_and_scoring(
     assert 0 <= metrics["bbox_mAP"] <= 1
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+@pytest.mark.parametrize("row", PUBLISHED, ids=lambda row: row.name)
 def test_mmcv_builds_every_printed_configuration(row: vitadapter_zoo.Row, tmp_path: Path) -> None:
     path = tmp_path / "config.py"
     path.write_text(as_python(mmdet_config(row)))

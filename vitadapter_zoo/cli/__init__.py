@@ -11,8 +11,9 @@ import click
 
 from vitadapter_zoo._version import __version__
 from vitadapter_zoo.cli import failures
+from vitadapter_zoo.cli.card import card
 from vitadapter_zoo.cli.demo import demo
-from vitadapter_zoo.cli.hub import cache_group, card, convert, download
+from vitadapter_zoo.cli.hub import cache_group, convert, download
 from vitadapter_zoo.cli.mmdet import compare, config
 from vitadapter_zoo.cli.models import info, list_command
 from vitadapter_zoo.cli.op import build_op_command, env_command
@@ -86,6 +87,11 @@ Examples:
   vitadapter-zoo list --filter 'adapter-*'
   vitadapter-zoo info adapter-l-augreg-3x
   vitadapter-zoo predict photo.jpg --model adapter-t-deit-3x --out overlays
+\b
+Completion of commands, options and model names:
+  bash, in ~/.bashrc:  eval "$(_VITADAPTER_ZOO_COMPLETE=bash_source vitadapter-zoo)"
+  zsh, in ~/.zshrc:    eval "$(_VITADAPTER_ZOO_COMPLETE=zsh_source vitadapter-zoo)"
+  fish:                _VITADAPTER_ZOO_COMPLETE=fish_source vitadapter-zoo | source
 """,
 )
 @click.version_option(__version__, prog_name="vitadapter-zoo")

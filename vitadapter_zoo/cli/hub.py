@@ -1,4 +1,4 @@
-"""``download``, ``cache``, ``convert`` and ``card``: the files of the models."""
+"""``download``, ``cache`` and ``convert``: the files of the models."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import click
 
 from vitadapter_zoo import settings
 from vitadapter_zoo.catalog import get_row, list_models
+from vitadapter_zoo.cli.models import model_names
 from vitadapter_zoo.errors import ZooError
 from vitadapter_zoo.finder import Found, find
 from vitadapter_zoo.text import shown
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 UNITS = {"h": 3600, "d": 86400, "w": 604800}
 
 
-def _names(names: tuple[str, ...], everything: bool) -> list[str]:
+def chosen_names(names: tuple[str, ...], everything: bool) -> list[str]:
+    """The names given, or all of the catalog; one of the two must be asked for."""
     if bool(names) == everything:
         raise click.UsageError("name the models, or give --all")
     return list_models() if everything else list(names)
@@ -34,7 +36,7 @@ def _names(names: tuple[str, ...], everything: bool) -> list[str]:
     epilog="\b\nExamples:\n  vitadapter-zoo download adapter-t-deit-3x vit-t-deit-3x\n"
     "  vitadapter-zoo download --all --jobs 4\n"
 )
-@click.argument("names", nargs=-1, metavar="NAME...")
+@click.argument("names", nargs=-1, metavar="NAME...", shell_complete=model_names)
 @click.option("--all", "everything", is_flag=True, help="Every model of the catalog.")
 @click.option(
     "--jobs", type=click.IntRange(1, 16), default=3, show_default=True, help="Downloads at a time."
@@ -58,7 +60,7 @@ def download(
 
     NAME is a model of the catalog or a repository of the Hub.
     """
-    chosen = _names(names, everything)
+    chosen = chosen_names(names, everything)
     if checkpoint and len(chosen) != 1:
         raise click.UsageError("--checkpoint goes with one NAME")
     from concurrent.futures import ThreadPoolExecutor
@@ -177,7 +179,13 @@ def cache_prune(older_than: str | None, everything: bool) -> None:
     "  vitadapter-zoo convert my-model/ --format mmdet\n"
 )
 @click.argument("source", metavar="SRC")
-@click.option("--model", "name", metavar="NAME", help="Load name, see `list`; a folder knows it.")
+@click.option(
+    "--model",
+    "name",
+    shell_complete=model_names,
+    metavar="NAME",
+    help="Load name, see `list`; a folder knows it.",
+)
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="File to write.")
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]))
 @click.option(
@@ -264,27 +272,6 @@ def _sources(
             found.row, where, lines, offline=offline or None, allow_nonfinite=allow_nonfinite
         )
     return paths, str(where)
-
-
-@click.command(epilog="\b\nExample:\n  vitadapter-zoo card --all --out model_cards\n")
-@click.argument("name", required=False)
-@click.option("--all", "everything", is_flag=True, help="Every model of the catalog.")
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Folder to write to.")
-def card(name: str | None, everything: bool, out: Path | None) -> None:
-    """Print the model card of NAME, or write cards to a folder."""
-    chosen = [find(each) for each in _names((name,) if name else (), everything)]
-    from vitadapter_zoo.publishing import cards
-
-    for found in chosen:
-        own = found.place is not None
-        text = cards.saved_card(found.row, found.categories) if own else cards.card(found.row)
-        if own and out:
-            raise click.UsageError("--out writes the cards of the catalog; a folder has its own")
-        if out or everything:
-            folder = settings.expanded(out or Path("model_cards"))
-            click.echo(cards.write(found.row, folder))
-        else:
-            click.echo(str(text))
 
 
 def _megabytes(size: int) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from vitadapter_zoo.cli.models import model_names
 from vitadapter_zoo.finder import find
 from vitadapter_zoo.settings import expanded
 from vitadapter_zoo.text import shown
@@ -22,7 +23,7 @@ Example:
   vitadapter-zoo config adapter-l-augreg-3x > adapter_l.py
 """,
 )
-@click.argument("name")
+@click.argument("name", shell_complete=model_names)
 def config(name: str) -> None:
     """Print the mmdet 2.x configuration of the model NAME, for testing and training."""
     found = find(name)
@@ -38,7 +39,7 @@ Examples:
   vitadapter-zoo compare vit-t-deit-3x --images photo.jpg --checkpoint weights.pth --json
 """,
 )
-@click.argument("name")
+@click.argument("name", shell_complete=model_names)
 @click.argument("more_images", nargs=-1, metavar="...")
 @click.option("--images", multiple=True, required=True, metavar="IMAGE...", help="What to run on.")
 @click.option("--checkpoint", metavar="SOURCE", help="Other weights than the published ones.")

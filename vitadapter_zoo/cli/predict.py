@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vitadapter_zoo.catalog import COCO_CLASSES
-from vitadapter_zoo.cli.models import model_names
+from vitadapter_zoo.cli.models import check_presence, model_names
 from vitadapter_zoo.errors import ZooError
 from vitadapter_zoo.text import PATH, quoted, shown
 
@@ -126,6 +126,7 @@ def predict(
     """
     # FFmpeg's own lines on stderr say less than our errors do.
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
+    check_presence(name, checkpoint, offline)
     from vitadapter_zoo import settings
     from vitadapter_zoo.detections import output_files as outputs
     from vitadapter_zoo.images.sources import expand, is_video, items

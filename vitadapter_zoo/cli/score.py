@@ -9,6 +9,7 @@ import click
 
 from vitadapter_zoo import settings
 from vitadapter_zoo.catalog import get_row
+from vitadapter_zoo.cli.models import model_names
 from vitadapter_zoo.cli.verdicts import (
     REPORT,
     REPORT_HELP,
@@ -32,7 +33,14 @@ Exit status: as for `verify`.
 )
 @click.argument("results", type=click.Path(path_type=Path, dir_okay=False))
 @data_options
-@click.option("--model", "name", required=True, metavar="NAME", help="Load name, see `list`.")
+@click.option(
+    "--model",
+    "name",
+    required=True,
+    shell_complete=model_names,
+    metavar="NAME",
+    help="Load name, see `list`.",
+)
 @click.option(
     "--expect",
     type=(float, float),

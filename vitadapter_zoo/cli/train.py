@@ -7,6 +7,8 @@ from typing import Any, Literal, cast
 
 import click
 
+from vitadapter_zoo.cli.models import model_names
+
 
 @click.command(
     epilog="""\b
@@ -18,7 +20,7 @@ Examples:
   accelerate launch --num-processes 8 -m vitadapter_zoo train adapter-b-deit-3x --data DIR --out R
 """,
 )
-@click.argument("name")
+@click.argument("name", shell_complete=model_names)
 @click.option(
     "--data",
     type=click.Path(path_type=Path),
@@ -86,7 +88,8 @@ Examples:
 @click.option(
     "--layer-decay",
     type=click.FloatRange(0, 1, min_open=True),
-    help="[paper] 0.8 (AugReg-L), 0.65 (Uni-Perceiver-B), none for the others.",
+    help="[paper] 0.8 (AugReg-L, DINOv2-L), 0.7 (DINOv2-S, -B), 0.65 (Uni-Perceiver-B), none for "
+    "the others.",
 )
 @click.option(
     "--clip", type=click.FloatRange(0, min_open=True), help="Largest norm of the gradient."

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from vitadapter_zoo.cli.failures import COULD_NOT_RUN
+from vitadapter_zoo.cli.models import check_presence, model_names
 from vitadapter_zoo.cli.verdicts import (
     EXIT_STATUS,
     REPORT,
@@ -46,7 +47,7 @@ Exit status: 0 confirmed, 1 refuted, 3 inconclusive, 2 could not run. With --all
 could not run, else 1 if any was refuted, else 3 if any was inconclusive.
 """,
 )
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=model_names)
 @click.option("--all", "every", is_flag=True, help="Every published checkpoint in turn.")
 @data_options
 @click.option(
@@ -128,6 +129,8 @@ def verify(
         raise click.UsageError("--ignore-exif needs --backend native: mmdet applies EXIF rotations")
     if every and (checkpoint, run, expect) != (None, None, None):
         raise click.UsageError("--checkpoint, --run and --expect belong to one model, not to --all")
+    if name is not None and ray is None:
+        check_presence(name, checkpoint, offline)
     folder = report_folder(folder, [annotations, checkpoint])
     data = dataset(name, coco, annotations, images, ignore_exif)
     import torch

@@ -144,7 +144,12 @@ class Detections:
     def __getitem__(
         self, index: int | slice | Sequence[int] | Sequence[bool] | Tensor | npt.NDArray[Any]
     ) -> Detections:
-        """One detection, or those of a slice, a bool mask ``[N]`` or a list of indices."""
+        """One detection, or those of a slice, a bool mask ``[N]`` or a list of indices.
+
+        Raises:
+            IndexError: no detection has that index, or the mask is not one bool for each.
+            TypeError: the index is nothing of the above.
+        """
         chosen = self._indices(index)
         return Detections(
             boxes=self.boxes[chosen],
@@ -157,17 +162,26 @@ class Detections:
 
     def _indices(self, index: Any) -> Tensor:
         count = len(self)
-        numbers = torch.arange(count, dtype=torch.int64, device="cpu")
         if isinstance(index, slice):
-            return numbers[index]
-        try:
+            return torch.tensor(range(count)[index], dtype=torch.int64, device="cpu")
+        # A tensor or array with one bool would pass for an integer too, but is a mask.
+        if not getattr(index, "ndim", 0) and hasattr(type(index), "__index__"):
             number = operator.index(index)
-        except TypeError:
-            chosen = torch.as_tensor(index, device="cpu")
-            return numbers[chosen if len(chosen) else chosen.long()].reshape(-1)
-        if not -count <= number < count:
-            raise IndexError(f"there are {count} detections, none has the index {number}")
-        return numbers[number].reshape(1)
+            if not -count <= number < count:
+                raise IndexError(f"there are {count} detections, none has the index {number}")
+            return torch.tensor([number % count], dtype=torch.int64, device="cpu")
+        if isinstance(index, (str, bytes, float)):
+            raise TypeError(
+                "an index is an integer, a slice, a bool mask or a list of integers, not "
+                f"{quoted(index)}; with_classes chooses by name"
+            )
+        chosen = torch.as_tensor(index, device="cpu")
+        numbers = torch.arange(count, dtype=torch.int64, device="cpu")
+        if chosen.dtype == torch.bool and chosen.shape != (count,):
+            raise IndexError(
+                f"a mask has one bool for each of the {count} detections, not {list(chosen.shape)}"
+            )
+        return numbers[chosen if len(chosen) else chosen.long()].reshape(-1)
 
     def filter(self, score: float) -> Detections:
         """Only the detections with at least this score (0..1)."""
@@ -322,8 +336,10 @@ class Detections:
             image: that they belong to, for ``draw``.
 
         Raises:
-            ZooError: there are no masks, scores or classes, or a class has no name.
+            ZooError: there are no masks, scores or classes, a class has no name, or the names in
+                ``found`` are not those of ``categories``.
         """
+        exchange.check_names(found, categories)
         boxes, scores, labels, masks = exchange.from_supervision(found, len(categories), size)
         return cls(boxes, scores, labels, masks, categories, image)
 

@@ -78,6 +78,24 @@ def to_supervision(found: Detections, *, with_masks: bool) -> supervision.Detect
     )
 
 
+def check_names(found: supervision.Detections, categories: tuple[str, ...]) -> None:
+    """Refuse categories that contradict the ``class_name`` that the detections carry.
+
+    Raises:
+        ZooError: a class has another name.
+    """
+    names = found.data.get("class_name")
+    if names is None or found.class_id is None:
+        return
+    for label, name in zip(found.class_id.tolist(), names, strict=True):
+        if 0 <= label < len(categories) and str(name) != categories[label]:
+            raise ZooError(
+                f"the class {label} is {quoted(name)} in these detections and "
+                f"{quoted(categories[label])} in the categories; give "
+                "categories=model.categories of the model that found them"
+            )
+
+
 def from_supervision(
     found: supervision.Detections, classes: int, size: tuple[int, int] | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

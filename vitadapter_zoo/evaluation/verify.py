@@ -174,6 +174,7 @@ def run_verification(
         results = [run.results[image.image_id] for image in images if image.image_id in run.results]
     details = {
         "run": str(place),
+        "checkpoint": None if options.checkpoint is None else os.fspath(options.checkpoint),
         "identity": identity,
         "environment": environment(),
         "images_sha256": _digest_of_images(results),

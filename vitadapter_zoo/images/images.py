@@ -105,11 +105,27 @@ def _download(url: str) -> bytes:
             f"cannot fetch the image {name}: the server answers {error.response.status_code}"
         ) from error
     except (requests.RequestException, ValueError) as error:
-        reason = shown(str(error).partition("\n")[0] or type(error).__name__)
-        raise ImageError(f"cannot fetch the image {name}: {reason}") from error
+        raise ImageError(
+            f"cannot fetch the image {name}: {_reason(error)}; check the address and the connection"
+        ) from error
     if len(content) > LARGEST_DOWNLOAD:
         raise ImageError(f"{name} has more than {LARGEST_DOWNLOAD >> 20} MB: it is no photo")
     return bytes(content)
+
+
+def _reason(error: BaseException) -> str:
+    """The system's reason where there is one: the library's own text repeats the whole address."""
+    inner: BaseException | None = error
+    while inner is not None:
+        if isinstance(inner, OSError) and inner.strerror:
+            return shown(inner.strerror)
+        # urllib3 keeps the cause of its last attempt as an argument or as `reason`.
+        nested = (*getattr(inner, "args", ()), getattr(inner, "reason", None))
+        inner = next(
+            (one for one in nested if isinstance(one, BaseException)),
+            inner.__cause__ or inner.__context__,
+        )
+    return shown(str(error).partition("\n")[0] or type(error).__name__)
 
 
 def _decode(encoded: bytes, source: str) -> RGB:
@@ -157,13 +173,16 @@ def _from_pil(image: Image.Image) -> RGB:
 
 def _from_array(array: npt.NDArray[np.uint8]) -> RGB:
     if array.dtype != np.uint8:
-        raise ImageError(f"an image array is uint8 RGB in 0..255, not {array.dtype}")
+        raise ImageError(
+            f"an image array is uint8 RGB in 0..255, not {array.dtype}; multiply 0..1 by 255 and "
+            "convert it with .astype(np.uint8)"
+        )
     if array.ndim == 2:
         array = array[:, :, None]
     if array.ndim != 3 or array.shape[2] not in (1, 3, 4) or array.size == 0:
         raise ImageError(
             "an image array is [height, width, 3] (RGB), [height, width, 4] (RGBA) or "
-            f"[height, width] (grey), not {list(array.shape)}"
+            f"[height, width] (grey), not {list(array.shape)}; give several images as a list"
         )
     return np.repeat(array, 3, axis=2) if array.shape[2] == 1 else array[:, :, :3]
 

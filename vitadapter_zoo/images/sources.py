@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, cast
@@ -56,19 +56,28 @@ class Item:
     frame: int | None = None
 
 
-def expand(source: Source | Sequence[Source]) -> list[Source]:
+def expand(source: Source | Iterable[Source]) -> list[Source]:
     """The sources with folders and patterns replaced by their pictures.
 
     Args:
         source: an image in any of the forms of `read_image`, a folder (its pictures, in the order
             of their names), a pattern like ``"shots/**/*.jpg"``, a video file, a camera's index;
-            or a list of those.
+            or a list, a tuple or an iterator of those.
 
     Raises:
         ImageError: a folder without pictures, or a pattern that nothing fits.
     """
-    several = list(source) if isinstance(source, (list, tuple)) else [cast("Source", source)]
-    return [single for given in several for single in _expand_one(given)]
+    return list(expand_lazily(source))
+
+
+def expand_lazily(source: Source | Iterable[Source]) -> Iterator[Source]:
+    """The same one after the other: of an iterator no more is taken than is asked for."""
+    is_file = hasattr(source, "read")  # which would be iterated over by lines
+    if isinstance(source, (list, tuple, Iterator)) and not is_file:
+        for given in source:
+            yield from _expand_one(given)
+    else:
+        yield from _expand_one(cast("Source", source))
 
 
 def _expand_one(source: Source) -> list[Source]:
@@ -110,12 +119,12 @@ def is_video(source: Any) -> bool:
 
 
 def items(
-    sources: Sequence[Source], *, stride: int = 1, max_frames: int | None = None
+    sources: Iterable[Source], *, stride: int = 1, max_frames: int | None = None
 ) -> Iterator[Item]:
     """The images one after the other; of a video one frame is in memory at a time.
 
     Args:
-        sources: from `expand`.
+        sources: from `expand` or `expand_lazily`.
         stride: of a video every stride-th frame, from the first.
         max_frames: of each video at most as many.
 
@@ -130,7 +139,7 @@ def items(
     return _items(sources, stride, max_frames)
 
 
-def _items(sources: Sequence[Source], stride: int, max_frames: int | None) -> Iterator[Item]:
+def _items(sources: Iterable[Source], stride: int, max_frames: int | None) -> Iterator[Item]:
     for number, source in enumerate(sources):
         if isinstance(source, (int, np.integer)) and not isinstance(source, bool):
             yield from _frames(int(source), stride, max_frames)

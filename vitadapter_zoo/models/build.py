@@ -26,7 +26,7 @@ class Size:
         dim: width of the trunk's tokens.
         heads: heads of the trunk's attention.
         windows: one flag per block, True for windowed, False for global attention.
-        pretrain_grid: side of the grid of position embeddings.
+        pretrain_grid: side of the grid of position embeddings; DINOv2's is ``DINOV2_GRID``.
         deform_heads: heads of the deformable attention.
         deform_ratio: width of the deformable attention's values relative to ``dim``.
         drop_path: largest stochastic-depth rate of the adapter backbone, in training only.
@@ -70,12 +70,18 @@ SIZES = {
     "L": Size(1024, 16, (_W, _W, _W, _W, _W, _G) * 4, 24, 16, 0.5, 0.4, 0.4),
 }  # fmt: skip
 UNIPERCEIVER_DROP_PATH = 0.2
+DINOV2_GRID = 37  # pretrained at 518 pixels with patches of 14 (arXiv:2304.07193, section 4)
+
+
+def pretrain_grid(row: Row) -> int:
+    """Return the side of the row's grid of position embeddings."""
+    return DINOV2_GRID if row.from_dinov2 else SIZES[row.size].pretrain_grid
 
 
 def build_backbone(row: Row) -> nn.Module:
     """Build the row's backbone, with newly initialised weights on the current default device."""
     size = SIZES[row.size]
-    trunk = (size.dim, size.heads, size.windows, size.pretrain_grid)
+    trunk = (size.dim, size.heads, size.windows, pretrain_grid(row))
     if not row.has_adapter:
         return ViTBaseline(*trunk, size.plain_drop_path)
     uniperceiver = row.pretraining_name.startswith("Uni-Perceiver")

@@ -4,7 +4,13 @@ A parameter at depth d of a trunk with N blocks learns at ``rate ** (N + 1 - d)`
 """
 
 # Published rates by pretraining; the other rows were trained without decay.
-PUBLISHED = {"AugReg-L": 0.80, "Uni-Perceiver-B": 0.65}
+PUBLISHED = {
+    "AugReg-L": 0.80,
+    "Uni-Perceiver-B": 0.65,
+    "DINOv2-S": 0.70,
+    "DINOv2-B": 0.70,
+    "DINOv2-L": 0.80,
+}
 EMBEDDINGS = ("backbone.patch_embed.", "backbone.pos_embed", "backbone.visual_embed.")
 BLOCKS = ("backbone.blocks.", "backbone.layers.")
 

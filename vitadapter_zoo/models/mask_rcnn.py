@@ -1,7 +1,8 @@
 """The detector: Mask R-CNN, from images to detections or, in training, to losses."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from os import PathLike
 from typing import Any, overload
 
 import torch
@@ -11,7 +12,7 @@ from vitadapter_zoo.catalog import COCO_CLASSES, Row
 from vitadapter_zoo.detections import Detections, Instances
 from vitadapter_zoo.errors import ImageError
 from vitadapter_zoo.images import ImageInput, NetworkInput, network_input
-from vitadapter_zoo.images.sources import Item, Source, expand, items
+from vitadapter_zoo.images.sources import Item, Source, expand, expand_lazily, items
 from vitadapter_zoo.models.boxes import ROI_STRIDES
 from vitadapter_zoo.models.heads import RoIHead, RPNHead, check_finite
 from vitadapter_zoo.models.losses import losses
@@ -104,10 +105,15 @@ class MaskRCNN(nn.Module):
                 mode the lowest score of a detection (0..1); training targets are ignored.
 
         Raises:
-            ValueError: in training mode targets are missing or do not fit the images; in
-                evaluation mode the inputs' padded shapes differ. ``predict`` accepts images of
-                different shapes.
+            ValueError: ``inputs`` is not a list; in training mode targets are missing or do not
+                fit the images; in evaluation mode the inputs' padded shapes differ. ``predict``
+                accepts images of different shapes.
         """
+        if isinstance(inputs, (str, PathLike, bytes, NetworkInput)):
+            raise ValueError(
+                "the detector is called with a list, model([image]); model.predict(image) takes a "
+                "single image too, and folders and videos"
+            )
         prepared = [
             item if isinstance(item, NetworkInput) else self.preprocess(item) for item in inputs
         ]
@@ -174,7 +180,7 @@ class MaskRCNN(nn.Module):
 
     def predict(
         self,
-        images: Source | Sequence[Source],
+        images: Source | Iterable[Source],
         score_threshold: float = SCORE_THRESHOLD,
         *,
         batch_size: int = 1,
@@ -188,7 +194,8 @@ class MaskRCNN(nn.Module):
         Args:
             images: paths, folders, patterns like ``"*.jpg"``, http(s) URLs, bytes of image files,
                 PIL images, uint8 RGB arrays ``[H, W, 3]`` or tensors ``[3, H, W]``, videos (each
-                frame); or one of them. `stream` gives the results of a video as they come.
+                frame); or a list or an iterator of them. `stream` gives the results of a video as
+                they come.
             score_threshold: lowest score kept, 0..1.
             batch_size: how many images may share a forward pass. Only neighbours of the same
                 padded size do, so that the result of an image does not depend on the others.
@@ -217,7 +224,7 @@ class MaskRCNN(nn.Module):
 
     def stream(
         self,
-        source: Source | Sequence[Source],
+        source: Source | Iterable[Source],
         score_threshold: float = SCORE_THRESHOLD,
         *,
         batch_size: int = 1,
@@ -228,7 +235,7 @@ class MaskRCNN(nn.Module):
 
         Args:
             source: what `predict` takes, or the index of a camera, which goes on until the
-                iteration is left.
+                iteration is left. Of an iterator one image is taken at a time.
             score_threshold: lowest score kept, 0..1.
             batch_size: see `predict`.
             stride: of a video every stride-th frame.
@@ -241,7 +248,8 @@ class MaskRCNN(nn.Module):
             ImageError: one of the inputs is not an image, or a video cannot be read.
             ValueError: an option outside its range.
         """
-        images = items(expand(source), stride=stride, max_frames=max_frames)
+        chosen = expand_lazily(source) if isinstance(source, Iterator) else expand(source)
+        images = items(chosen, stride=stride, max_frames=max_frames)
         found = self.stream_items(images, score_threshold, batch_size=batch_size)
         return (detections for _, detections in found)
 

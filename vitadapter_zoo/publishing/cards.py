@@ -6,7 +6,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from vitadapter_zoo.catalog import ROWS, Row
+from vitadapter_zoo.catalog import PUBLISHED, ROWS, Row
 from vitadapter_zoo.text import shown
 from vitadapter_zoo.weights import atomic
 
@@ -19,7 +19,18 @@ BASE_MODELS = {
     "DeiT-S": "facebook/deit-small-patch16-224",
     "DeiT-B": "facebook/deit-base-patch16-224",
     "AugReg-L": "timm/vit_large_patch16_384.augreg_in21k_ft_in1k",
+    "DINOv2-S": "facebook/dinov2-small",
+    "DINOv2-B": "facebook/dinov2-base",
+    "DINOv2-L": "facebook/dinov2-large",
 }
+# Pictures that the Hub's page offers to try a detector of everyday objects on.
+SAMPLES = "https://huggingface.co/datasets/mishig/sample_images/resolve/main"
+WIDGET = [
+    {"src": f"{SAMPLES}/savanna.jpg", "example_title": "Savanna"},
+    {"src": f"{SAMPLES}/football-match.jpg", "example_title": "Football match"},
+    {"src": f"{SAMPLES}/airport.jpg", "example_title": "Airport"},
+]
+LIBRARY = "vitadapter-zoo"
 TAGS = ["object-detection", "instance-segmentation", "mask-rcnn", "vit-adapter"]
 CITATION = """@inproceedings{chen2023vitadapter,
   title={Vision Transformer Adapter for Dense Predictions},
@@ -48,7 +59,7 @@ def metadata(row: Row) -> ModelCardData:
             metric_name=name,
             metric_value=value,
             source_name=None if row.made_here else "ViT-Adapter, detection results",
-            source_url=None if row.made_here else SOURCE,
+            source_url=None if row.made_here else _results_of(row),
         )
         for task, kind, name, value in (
             ("object-detection", "box_ap", "box AP", row.box_ap),
@@ -57,21 +68,32 @@ def metadata(row: Row) -> ModelCardData:
     ]
     return ModelCardData(
         license=row.license.lower(),
-        library_name="vitadapter-zoo",
+        library_name=LIBRARY,
         pipeline_tag="image-segmentation",
         tags=TAGS if row.made_here else [*TAGS, "coco"],
         datasets=None if row.made_here else ["detection-datasets/coco"],
         base_model=BASE_MODELS.get(row.pretraining_name),
         model_name=row.name,
         eval_results=results,
+        widget=None if row.made_here else WIDGET,
     )
+
+
+def _configurations(row: Row) -> str:
+    """The address of the folder with the row's original configuration file."""
+    return f"{SOURCE}/configs/mask_rcnn" + ("/dinov2" if row.from_dinov2 else "")
+
+
+def _results_of(row: Row) -> str:
+    """The address of the page that publishes the row's figures."""
+    return _configurations(row) if row.from_dinov2 else SOURCE
 
 
 def saved_card(row: Row, categories: Sequence[str]) -> ModelCard:
     """The card of a detector that a user saved; it has no results."""
     data = ModelCardData(
         license=row.license.lower(),
-        library_name="vitadapter-zoo",
+        library_name=LIBRARY,
         pipeline_tag="image-segmentation",
         tags=TAGS,
         base_model=BASE_MODELS.get(row.pretraining_name),
@@ -86,7 +108,7 @@ def saved_card(row: Row, categories: Sequence[str]) -> ModelCard:
 
 A detector with the network of `{row.name}`, saved by vitadapter-zoo. This card was generated and
 does not know whether the weights were trained further: add the training data, the recipe and the
-results. The published results of `{row.name}` are at <{SOURCE}>.
+results. The published results of `{row.name}` are at <{_results_of(row)}>.
 
 {len(categories)} classes: {names}
 
@@ -99,9 +121,9 @@ detections = model.predict("photo.jpg")[0].filter(0.5)
 """)
 
 
-def markdown(text: str) -> str:
+def markdown(text: str, limit: int = 60) -> str:
     """Foreign text for Markdown: one line, shortened, without markup or HTML."""
-    return re.sub(r"([\\`*_{}\[\]()<>#|!&~])", r"\\\1", shown(text, 60).replace("\\", "/"))
+    return re.sub(r"([\\`*_{}\[\]()<>#|!&~])", r"\\\1", shown(text, limit).replace("\\", "/"))
 
 
 def write(row: Row, folder: Path) -> Path:
@@ -149,6 +171,9 @@ vitadapter-zoo predict photo.jpg --model {row.name}
 Images are resized to fit {row.input_size[0]} x {row.input_size[1]} and normalised with mean
 ({mean}) and standard deviation ({std}) of RGB, 0 to 255; `model.predict` does that.
 
+`library_name: {LIBRARY}` in the metadata names the package that reads the file. The Hub's own
+inference does not know it, so the example pictures of the metadata serve apps that run the package.
+
 ## Results
 
 COCO val2017, as published by the authors, not measured again here:
@@ -157,7 +182,7 @@ COCO val2017, as published by the authors, not measured again here:
 
 ## Training
 
-By the authors, with [{row.config}]({SOURCE}/configs/mask_rcnn): COCO train2017, {schedule}, AdamW.
+By the authors, with [{row.config}]({_configurations(row)}): COCO train2017, {schedule}, AdamW.
 {log}
 ## Intended use and limits
 
@@ -242,7 +267,7 @@ def _table(highlighted: Row) -> str:
         "| model | pretraining | schedule | FPN | box AP | mask AP |",
         "|---|---|---|---|---|---|",
     ]
-    for row in ROWS:
+    for row in PUBLISHED if highlighted.from_dinov2 else ROWS:
         mark = "**" if row == highlighted else ""
         cells = (
             row.name,

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vitadapter_zoo import settings
-from vitadapter_zoo.catalog import ROWS, Row
-from vitadapter_zoo.errors import ZooError
+from vitadapter_zoo.catalog import PUBLISHED, Row
+from vitadapter_zoo.errors import OfflineError, ZooError
 from vitadapter_zoo.evaluation.scoring import NOTHING
 from vitadapter_zoo.evaluation.verdict import Verdict, Verification
 from vitadapter_zoo.reports import page, report
@@ -39,6 +39,8 @@ class Outcome:
         box: box AP.
         mask: mask AP.
         report: path of the row's own page, relative to the index.
+        offline: whether it failed because its weights need a network that is away or not to be
+            used.
     """
 
     model: str
@@ -47,6 +49,7 @@ class Outcome:
     box: Figures
     mask: Figures
     report: str | None = None
+    offline: bool = False
 
 
 def verify_all(
@@ -55,7 +58,7 @@ def verify_all(
     directory: Path | None,
     *,
     command: str | None = None,
-    rows: Sequence[Row] = ROWS,
+    rows: Sequence[Row] = PUBLISHED,
 ) -> dict[str, Any]:
     """Evaluate one row after the other; a row that cannot run does not stop the others.
 
@@ -85,7 +88,10 @@ def verify_all(
             raise
         # Also one that nobody expects, or a panic in Rust, which is no Exception: the others run.
         except BaseException as error:
-            outcomes[row.name] = Outcome(row.name, "failed", _reason(error), *_published(row))
+            outcomes[row.name] = Outcome(
+                row.name, "failed", _reason(error), *_published(row),
+                offline=isinstance(error, OfflineError),
+            )  # fmt: skip
         else:
             place = None if directory is None else f"{row.name}/{report.PAGE}"
             if directory is not None:
@@ -138,9 +144,17 @@ def print_table(content: dict[str, Any]) -> None:
         verdict = f"[{color}]{row['status']}[/{color}]"
         table.add_row(row["model"], _cell(row["box"]), _cell(row["mask"]), verdict)
     console.print(table)
+    away = [row for row in content["rows"] if row["offline"]]
     for row in content["rows"]:
-        if row["status"] == "failed":
+        if row["status"] == "failed" and (row not in away or len(away) == 1):
             console.print(f"{row['model']}: {escape(row['reason'])}", soft_wrap=True)
+    if len(away) > 1:
+        console.print(
+            f"The weights of {len(away)} models are not in the cache, and the network cannot be "
+            "used. For the first of them:"
+        )
+        console.print(f"  {escape(away[0]['reason'])}", soft_wrap=True)
+        console.print("`vitadapter-zoo download --all` fetches them with a connection.")
 
 
 def _cell(figures: dict[str, float | None]) -> str:

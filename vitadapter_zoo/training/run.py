@@ -124,7 +124,8 @@ def train(
         lr: learning rate; by default the published one, scaled linearly from 16 images a step.
         schedule: ``"step"`` as published, or ``"cosine"``.
         weight_decay: published: 0.05 (3x) or 0.01 (1x).
-        layer_decay: published: 0.8 (AugReg-L), 0.65 (Uni-Perceiver-B), none for the others.
+        layer_decay: published: 0.8 (AugReg-L, DINOv2-L), 0.7 (DINOv2-S, DINOv2-B), 0.65
+            (Uni-Perceiver-B), none for the others.
         clip: largest norm of the gradient; published: none.
         augment: ``"multi-scale"`` with crops (published for 3x), ``"flip"`` (1x) or ``"none"``.
         ema: decay of a moving average of the weights, 0.999 for instance; it is what is

@@ -28,7 +28,7 @@ from urllib.parse import unquote, urlparse
 from filelock import FileLock, Timeout
 
 from vitadapter_zoo import settings
-from vitadapter_zoo.catalog import ROWS
+from vitadapter_zoo.catalog import PUBLISHED
 from vitadapter_zoo.errors import ZooError
 from vitadapter_zoo.text import read_json
 from vitadapter_zoo.weights import atomic
@@ -239,7 +239,7 @@ def listing(cache_dir: settings.Home = None) -> list[Listed]:
     root = settings.home(cache_dir)
     stems = {
         (directory, stem)
-        for row in ROWS
+        for row in PUBLISHED
         if (directory := root / row.name).is_dir()
         for path in directory.iterdir()
         if (stem := _stem(path))

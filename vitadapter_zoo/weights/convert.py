@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from vitadapter_zoo.catalog import COCO_CLASSES, ROWS, Row
+from vitadapter_zoo.catalog import COCO_CLASSES, PUBLISHED, Row
 from vitadapter_zoo.errors import CheckpointError, ZooError
 from vitadapter_zoo.models import MaskRCNN, build
 from vitadapter_zoo.text import shown
@@ -266,7 +266,7 @@ def _what_it_is(tensors: Mapping[str, Tensor], asked: Row, categories: tuple[str
             "heads, 50.9 / 44.8 AP), which the published link has replaced: use v0.3.1"
         )
     found = []
-    for row in ROWS:
+    for row in PUBLISHED:
         if row.name == asked.name:
             continue
         with torch.device("meta"):

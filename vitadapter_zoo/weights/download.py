@@ -7,13 +7,11 @@ because such a download cannot be resumed.
 """
 
 import email.utils
-import errno
 import hashlib
 import io
 import json
 import os
 import re
-import socket
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -22,16 +20,15 @@ from urllib.parse import unquote, urlparse
 
 import requests
 
-from vitadapter_zoo.errors import DownloadError, ZooError
+from vitadapter_zoo.errors import DownloadError, OfflineError, ZooError
 from vitadapter_zoo.text import read_json, shown
 from vitadapter_zoo.weights import atomic
 from vitadapter_zoo.weights.cache import LARGEST_RECORD, Known
+from vitadapter_zoo.weights.network import NO_NETWORK
 from vitadapter_zoo.weights.progress import Report, silent
 
 CHUNK = 1 << 16  # bytes; a lost connection loses at most these
 RETRY_STATUSES = (408, 425, 429)  # temporary errors, in addition to every 5xx
-# Errors of a machine without a network: another attempt would not help.
-NO_NETWORK = (socket.EAI_NONAME, socket.EAI_AGAIN, errno.ENETUNREACH, errno.EHOSTUNREACH)
 HASH_IN_NAME = re.compile(r"-(?=\d*[a-f])([0-9a-f]{8,64})\.(?:pth|pt|bin|npz|safetensors)\b")
 
 
@@ -238,7 +235,8 @@ def _fetch(
                 reason = str(error)
             part.drop_unless_resumable()
             kept = f" The first {part.size:,} bytes are kept." if part.size else ""
-            raise DownloadError(
+            kind = OfflineError if error.no_network else DownloadError
+            raise kind(
                 f"cannot download {url}: {reason}; check the connection and the address and try "
                 f"again, or pass the path of a local file as the checkpoint.{kept}"
             ) from error

@@ -4,12 +4,10 @@ import contextlib
 import hashlib
 import logging
 import socket
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
-from urllib.parse import urlparse
 
 import huggingface_hub
 from huggingface_hub import constants
@@ -23,9 +21,10 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils.tqdm import tqdm
 
-from vitadapter_zoo.errors import CheckpointError, DownloadError, ZooError
+from vitadapter_zoo.errors import CheckpointError, DownloadError, OfflineError, ZooError
 from vitadapter_zoo.text import shown
 from vitadapter_zoo.weights import atomic, cache
+from vitadapter_zoo.weights.network import reached_through
 from vitadapter_zoo.weights.progress import Report
 from vitadapter_zoo.weights.shards import INDEX, SINGLE, shard_names
 from vitadapter_zoo.weights.source import WEIGHTS, HubFile
@@ -95,13 +94,9 @@ def _unreachable() -> str | None:
     huggingface_hub tries a dead connection five times, for half a minute in all. One attempt to
     open a connection tells a machine without a network at once.
     """
-    address = urlparse(constants.ENDPOINT)
-    proxy = urllib.request.getproxies().get(address.scheme)
-    if proxy and not urllib.request.proxy_bypass(address.hostname or ""):
-        address = urlparse(proxy if "://" in proxy else f"http://{proxy}")
-    port = address.port or (443 if address.scheme == "https" else 80)
     try:
-        socket.create_connection((address.hostname or "", port), timeout=CONNECT).close()
+        address = reached_through(constants.ENDPOINT)
+        socket.create_connection(address, timeout=CONNECT).close()
     except OSError as error:
         reason = error.strerror or str(error)
         return f"{constants.ENDPOINT} cannot be reached ({reason}) and it is not in the cache"
@@ -231,8 +226,21 @@ def _reason_offline(offline: bool) -> str | None:
     return _unreachable()
 
 
-def _not_cached(source: HubFile, reason: str) -> DownloadError:
-    return DownloadError(
+def check_cached(source: HubFile, *, offline: bool) -> None:
+    """Refuse a file that is in no cache while the Hub cannot, or must not, be used.
+
+    Raises:
+        OfflineError: nothing of the repository is in huggingface_hub's cache either.
+    """
+    repository = f"models--{source.repo.replace('/', '--')}"
+    if not (Path(constants.HF_HUB_CACHE) / repository).exists():
+        reason = _reason_offline(offline)
+        if reason:
+            raise _not_cached(source, reason)
+
+
+def _not_cached(source: HubFile, reason: str) -> OfflineError:
+    return OfflineError(
         f"cannot download {source}: {reason}; go online once, check HF_ENDPOINT and the proxy "
         "settings, or pass the path of a local file as the checkpoint"
     )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vitadapter_zoo import settings
 from vitadapter_zoo.errors import CheckpointError, ConfigError, DownloadError
+from vitadapter_zoo.models.vit import PATCH
 from vitadapter_zoo.weights import atomic, cache
 from vitadapter_zoo.weights import checkpoint as containers
 from vitadapter_zoo.weights.progress import bars
@@ -23,6 +24,8 @@ logger = logging.getLogger(__name__)
 TRUNK = ("patch_embed.", "pos_embed", "blocks.", "visual_embed.", "layers.")
 # The original does not ask for these: DeiT has none, and its blocks start from ones.
 LAYER_SCALES = ("gamma1", "gamma2", "gamma_1", "gamma_2")
+# DINOv2's names within a block, and ours.
+DINOV2_SCALES = {".ls1.gamma": ".gamma1", ".ls2.gamma": ".gamma2"}
 # JAX's names within a block, and ours.
 JAX_NORMS = {"LayerNorm_0": "norm1", "LayerNorm_2": "norm2"}
 JAX_LAYERS = {"MlpBlock_3/Dense_0": "mlp.fc1", "MlpBlock_3/Dense_1": "mlp.fc2"}
@@ -42,8 +45,8 @@ def read_pretraining(
 
     Args:
         network: a backbone.
-        pretrained: file or http(s) URL of DeiT's, Uni-Perceiver's or AugReg's form (``.npz``);
-            None does nothing.
+        pretrained: file or http(s) URL of DeiT's, Uni-Perceiver's, DINOv2's or AugReg's form
+            (``.npz``); None does nothing.
         resize_positions: take position embeddings of another grid too, resized (bicubic) as the
             network itself resizes them to each image.
         cache_dir: where a downloaded file is kept, as for ``load``.
@@ -88,7 +91,27 @@ def _few(names: Iterable[str]) -> str:
 
 def _read(path: Path, origin: str) -> dict[str, Tensor]:
     tensors = containers.read(path, origin).tensors
-    return {name.removeprefix("module."): value for name, value in tensors.items()}
+    tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
+    return _from_dinov2(tensors) if "blocks.0.ls1.gamma" in tensors else tensors
+
+
+def _from_dinov2(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """DINOv2's tensors (arXiv:2304.07193) under the trunk's names, with patches of 16 pixels.
+
+    DINOv2's patches have 14 pixels. The published detectors started from kernels that were resized
+    bilinearly (align_corners False), without a correction of their scale.
+    """
+    renamed = {}
+    for name, value in tensors.items():
+        for theirs, ours in DINOV2_SCALES.items():
+            name = name.replace(theirs, ours)
+        renamed[name] = value
+    kernel = renamed.get("patch_embed.proj.weight")
+    if kernel is not None and kernel.ndim == 4:
+        size = (PATCH, PATCH)
+        resized = F.interpolate(kernel.float(), size, mode="bilinear", align_corners=False)
+        renamed["patch_embed.proj.weight"] = resized
+    return renamed
 
 
 def _resized_positions(found: Tensor, wanted: Tensor) -> Tensor:

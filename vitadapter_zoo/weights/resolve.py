@@ -10,7 +10,7 @@ from vitadapter_zoo import settings
 from vitadapter_zoo._version import __version__
 from vitadapter_zoo.catalog import Row
 from vitadapter_zoo.errors import CheckpointError, DownloadError, ZooError
-from vitadapter_zoo.weights import atomic, cache, checkpoint, convert
+from vitadapter_zoo.weights import atomic, cache, checkpoint, convert, presence
 from vitadapter_zoo.weights.progress import Report
 from vitadapter_zoo.weights.shards import shard_names
 from vitadapter_zoo.weights.source import HubFile, LocalFile, Source, Url, parse
@@ -65,11 +65,7 @@ def obtain(
             row, source, place, lines, offline=without_network, allow_nonfinite=allow_nonfinite
         )
     if isinstance(source, Url) and without_network:
-        raise DownloadError(
-            f"{row.name} from {source} is not in the cache {place.home}, and this is offline mode: "
-            f"run `vitadapter-zoo download {row.name}` with a connection, or pass the path of a "
-            "local file as the checkpoint"
-        )
+        raise presence.offline_error(row, source, place)
     with place.locked():
         if not _is_current(
             place, row, source, without_network

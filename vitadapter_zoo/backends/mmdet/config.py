@@ -13,7 +13,7 @@ from vitadapter_zoo.detections.masks import MASK_THRESHOLD
 from vitadapter_zoo.models import heads, layer_decay
 from vitadapter_zoo.models.adapter import CONV_FFN_RATIO, POINTS
 from vitadapter_zoo.models.boxes import ANCHOR_RATIOS, ROI_STRIDES
-from vitadapter_zoo.models.build import SIZES, UNIPERCEIVER_DROP_PATH, Size
+from vitadapter_zoo.models.build import SIZES, UNIPERCEIVER_DROP_PATH, Size, pretrain_grid
 from vitadapter_zoo.models.mask_rcnn import SCORE_THRESHOLD
 from vitadapter_zoo.models.vit import PATCH, WINDOW
 
@@ -148,9 +148,10 @@ def _backbone(row: Row) -> Config:
     depth = len(size.windows)
     quarter = depth // 4
     uniperceiver = row.pretraining_name.startswith("Uni-Perceiver")
+    augreg = row.pretraining_name.startswith("AugReg")
     trunk = {
-        "img_size": size.pretrain_grid * PATCH,
-        "pretrain_size": size.pretrain_grid * PATCH,
+        "img_size": pretrain_grid(row) * PATCH,
+        "pretrain_size": pretrain_grid(row) * PATCH,
         "patch_size": PATCH,
         "embed_dim": size.dim,
         "depth": depth,
@@ -158,7 +159,7 @@ def _backbone(row: Row) -> Config:
         "mlp_ratio": 4,
         "window_attn": list(size.windows),
         "window_size": [WINDOW if windowed else None for windowed in size.windows],
-        "pretrained": AUGREG_L_PTH if row.size == "L" else row.pretraining_url or None,
+        "pretrained": AUGREG_L_PTH if augreg else row.pretraining_url or None,
     }
     if not row.has_adapter:
         ends = [quarter * (part + 1) - 1 for part in range(4)]
