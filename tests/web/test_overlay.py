@@ -1,5 +1,6 @@
 """The HTML of the web demo, and the models that it offers."""
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 import vitadapter_zoo
-from vitadapter_zoo import Detections, MaskRCNN, UnknownModelError, get_row
+from vitadapter_zoo import Detections, MaskRCNN, UnknownModelError, ZooError, get_row
 from vitadapter_zoo.detections.masks import MaskMaps
 from vitadapter_zoo.web import overlay
 from vitadapter_zoo.web.models import Models, available
@@ -85,3 +86,9 @@ def test_one_model_is_kept(folder: Path, small: MaskRCNN) -> None:
         assert found.categories == vitadapter_zoo.load(name).categories
     with pytest.raises(UnknownModelError, match="does not offer the model 'vit-t-deit-3x'"):
         models.predict("vit-t-deit-3x", image, 0.05)
+
+
+def test_without_gradio_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(ZooError, match=r"pip install 'vitadapter-zoo\[web\]'"):
+        vitadapter_zoo.web.build()
