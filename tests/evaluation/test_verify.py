@@ -187,6 +187,21 @@ def test_a_part_refutes_what_lies_outside_its_interval(tmp_path: Path) -> None:
     assert bounded.verdict == "inconclusive"
 
 
+def test_batches_are_a_run_of_their_own_and_give_the_same_digits_after_a_stop(
+    small: MaskRCNN, coco: Path, undisturbed: Verification, tmp_path: Path
+) -> None:
+    with pytest.raises(ZooError, match="batch_size"):
+        vitadapter_zoo.verify(small, coco, batch_size=3, run=undisturbed.details["run"])
+    whole = vitadapter_zoo.verify(small, coco, batch_size=3, run=tmp_path / "whole")
+    assert figures(whole) == pytest.approx(figures(undisturbed), abs=0.5)
+    vitadapter_zoo.verify(small, coco, batch_size=3, run=tmp_path / "parts", limit=4)
+    parts = vitadapter_zoo.verify(small, coco, batch_size=3, run=tmp_path / "parts")
+    assert parts.details["images_before"] == 4
+    assert figures(parts) == figures(whole)
+    with pytest.raises(ValueError, match="leave batch_size or workers out"):
+        vitadapter_zoo.verify(small, coco, batch_size=3, workers=2)
+
+
 def test_time_runs_out(small: MaskRCNN, coco: Path, tmp_path: Path) -> None:
     found = vitadapter_zoo.verify(
         small, coco, run=tmp_path / "run", max_minutes=1e-3, expected=(50, 50)
@@ -289,6 +304,11 @@ def test_results_of_another_run_are_not_mixed(
         vitadapter_zoo.verify(copy.deepcopy(small).to(torch.bfloat16), coco, run=run)
     with pytest.raises(ValueError, match="leave checkpoint, device and dtype out"):
         vitadapter_zoo.verify(small, coco, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"set model\.allow_tf32"):
+        vitadapter_zoo.verify(small, coco, allow_tf32=True)
+    found = command("verify", "adapter-t-deit-3x", "--coco", coco, "--device", "cpu", "--tf32")
+    assert found.exit_code == 2
+    assert "--tf32 needs --device cuda and --dtype float32" in found.stderr
 
 
 def test_a_full_disk_keeps_what_is_finished(

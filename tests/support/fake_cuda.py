@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,9 @@ DATA_DEPENDENT = {
 }  # fmt: skip
 COPIES = {"aten::_to_copy", "aten::copy_"}
 INDEXING = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
+
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class MixedDevicesError(RuntimeError):
@@ -98,9 +101,7 @@ class Device(TorchDispatchMode):
         torch._C._set_only_lift_cpu_tensors(self._before.pop())
         super().__exit__(*error)
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         name = func._schema.name
         if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
@@ -156,7 +157,7 @@ class Device(TorchDispatchMode):
         return sum(self.waits.values())
 
 
-def moved(module: nn.Module) -> nn.Module:
+def moved(module: Module) -> Module:
     """Label a module's parameters and buffers as CUDA tensors, in place."""
     for part in module.modules():
         for name, parameter in part._parameters.items():
