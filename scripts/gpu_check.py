@@ -29,6 +29,8 @@ LIMITS = {
     "parity": 150,
     "precision": 120,
     "predict": 90,
+    "waits": 60,
+    "batches": 60,
     "operator_speed": 90,
     "image_speed": 150,
     "training_speed": 60,

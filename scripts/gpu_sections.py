@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from gpu_common import PHOTO, Found, differentiable, milliseconds, set_tf32, sta
 from gpu_speed import image_speed, operator_speed, profile, training_speed
 from torch import Tensor
 
+from vitadapter_zoo.models.losses import losses
 from vitadapter_zoo.ops import ms_deform_attn, ms_deform_attn_fused, paste_masks, reference
 from vitadapter_zoo.ops.library import check, implementation
 
@@ -243,8 +245,9 @@ def predict() -> Found:
     model = standin_model(ROWS[0])
     with torch.inference_mode():
         found = model.detect([model.preprocess(str(PHOTO))])[0]
-        on_gpu = paste_masks(found.mask_probabilities, found.boxes, found.size, 0.5).cpu()
-        on_cpu = paste_masks(found.mask_probabilities.cpu(), found.boxes.cpu(), found.size, 0.5)
+        on_cpu = paste_masks(found.mask_probabilities, found.boxes, found.size, 0.5)
+        moved = found.mask_probabilities.cuda(), found.boxes.cuda()
+        on_gpu = paste_masks(*moved, found.size, 0.5).cpu()
     batched = model.predict([str(PHOTO)] * 3, batch_size=3)
     return {
         "detections": len(found.boxes),
@@ -253,10 +256,71 @@ def predict() -> Found:
     }
 
 
+def waits() -> Found:
+    """Count where predict and the losses wait for the GPU; the bounds are those of the tests."""
+    set_tf32(False)
+    model = standin_model(ROWS[0])
+    item = model.preprocess(str(PHOTO))
+    height, width = item.tensor.shape[-2:]
+    masks = torch.zeros(1, height, width, dtype=torch.bool)
+    masks[:, 40:400, 40:400] = True
+    target = {
+        "boxes": torch.tensor([[40.0, 40, 400, 400]]),
+        "labels": torch.tensor([3]),
+        "masks": masks,
+    }
+    found: Found = {}
+    for name, call, most in (
+        ("predict", partial(model.predict, str(PHOTO)), 3),
+        ("losses", partial(losses, model, [item], [target]), 2),
+    ):
+        places = _waits_of(call)
+        found[name] = f"{len(places)} of at most {most}"
+        found[f"{name}_at"] = places
+        if len(places) > most:
+            raise AssertionError(f"{name} waits {len(places)} times: {'; '.join(places)}")
+    return found
+
+
+def _waits_of(call: Callable[[], object]) -> list[str]:
+    """Return the lines of the second call at which PyTorch reports a synchronisation."""
+    call()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            call()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return [
+        f"{Path(warning.filename).name}:{warning.lineno}"
+        for warning in caught
+        if "synchronizing CUDA operation" in str(warning.message)
+    ]
+
+
+def batches() -> Found:
+    """Compare detections in batches of four and in copies of one image with those of one image."""
+    set_tf32(False)
+    model = standin_model(ROWS[0])
+    item = model.preprocess(str(PHOTO))
+    with torch.inference_mode():
+        alone = model.detect([item])[0]
+        together = model.detect([item] * 4)
+    for index, found in enumerate(together):
+        if not torch.equal(found.boxes, together[0].boxes):
+            raise AssertionError(f"image {index} of a batch of copies has other boxes than image 0")
+    return {
+        "detections": [len(alone.boxes), len(together[0].boxes)],
+        "equal_to_a_single_image": torch.equal(alone.boxes, together[0].boxes),
+    }
+
+
 SECTIONS: dict[str, Callable[[], Found]] = {
     function.__name__: function
     for function in (
-        device, build, operator, sanitizer, parity, precision, predict,
+        device, build, operator, sanitizer, parity, precision, predict, waits, batches,
         operator_speed, image_speed, training_speed, profile,
     )
 }  # fmt: skip

@@ -122,6 +122,11 @@ def test_results_of_another_run_are_not_mixed(
         vitadapter_zoo.verify(copy.deepcopy(detector).to(torch.bfloat16), coco, run=run)
     with pytest.raises(ValueError, match="leave checkpoint, device and dtype out"):
         vitadapter_zoo.verify(detector, coco, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"set model\.allow_tf32"):
+        vitadapter_zoo.verify(detector, coco, allow_tf32=True)
+    found = command("verify", "adapter-n-emoji", "--coco", coco, "--device", "cpu", "--tf32")
+    assert found.exit_code == 2
+    assert "--tf32 needs --device cuda and --dtype float32" in found.stderr
 
 
 def test_a_full_disk_keeps_what_is_finished(

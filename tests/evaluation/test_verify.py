@@ -133,6 +133,21 @@ def test_a_part_refutes_what_lies_outside_its_interval(tmp_path: Path) -> None:
     assert bounded.verdict == "inconclusive"
 
 
+def test_batches_are_a_run_of_their_own_and_give_the_same_digits_after_a_stop(
+    detector: MaskRCNN, coco: Path, undisturbed: Verification, tmp_path: Path
+) -> None:
+    with pytest.raises(ZooError, match="batch_size"):
+        vitadapter_zoo.verify(detector, coco, batch_size=3, run=undisturbed.details["run"])
+    whole = vitadapter_zoo.verify(detector, coco, batch_size=3, run=tmp_path / "whole")
+    assert figures(whole) == pytest.approx(figures(undisturbed), abs=0.5)
+    vitadapter_zoo.verify(detector, coco, batch_size=3, run=tmp_path / "parts", limit=4)
+    parts = vitadapter_zoo.verify(detector, coco, batch_size=3, run=tmp_path / "parts")
+    assert parts.details["images_before"] == 4
+    assert figures(parts) == figures(whole)
+    with pytest.raises(ValueError, match="leave batch_size or workers out"):
+        vitadapter_zoo.verify(detector, coco, batch_size=3, workers=2)
+
+
 def test_time_runs_out(detector: MaskRCNN, coco: Path, tmp_path: Path) -> None:
     found = vitadapter_zoo.verify(
         detector, coco, run=tmp_path / "run", max_minutes=1e-3, expected=(50, 50)

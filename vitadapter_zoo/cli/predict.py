@@ -101,6 +101,7 @@ Examples:
     default=None,
     help="Of the weights; as they are stored by default.",
 )
+@click.option("--tf32", is_flag=True, help="Let float32 be TF32 on CUDA: faster, less exact.")
 @click.option("--offline", is_flag=True, help="Never use the network.")
 @click.option("--quiet", is_flag=True, help="No progress bars.")
 def predict(
@@ -116,6 +117,7 @@ def predict(
     max_frames: int | None,
     device: str | None,
     dtype: str | None,
+    tf32: bool,
     offline: bool,
     quiet: bool,
 ) -> None:
@@ -136,6 +138,10 @@ def predict(
     inputs = [*chosen, *_model_files(name), *([checkpoint] if checkpoint else [])]
     results = outputs.checked(coco_json, inputs) if coco_json else None
     model = _load(name, checkpoint, device, dtype, offline, quiet)
+    weights = next(model.parameters())
+    if tf32 and (weights.device.type != "cuda" or str(weights.dtype) != "torch.float32"):
+        raise click.UsageError("--tf32 needs --device cuda and --dtype float32")
+    model.allow_tf32 = tf32
     overlays = Overlays(
         settings.expanded(out),
         inputs,

@@ -35,7 +35,13 @@ class VerdictCommand(click.Command):
             raise
 
 
-class _ImageFolder(click.ParamType[Path]):
+if TYPE_CHECKING:
+    _PathType = click.ParamType[Path]
+else:
+    _PathType = click.ParamType  # before 8.4 it takes no type argument
+
+
+class _ImageFolder(_PathType):
     """A folder; a number, which ``--images`` took before, is refused."""
 
     name = "DIR"

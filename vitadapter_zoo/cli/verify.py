@@ -75,11 +75,16 @@ could not run, else 1 if any was refuted, else 3 if any was inconclusive.
     is_flag=True,
     help="Leave out missing and damaged images; the verdict is inconclusive.",
 )
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
+@click.option("--device", help="cpu, cuda, cuda:1, ...  [default: cuda where there is one]")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32")
+@click.option("--tf32", is_flag=True, help="Let float32 be TF32 on CUDA: faster; a run of its own.")
 @click.option(
     "--backend", type=click.Choice(["native", "mmdet"]), default="native", show_default=True,
     help="mmdet: the same weights inside mmdet, through its own test pipeline.",
+)  # fmt: skip
+@click.option(
+    "--batch-size", type=click.IntRange(1), default=1, show_default=True, metavar="N",
+    help="Images of one padded size computed together; each N is a run of its own.",
 )  # fmt: skip
 @click.option("--workers", type=click.IntRange(1), help="Number of processes.")
 @click.option("--ray", metavar="auto|ADDRESS", help="Run on the nodes of a Ray cluster.")
@@ -107,9 +112,11 @@ def verify(
     seed: int,
     expect: tuple[float, float] | None,
     skip_bad_images: bool,
-    device: str,
+    device: str | None,
     dtype: str,
+    tf32: bool,
     backend: Literal["native", "mmdet"],
+    batch_size: int,
     workers: int | None,
     ray: str | None,
     threads: int | None,
@@ -125,6 +132,8 @@ def verify(
         raise click.UsageError("give either NAME or --all")
     if backend == "mmdet" and (ray is not None or (workers or 1) > 1):
         raise click.UsageError("--backend mmdet runs in one process, without --workers and --ray")
+    if batch_size > 1 and (backend == "mmdet" or ray is not None or (workers or 1) > 1):
+        raise click.UsageError("--batch-size needs one process and the native backend")
     if backend == "mmdet" and ignore_exif:
         raise click.UsageError("--ignore-exif needs --backend native: mmdet applies EXIF rotations")
     if every and (checkpoint, run, expect) != (None, None, None):
@@ -132,10 +141,14 @@ def verify(
     if name is not None and ray is None:
         check_presence(name, checkpoint, offline)
     folder = report_folder(folder, [annotations, checkpoint])
+    from vitadapter_zoo.cli.predict import default_device, usable_device
+
+    device = device or (default_device() if ray is None else "cpu")
+    if tf32 and (dtype != "float32" or not device.startswith("cuda")):
+        raise click.UsageError("--tf32 needs --device cuda and --dtype float32")
     data = dataset(name, coco, annotations, images, ignore_exif)
     import torch
 
-    from vitadapter_zoo.cli.predict import usable_device
     from vitadapter_zoo.evaluation.options import Options
 
     options = Options(
@@ -155,6 +168,8 @@ def verify(
         offline=offline or None,
         progress=not quiet,
         allow_nonfinite=allow_nonfinite,
+        allow_tf32=tf32,
+        batch_size=batch_size,
     )
 
     evaluate = partial(_evaluate, data=data, options=options)

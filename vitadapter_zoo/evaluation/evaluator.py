@@ -6,7 +6,7 @@ import hashlib
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -24,6 +24,8 @@ from vitadapter_zoo.models import MaskRCNN
 from vitadapter_zoo.ops.masks import paste_rle
 from vitadapter_zoo.text import shown
 
+DECODERS = 4  # threads that feed a GPU
+MOST_WAITING = 4  # batches of images of different sizes in memory
 AHEAD = 2  # images that are decoded ahead of the network, and images that wait for encoding
 
 
@@ -79,6 +81,20 @@ class Evaluator:
     def detect(self, prepared: Prepared) -> Instances | Detections:
         """Run the network."""
         return self.model.detect([prepared.input])[0]
+
+    @torch.inference_mode()
+    def detect_together(
+        self, batch: list[Prepared], batch_size: int
+    ) -> Sequence[Instances | Detections]:
+        """Run the network on images of one padded size.
+
+        A short batch is filled with copies of its last image. The kernels that a device chooses,
+        and with them the last bits, depend on the size of the batch; so every batch has one size.
+        """
+        if batch_size == 1:
+            return [self.detect(prepared) for prepared in batch]
+        filled = [*batch, *batch[-1:] * (batch_size - len(batch))]
+        return self.model.detect([prepared.input for prepared in filled])[: len(batch)]
 
     def finish(self, prepared: Prepared, found: Instances | Detections) -> ImageResult:
         """Encode detections as COCO results."""
@@ -142,40 +158,86 @@ def read(image: Image) -> Task:
 
 
 def stream(
-    evaluator: Evaluator, tasks: Iterator[Task], keep: Callable[[ImageResult], None]
+    evaluator: Evaluator,
+    tasks: Iterator[Task],
+    keep: Callable[[ImageResult], None],
+    *,
+    batch_size: int = 1,
+    decoders: int = 1,
 ) -> None:
-    """Evaluate images; the network runs in this thread, decoding and encoding in two others.
+    """Evaluate images; the network runs in this thread, decoding and encoding in others.
 
     Args:
         evaluator: the detector.
-        tasks: the images; another thread takes them, two images ahead.
-        keep: called with each result, in another thread, in order.
+        tasks: the images; other threads take them, a few images ahead.
+        keep: called with each result, in another thread; in order if ``batch_size`` is 1 and there
+            is one decoder.
+        batch_size: images of one padded size that the network computes together.
+        decoders: threads that decode.
     """
-    with ThreadPoolExecutor(1, "decode") as decoder, ThreadPoolExecutor(1, "encode") as encoder:
+    with (
+        ThreadPoolExecutor(decoders, "decode") as decoder,
+        ThreadPoolExecutor(1, "encode") as encoder,
+    ):
         ended = threading.Event()
+        one_at_a_time = threading.Lock()
 
         def next_prepared() -> Prepared | ImageResult | None:
-            task = None if ended.is_set() else next(tasks, None)
+            with one_at_a_time:
+                task = None if ended.is_set() else next(tasks, None)
             return None if task is None else evaluator.prepare(task)
 
         def finish(prepared: Prepared, found: Instances | Detections) -> None:
             keep(evaluator.finish(prepared, found))
 
-        coming = deque(decoder.submit(next_prepared) for _ in range(AHEAD))
+        def compute(batch: list[Prepared]) -> None:
+            found = evaluator.detect_together(batch, batch_size)
+            going.extend(encoder.submit(finish, *pair) for pair in zip(batch, found, strict=True))
+            while len(going) > AHEAD * batch_size:
+                going.popleft().result()
+
+        coming = deque(decoder.submit(next_prepared) for _ in range(AHEAD * decoders))
         going: deque[Future[None]] = deque()
+        batches = Batches(batch_size)
         try:
-            while (prepared := coming.popleft().result()) is not None:
+            while coming:
+                prepared = coming.popleft().result()
+                if prepared is None:  # another thread may have taken the last image
+                    continue
                 coming.append(decoder.submit(next_prepared))
                 if isinstance(prepared, ImageResult):
                     going.append(encoder.submit(keep, prepared))
-                else:
-                    going.append(encoder.submit(finish, prepared, evaluator.detect(prepared)))
-                while len(going) > AHEAD:
-                    going.popleft().result()
+                    continue
+                for batch in batches.add(prepared):
+                    compute(batch)
+            for batch in batches.rest():
+                compute(batch)
         finally:
             ended.set()
         for future in going:
             future.result()
+
+
+class Batches:
+    """Images that wait for others of their padded size."""
+
+    def __init__(self, batch_size: int) -> None:
+        self._batch_size = batch_size
+        self._waiting: dict[tuple[int, ...], list[Prepared]] = {}
+
+    def add(self, prepared: Prepared) -> Iterator[list[Prepared]]:
+        """Add an image; yield the batch that is full, or the oldest if too many images wait."""
+        shape = tuple(prepared.input.tensor.shape)
+        batch = self._waiting.setdefault(shape, [])
+        batch.append(prepared)
+        if len(batch) == self._batch_size:
+            yield self._waiting.pop(shape)
+        elif sum(map(len, self._waiting.values())) >= MOST_WAITING * self._batch_size:
+            yield self._waiting.pop(next(iter(self._waiting)))
+
+    def rest(self) -> Iterator[list[Prepared]]:
+        """Yield the batches that are not full."""
+        yield from self._waiting.values()
 
 
 def until(deadline: float | None, images: Iterator[Image]) -> Iterator[Task]:

@@ -29,13 +29,15 @@ class Facts:
     published: tuple[float, float]
 
 
-def facts_of(model: MaskRCNN, data: Dataset, backend: str = "native") -> Facts:
+def facts_of(model: MaskRCNN, data: Dataset, backend: str = "native", batch_size: int = 1) -> Facts:
     """The facts about a loaded detector."""
-    identity = run_identity(model, data, backend)
+    identity = run_identity(model, data, backend, batch_size)
     return Facts(identity, (model.row.box_ap, model.row.mask_ap))
 
 
-def run_identity(model: MaskRCNN, data: Dataset, backend: str = "native") -> dict[str, Any]:
+def run_identity(
+    model: MaskRCNN, data: Dataset, backend: str = "native", batch_size: int = 1
+) -> dict[str, Any]:
     """Everything that the results of a run depend on, ready for JSON."""
     weights = next(model.parameters())
     kind = weights.device.type
@@ -55,15 +57,24 @@ def run_identity(model: MaskRCNN, data: Dataset, backend: str = "native") -> dic
         "std": list(model.row.std),
         "classes": list(model.categories),
         "annotations_sha256": data.sha256,
-        "precision": str(weights.dtype).removeprefix("torch."),
+        "precision": precision(model),
         "device": kind,
         "processor": processor,
         "threads": torch.get_num_threads() if kind == "cpu" else None,
         "operator": "compiled" if found["operator"][kind]["compiled"] else "reference",
         "resize": "OpenCV bilinear",
         **({"exif": "ignored"} if data.ignore_exif else {}),
+        **({"batch_size": batch_size} if batch_size > 1 else {}),
         "versions": {name: found["versions"][name] for name in wanted},
     }
+
+
+def precision(model: MaskRCNN) -> str:
+    """The type that a detector computes in: its weights', or ``"tf32"``."""
+    weights = next(model.parameters())
+    if weights.dtype == torch.float32 and weights.device.type == "cuda" and model.allow_tf32:
+        return "tf32"
+    return str(weights.dtype).removeprefix("torch.")
 
 
 def weights_sha256(model: MaskRCNN) -> str:

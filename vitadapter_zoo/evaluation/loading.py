@@ -31,6 +31,7 @@ def load_detector(
         progress=options.progress,
         allow_nonfinite=options.allow_nonfinite,
     )
+    detector.allow_tf32 = options.allow_tf32
     return detector, os.fspath(model)
 
 
@@ -44,6 +45,11 @@ def check_loaded(model: MaskRCNN, options: Options) -> None:
         raise ValueError(
             "a loaded detector has its weights, device and dtype: leave checkpoint, device and "
             "dtype out"
+        )
+    if options.allow_tf32:
+        raise ValueError(
+            "a loaded detector says itself whether it uses TF32: set model.allow_tf32 = True and "
+            "leave allow_tf32 out"
         )
     if model.training:
         raise ValueError("the detector is in training mode: call model.eval() first")

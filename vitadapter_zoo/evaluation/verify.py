@@ -19,7 +19,13 @@ from vitadapter_zoo.errors import DatasetError, ImageError
 from vitadapter_zoo.evaluation import dataset as datasets
 from vitadapter_zoo.evaluation import ids
 from vitadapter_zoo.evaluation.dataset import Dataset, Image
-from vitadapter_zoo.evaluation.evaluator import Evaluator, MmdetEvaluator, stream, until
+from vitadapter_zoo.evaluation.evaluator import (
+    DECODERS,
+    Evaluator,
+    MmdetEvaluator,
+    stream,
+    until,
+)
 from vitadapter_zoo.evaluation.identity import facts_of, run_directory
 from vitadapter_zoo.evaluation.loading import load_detector
 from vitadapter_zoo.evaluation.options import Options
@@ -62,6 +68,8 @@ def verify(
     offline: bool | None = None,
     progress: bool = True,
     allow_nonfinite: bool = False,
+    allow_tf32: bool = False,
+    batch_size: int = 1,
     watch: Watch | None = None,
 ) -> Verification:
     """Evaluate a detector on COCO and compare with the published box and mask AP.
@@ -102,6 +110,10 @@ def verify(
         offline: as for ``load``.
         progress: as for ``load``.
         allow_nonfinite: as for ``load``.
+        allow_tf32: let a float32 detector use TF32 on CUDA, which is a run of its own; a loaded
+            detector has an attribute of this name.
+        batch_size: how many images of one padded size the network computes together, in this
+            process. A number above 1 is a run of its own, because the last bits depend on it.
         watch: called after each image with the run and the list of all images to evaluate.
 
     Raises:
@@ -109,9 +121,10 @@ def verify(
         ImageError: an image is missing, damaged, or of another size than annotated.
         ZooError: the run directory cannot be written to, or belongs to another run; and what
             ``load`` raises.
-        ValueError: ``limit``, ``max_minutes``, ``workers`` or ``threads`` below what makes sense;
-            ``checkpoint``, ``device`` or ``dtype`` beside a loaded detector, or one in training
-            mode, or one with ``ray``; ``backend="mmdet"`` with workers; or no such ``backend``.
+        ValueError: ``limit``, ``max_minutes``, ``workers``, ``threads`` or ``batch_size`` too
+            small; ``checkpoint``, ``device``, ``dtype`` or ``allow_tf32`` beside a loaded
+            detector, or one in training mode, or one with ``ray``; ``backend="mmdet"`` or
+            ``batch_size`` above 1 with workers; or no such ``backend``.
         BackendError: mmdet is asked for and is missing or broken.
     """
     options = Options(
@@ -132,6 +145,8 @@ def verify(
         offline=offline,
         progress=progress,
         allow_nonfinite=allow_nonfinite,
+        allow_tf32=allow_tf32,
+        batch_size=batch_size,
     )
     return run_verification(model, dataset, options, watch)
 
@@ -160,8 +175,8 @@ def run_verification(
         else:
             stack.enter_context(_torch_threads(options.threads))
             detector, name = load_detector(model, options)
-            facts = facts_of(detector, data, options.backend)
-            compute = _in_process(_evaluator(detector, data, options.backend))
+            facts = facts_of(detector, data, options.backend, options.batch_size)
+            compute = _in_process(_evaluator(detector, data, options.backend), options.batch_size)
         identity = facts.identity
         place = (
             run_directory(name, identity, options.cache_dir)
@@ -245,11 +260,15 @@ def _evaluator(model: MaskRCNN, data: Dataset, backend: str) -> Evaluator:
     return MmdetEvaluator(model, category_ids, from_native(model))
 
 
-def _in_process(evaluator: Evaluator) -> Compute:
+def _in_process(evaluator: Evaluator, batch_size: int) -> Compute:
+    on_cpu = next(evaluator.model.parameters()).device.type == "cpu"
+    decoders = 1 if on_cpu else DECODERS
+
     def compute(
         images: Iterator[Image], keep: Callable[[ImageResult], None], deadline: float | None
     ) -> None:
-        stream(evaluator, until(deadline, images), keep)
+        tasks = until(deadline, images)
+        stream(evaluator, tasks, keep, batch_size=batch_size, decoders=decoders)
 
     return compute
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
+from vitadapter_zoo.models.constants import kept
 from vitadapter_zoo.models.pyramid import Pyramid
 from vitadapter_zoo.models.tokens import Linear, in_chunks, items_per_chunk
 from vitadapter_zoo.models.vit import channels_last, tokens_to_map
@@ -53,11 +54,15 @@ class Geometry:
     @classmethod
     def of(cls, image: Tensor) -> "Geometry":
         """Compute the grids for images ``[N, 3, H, W]`` whose sides are multiples of 32."""
-        height, width = image.shape[2:]
-        prior = [(height // stride, width // stride) for stride in (8, 16, 32)]
-        points = [cell_centres(*grid, image.device) for grid in prior]
-        shapes = torch.tensor(prior, device=image.device)
-        return cls(prior[1], prior, points[1], torch.cat(points), shapes[1:2], shapes)
+        return _geometry(image.shape[2], image.shape[3], image.device)
+
+
+@kept(8)
+def _geometry(height: int, width: int, device: torch.device) -> Geometry:
+    prior = [(height // stride, width // stride) for stride in (8, 16, 32)]
+    points = [cell_centres(*grid, device) for grid in prior]
+    shapes = torch.tensor(prior, device=device)
+    return Geometry(prior[1], prior, points[1], torch.cat(points), shapes[1:2], shapes)
 
 
 class MSDeformAttn(nn.Module):

@@ -12,6 +12,7 @@ from torch import Tensor
 from torchvision.ops import nms
 from torchvision.ops import roi_align as torchvision_roi_align
 
+from vitadapter_zoo.models.constants import kept, uploaded
 from vitadapter_zoo.ops import roi_align as compiled_roi_align
 from vitadapter_zoo.ops.masks import paste_masks as paste_masks
 
@@ -44,6 +45,20 @@ def anchors(
     return (base + centres).view(-1, 4)
 
 
+@kept(8)
+def anchor_grids(
+    shapes: tuple[tuple[int, int], ...],
+    strides: tuple[int, ...],
+    device: torch.device,
+    scale: int = ANCHOR_SCALE,
+) -> tuple[Tensor, ...]:
+    """Return the `anchors` of every level; ``shapes`` are the (height, width) of the maps."""
+    return tuple(
+        anchors(height, width, stride, device, scale)
+        for (height, width), stride in zip(shapes, strides, strict=True)
+    )
+
+
 def decode(
     boxes: Tensor, deltas: Tensor, stds: tuple[float, float, float, float], size: tuple[int, int]
 ) -> Tensor:
@@ -55,14 +70,14 @@ def decode(
         stds: the scale of each delta.
         size: (height, width) of the resized image without its padding.
     """
-    deltas = deltas * deltas.new_tensor(stds)
+    deltas = deltas * uploaded(stds, deltas)
     centres = (boxes[:, :2] + boxes[:, 2:]) * 0.5
     sides = boxes[:, 2:] - boxes[:, :2]
     centres = centres + sides * deltas[:, :2]
     sides = sides * deltas[:, 2:].clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     decoded = torch.cat([centres - sides * 0.5, centres + sides * 0.5], dim=-1)
     height, width = size
-    return decoded.clamp(min=0).minimum(decoded.new_tensor([width, height, width, height]))
+    return decoded.clamp(min=0).minimum(uploaded([width, height, width, height], decoded))
 
 
 def encode(boxes: Tensor, targets: Tensor, stds: tuple[float, float, float, float]) -> Tensor:
@@ -79,16 +94,34 @@ def encode(boxes: Tensor, targets: Tensor, stds: tuple[float, float, float, floa
     sides = boxes[:, 2:] - boxes[:, :2]
     shifts = (targets[:, :2] + targets[:, 2:]) * 0.5 - (boxes[:, :2] + boxes[:, 2:]) * 0.5
     growth = (targets[:, 2:] - targets[:, :2]) / sides
-    return torch.cat([shifts / sides, growth.log()], dim=-1) / boxes.new_tensor(stds)
+    return torch.cat([shifts / sides, growth.log()], dim=-1) / uploaded(stds, boxes)
 
 
-def nms_by_group(boxes: Tensor, scores: Tensor, groups: Tensor, threshold: float) -> Tensor:
+def nms_by_group(
+    boxes: Tensor,
+    scores: Tensor,
+    groups: Tensor,
+    threshold: float,
+    valid: Tensor | None = None,
+) -> Tensor:
     """Suppress overlapping boxes within each group; return the kept indices, best score first.
 
     Each group is shifted by its own offset, as in the original. The rounding of the shifted
     coordinates is part of the published results. torchvision's ``batched_nms`` is not used because
-    it changes its algorithm with the number of boxes. No coordinate may be negative.
+    it changes its algorithm with the number of boxes. No coordinate and no score may be negative.
+
+    Args:
+        boxes: ``[N, 4]``.
+        scores: ``[N]``.
+        groups: int64 ``[N]``.
+        threshold: the IoU from which a box is suppressed.
+        valid: bool ``[N]``; the result is that of the valid boxes alone. None if all are.
     """
+    if valid is not None and boxes.device.type != "cpu":
+        return _nms_of_valid(boxes, scores, groups, threshold, valid)
+    if valid is not None:
+        chosen = valid.nonzero().squeeze(1)
+        return chosen[nms_by_group(boxes[chosen], scores[chosen], groups[chosen], threshold)]
     if boxes.numel() == 0:
         return torch.zeros(0, dtype=torch.long, device=boxes.device)
     boxes = boxes + (groups.to(boxes) * (boxes.max() + 1))[:, None]
@@ -102,6 +135,24 @@ def nms_by_group(boxes: Tensor, scores: Tensor, groups: Tensor, threshold: float
         kept.append(members[nms(boxes[members], scores[members], threshold)])
     best = torch.cat(kept).sort().values
     return best[scores[best].argsort(descending=True, stable=True)]
+
+
+def _nms_of_valid(
+    boxes: Tensor, scores: Tensor, groups: Tensor, threshold: float, valid: Tensor
+) -> Tensor:
+    """`nms_by_group` without selecting the valid boxes first, for which the CPU would wait.
+
+    The invalid boxes, and one more, become the same box with the lowest score, apart from all
+    others. Suppression keeps one of them, the last.
+    """
+    boxes = boxes.masked_fill(~valid[:, None], 0)
+    side = F.pad(boxes.flatten(), (0, 1)).max() + 1  # the padding: there may be no box
+    boxes = boxes + (groups.to(boxes) * side)[:, None]
+    apart = F.pad(boxes.flatten(), (0, 1)).max() + side
+    corner = torch.stack([apart, apart, apart + side, apart + side])
+    boxes = torch.where(F.pad(valid, (0, 1))[:, None], F.pad(boxes, (0, 0, 0, 1)), corner)
+    scores = F.pad(scores.masked_fill(~valid, -1), (0, 1), value=-1)
+    return nms(boxes, scores, threshold)[:-1]
 
 
 def pool_rois(
@@ -122,6 +173,8 @@ def pool_rois(
     rois = rois.masked_fill(rois.isnan().any(dim=1, keepdim=True), 0)
     scales = ((rois[:, 3] - rois[:, 1]) * (rois[:, 4] - rois[:, 2])).sqrt()
     levels = (scales / finest_scale + 1e-6).log2().floor().clamp(0, len(ROI_STRIDES) - 1)
+    if rois.device.type != "cpu":
+        return _pool_without_waiting(maps, rois, levels, size)
     order = levels.argsort(stable=True)
     counts = levels.long().bincount(minlength=len(ROI_STRIDES)).tolist()
     # Always in float32: boxes rounded to half precision would pool from another place.
@@ -137,6 +190,29 @@ def pool_rois(
     for chosen, part in zip(order.split(counts), parts, strict=True):
         pooled[chosen] = part
     return pooled.permute(0, 3, 1, 2)
+
+
+def _pool_without_waiting(maps: list[Tensor], rois: Tensor, levels: Tensor, size: int) -> Tensor:
+    """`pool_rois` without counting the boxes of each level, for which the CPU would wait.
+
+    Each level pools all boxes, those of other levels as boxes without area: they take no samples
+    and pool zeros.
+    """
+    parts = (
+        torchvision_roi_align(
+            at_least_float32(x),
+            rois.masked_fill((levels != level)[:, None], 0),
+            size,
+            1 / stride,
+            -1,
+            aligned=True,
+        )
+        for level, (x, stride) in enumerate(zip(maps, ROI_STRIDES, strict=True))
+    )
+    pooled = next(parts)
+    for part in parts:
+        pooled = pooled + part
+    return pooled.to(maps[0].dtype).contiguous(memory_format=torch.channels_last)
 
 
 def at_least_float32(x: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """The heads of Mask R-CNN (arXiv:1703.06870): they predict proposals, boxes and masks."""
 
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -11,11 +12,12 @@ from vitadapter_zoo.models.boxes import (
     ANCHOR_RATIOS,
     ANCHOR_SCALE,
     FINEST_SCALE,
-    anchors,
+    anchor_grids,
     decode,
     nms_by_group,
     pool_rois,
 )
+from vitadapter_zoo.models.constants import uploaded
 from vitadapter_zoo.models.necks import WIDTH, Conv
 
 RPN_STRIDES = (4, 8, 16, 32, 64)
@@ -25,6 +27,8 @@ PROPOSALS = 1000  # per level before suppression, and over all levels after it
 RPN_NMS = 0.7
 BOX_NMS = 0.5
 MAX_DETECTIONS = 100
+# On a GPU: pairs of a proposal and a class above the threshold; a photo of COCO has a few hundred.
+MOST_CANDIDATES = 4096
 BOX_WIDTH = 1024  # width of the box head's hidden layers
 MASK_CONVS = 4
 REGIONS = 512  # proposals per image in training
@@ -43,6 +47,19 @@ class BoxDetections(NamedTuple):
     boxes: Tensor
     scores: Tensor
     labels: Tensor
+
+
+@dataclass(frozen=True)
+class Pending:
+    """What is known when the device has computed it: the caller asks once, at the end.
+
+    Attributes:
+        finite: bool scalars; False if values are NaN or infinite.
+        complete: bool scalars; False if an image had more than ``MOST_CANDIDATES`` candidates.
+    """
+
+    finite: list[Tensor] = field(default_factory=list)
+    complete: list[Tensor] = field(default_factory=list)
 
 
 class RPNHead(nn.Module):
@@ -82,10 +99,8 @@ class RPNHead(nn.Module):
             sizes: (height, width) of each resized image, network pixels.
             candidates: boxes per level that enter non-maximum suppression.
         """
-        grids = [
-            anchors(logits.shape[2], logits.shape[3], stride, logits.device, self.anchor_scale)
-            for (logits, _), stride in zip(outputs, RPN_STRIDES, strict=True)
-        ]
+        shapes = tuple((logits.shape[2], logits.shape[3]) for logits, _ in outputs)
+        grids = anchor_grids(shapes, RPN_STRIDES, outputs[0][0].device, self.anchor_scale)
         return [
             self._propose_one(
                 [(logits[index], deltas[index]) for logits, deltas in outputs],
@@ -99,7 +114,7 @@ class RPNHead(nn.Module):
     def _propose_one(
         self,
         outputs: list[tuple[Tensor, Tensor]],
-        grids: list[Tensor],
+        grids: tuple[Tensor, ...],
         size: tuple[int, int],
         candidates: int,
     ) -> Proposals:
@@ -111,9 +126,8 @@ class RPNHead(nn.Module):
             boxes = decode(grid[best], deltas, RPN_STDS, size)
             kept.append((boxes, scores, torch.full_like(best, level)))
         boxes, scores, levels = (torch.cat(parts) for parts in zip(*kept, strict=True))
-        solid = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(dim=1).nonzero().squeeze(1)
-        boxes, scores, levels = boxes[solid], scores[solid], levels[solid]
-        best = nms_by_group(boxes, scores, levels, RPN_NMS)[:PROPOSALS]
+        solid = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(dim=1)
+        best = nms_by_group(boxes, scores, levels, RPN_NMS, solid)[:PROPOSALS]
         return Proposals(boxes[best], scores[best])
 
 
@@ -196,6 +210,7 @@ class RoIHead(nn.Module):
         sizes: list[tuple[int, int]],
         scales: list[tuple[float, float, float, float]],
         score_threshold: float,
+        pending: Pending | None = None,
     ) -> list[BoxDetections]:
         """Return the best 100 boxes of each image, in image pixels.
 
@@ -205,13 +220,21 @@ class RoIHead(nn.Module):
             sizes: (height, width) of the resized images, network pixels.
             scales: network pixels per image pixel, for (x, y, x, y).
             score_threshold: lowest score kept, 0..1.
+            pending: takes what is to be checked, instead of waiting for it here. On a GPU the
+                result is then that of the best ``MOST_CANDIDATES`` candidates.
+
+        Raises:
+            ZooError: without ``pending``, a score is NaN or infinite.
         """
         counts = [len(proposal.boxes) for proposal in proposals]
         rois = _rois([proposal.boxes for proposal in proposals])
         pooled = pool_rois(maps, rois, 7, self.finest_scale)
         logits, deltas = self.bbox_head(pooled)
         scores = logits.float().softmax(-1)[:, :-1]
-        check_finite(scores)
+        if pending is None:
+            check_finite(scores)
+        else:
+            pending.finite.append(scores.isfinite().all())
         detections = []
         for proposal, image_scores, image_deltas, size, scale in zip(
             proposals,
@@ -221,13 +244,12 @@ class RoIHead(nn.Module):
             scales,
             strict=True,
         ):
-            # Decode only the pairs above the threshold: a few hundred of 80,000.
-            rows, labels = (image_scores > score_threshold).nonzero(as_tuple=True)
+            rows, labels, valid = _candidates(image_scores, score_threshold, pending)
             chosen_deltas = image_deltas.unflatten(1, (-1, 4))[rows, labels]
             boxes = decode(proposal.boxes[rows], chosen_deltas, BOX_STDS, size)
-            boxes = boxes / boxes.new_tensor(scale)
+            boxes = boxes / uploaded(scale, boxes)
             chosen_scores = image_scores[rows, labels]
-            best = nms_by_group(boxes, chosen_scores, labels, BOX_NMS)[:MAX_DETECTIONS]
+            best = nms_by_group(boxes, chosen_scores, labels, BOX_NMS, valid)[:MAX_DETECTIONS]
             detections.append(BoxDetections(boxes[best], chosen_scores[best], labels[best]))
         return detections
 
@@ -242,12 +264,45 @@ class RoIHead(nn.Module):
         Each mask is that of the detection's class.
         """
         boxes = [
-            found.boxes * found.boxes.new_tensor(scale)
+            found.boxes * uploaded(scale, found.boxes)
             for found, scale in zip(detections, scales, strict=True)
         ]
         labels = torch.cat([found.labels for found in detections])
         logits = self.mask_head(pool_rois(maps, _rois(boxes), 14, self.finest_scale), labels)
         return list(logits.float().sigmoid().split([len(found.labels) for found in detections]))
+
+
+def _candidates(
+    scores: Tensor, threshold: float, pending: Pending | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Choose the pairs of a proposal and a class above the threshold: a few hundred of 80,000.
+
+    Args:
+        scores: ``[R, classes]``.
+        threshold: lowest score, exclusive.
+        pending: see `RoIHead.detect_boxes`.
+
+    Returns:
+        Rows and classes, and which of the pairs are above the threshold; None if all are.
+    """
+    if pending is None or scores.device.type == "cpu":
+        rows, labels = (scores > threshold).nonzero(as_tuple=True)
+        return rows, labels, None
+    # A fixed number of pairs, because the CPU would wait for the number of those above the
+    # threshold. The stable order makes ties fall as above.
+    values, order = scores.flatten().sort(descending=True, stable=True)
+    best, values = order[:MOST_CANDIDATES], values[: MOST_CANDIDATES + 1]
+    pending.complete.append(~(values[MOST_CANDIDATES:] > threshold).any())
+    classes = scores.shape[1]
+    return best // classes, best % classes, values[:MOST_CANDIDATES] > threshold
+
+
+def not_finite() -> ZooError:
+    """The error about a network that computes NaN or infinite values."""
+    return ZooError(
+        "the network computes NaN or infinite values: its weights are damaged, or too large "
+        "for its dtype; load it again, or with dtype=torch.float32"
+    )
 
 
 def check_finite(values: Tensor) -> None:
@@ -257,10 +312,7 @@ def check_finite(values: Tensor) -> None:
         ZooError: a value is NaN or infinite.
     """
     if not values.isfinite().all():
-        raise ZooError(
-            "the network computes NaN or infinite values: its weights are damaged, or too large "
-            "for its dtype; load it again, or with dtype=torch.float32"
-        )
+        raise not_finite()
 
 
 def _rois(boxes: list[Tensor]) -> Tensor:

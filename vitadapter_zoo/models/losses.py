@@ -18,11 +18,12 @@ from vitadapter_zoo.models.boxes import (
     ANCHOR_RATIOS,
     ANCHOR_SCALE,
     ROI_STRIDES,
-    anchors,
+    anchor_grids,
     at_least_float32,
     encode,
     pool_rois,
 )
+from vitadapter_zoo.models.constants import uploaded, uploaded_pixels
 from vitadapter_zoo.models.heads import BOX_STDS, RPN_STDS, RPN_STRIDES, RoIHead
 from vitadapter_zoo.models.objects import Objects, Target, read_targets
 from vitadapter_zoo.models.targets import (
@@ -87,7 +88,7 @@ def losses(
     """
     weights = next(model.parameters())
     objects = read_targets(targets, inputs, len(model.categories), weights.device)
-    x = padded_batch(inputs).to(weights.device, weights.dtype)
+    x = uploaded_pixels(padded_batch(inputs), weights)
     maps = model.neck(model.backbone(x))
     outputs = model.rpn_head(maps)
 
@@ -159,13 +160,8 @@ def rpn_losses(
             [part.permute(0, 2, 3, 1).reshape(len(part), -1, 4) for _, part in outputs], dim=1
         )
     )
-    grids = [tuple(part.shape[2:]) for part, _ in outputs]
-    boxes = torch.cat(
-        [
-            anchors(height, width, stride, logits.device, anchor_scale)
-            for (height, width), stride in zip(grids, RPN_STRIDES, strict=True)
-        ]
-    )
+    grids = tuple((part.shape[2], part.shape[3]) for part, _ in outputs)
+    boxes = torch.cat(anchor_grids(grids, RPN_STRIDES, logits.device, anchor_scale))
     cls_sum, bbox_sum, total = logits.new_zeros(()), logits.new_zeros(()), logits.new_zeros(())
     for image, (own, size) in enumerate(zip(objects, sizes, strict=True)):
         assigned = assign(boxes, own.boxes, RPN_MATCHING, _valid(grids, size, logits.device))
@@ -185,7 +181,7 @@ def rpn_losses(
 
 
 def _valid(
-    grids: list[tuple[int, ...]], size: tuple[int, int], device: torch.device
+    grids: tuple[tuple[int, int], ...], size: tuple[int, int], device: torch.device
 ) -> Tensor | None:
     """Return a flag for each anchor: whether its centre is inside ``size``; None if all are."""
     if all(-(-size[axis] // RPN_STRIDES[0]) >= grids[0][axis] for axis in (0, 1)):
@@ -206,10 +202,12 @@ class Regions(NamedTuple):
         rois: ``[R, 5]`` as (image index, x1, y1, x2, y2) in network pixels.
         owners: int64 ``[R]``, the index of the object that each proposal belongs to, counted over
             the whole batch, or ``BACKGROUND``.
+        positives: how many regions of each image belong to objects; None if that is not known yet.
     """
 
     rois: Tensor
     owners: Tensor
+    positives: list[int] | None = None
 
 
 def sample_regions(
@@ -226,7 +224,7 @@ def sample_regions(
         choose: selects the proposals.
         sampling: the number of proposals per image.
     """
-    rois, owners, taken = [], [], []
+    rois, owners, chosen_ones = [], [], []
     before = 0
     for image, (boxes, own) in enumerate(zip(proposals, objects, strict=True)):
         matched = assign(boxes, own.boxes, ROI_MATCHING)
@@ -237,10 +235,21 @@ def sample_regions(
         matched = matched[chosen.indices]
         rois.append(F.pad(boxes[chosen.indices], (1, 0), value=image))
         owners.append(torch.where(matched >= 0, matched + before, BACKGROUND))
-        taken.append(chosen.taken)
+        chosen_ones.append(chosen)
         before += len(own.boxes)
-    kept = torch.cat(taken).nonzero().squeeze(1)
-    return Regions(torch.cat(rois)[kept], torch.cat(owners)[kept])
+    # On a GPU this is the only wait of the losses beside one for each image's suppression.
+    numbers = torch.stack(
+        [torch.stack([it.taken.sum(), it.positive.sum()]) for it in chosen_ones]
+    ).tolist()
+    kept = _true(torch.cat([it.taken for it in chosen_ones]), sum(taken for taken, _ in numbers))
+    return Regions(
+        torch.cat(rois)[kept], torch.cat(owners)[kept], [positive for _, positive in numbers]
+    )
+
+
+def _true(flags: Tensor, count: int) -> Tensor:
+    """Return the indices of the ``count`` flags that are True; ``nonzero`` would wait for them."""
+    return flags.to(torch.uint8).argsort(descending=True, stable=True)[:count]
 
 
 def roi_losses(
@@ -260,18 +269,21 @@ def roi_losses(
         regions: from `sample_regions`.
         objects: the objects of each image.
     """
-    rois, owners = regions
+    rois, owners, counts = regions
+    if counts is None:
+        images = rois[owners >= 0, 0].long()
+        counts = torch.bincount(images, minlength=len(objects)).tolist()
     logits, deltas = head.bbox_head(pool_rois(maps, rois, 7, head.finest_scale))
     number = max(len(rois), 1)
     background = logits.shape[1] - 1
     # The last entry is the background class, because BACKGROUND is index -1.
-    labels = torch.cat([*(own.labels for own in objects), owners.new_tensor([background])])[owners]
-    positives = (owners >= 0).nonzero().squeeze(1)
+    labels = torch.cat([*(own.labels for own in objects), uploaded([background], owners)])[owners]
+    positives = _true(owners >= 0, sum(counts))
     boxes, owners, classes = rois[positives], owners[positives], labels[positives]
     wanted = encode(boxes[:, 1:], torch.cat([own.boxes for own in objects])[owners], BOX_STDS)
     found = at_least_float32(deltas).view(len(rois), background, 4)[positives, classes]
     masks = at_least_float32(head.mask_head(pool_rois(maps, boxes, 14, head.finest_scale), classes))
-    shapes = _shapes(objects, boxes, owners)
+    shapes = _shapes(objects, boxes, owners, counts)
     return {
         "loss_cls": F.cross_entropy(at_least_float32(logits), labels, reduction="sum") / number,
         "loss_bbox": (found - wanted).abs().sum() / number,
@@ -280,9 +292,8 @@ def roi_losses(
     }
 
 
-def _shapes(objects: list[Objects], rois: Tensor, owners: Tensor) -> Tensor:
+def _shapes(objects: list[Objects], rois: Tensor, owners: Tensor, counts: list[int]) -> Tensor:
     """Return the mask targets ``[P, 28, 28]`` of positive regions, which are ordered by image."""
-    counts = torch.bincount(rois[:, 0].long(), minlength=len(objects)).tolist()
     shapes = []
     before = 0
     for own, boxes, numbers in zip(

@@ -14,7 +14,15 @@ from vitadapter_zoo.errors import ImageError
 from vitadapter_zoo.images import ImageInput, NetworkInput, network_input
 from vitadapter_zoo.images.sources import Item, Source, expand, expand_lazily, items
 from vitadapter_zoo.models.boxes import ROI_STRIDES
-from vitadapter_zoo.models.heads import RoIHead, RPNHead, check_finite
+from vitadapter_zoo.models.constants import uploaded_pixels
+from vitadapter_zoo.models.heads import (
+    BoxDetections,
+    Pending,
+    Proposals,
+    RoIHead,
+    RPNHead,
+    not_finite,
+)
 from vitadapter_zoo.models.losses import losses
 from vitadapter_zoo.models.objects import Target
 from vitadapter_zoo.models.precision import float32_precision
@@ -145,6 +153,8 @@ class MaskRCNN(nn.Module):
     ) -> list[Instances]:
         """Detect objects; leave the masks at 28x28 pixels instead of pasting them into the image.
 
+        From a GPU everything is downloaded in one copy; the results are on the CPU.
+
         Args:
             inputs: outputs of ``preprocess`` whose tensors have the same shape.
             score_threshold: lowest score of a detection, 0..1.
@@ -159,24 +169,61 @@ class MaskRCNN(nn.Module):
                 f"all images of a batch must have the same padded shape, got {sorted(shapes)}"
             )
         weights = next(self.parameters())
-        x = torch.cat([item.tensor for item in inputs]).to(weights.device, weights.dtype)
+        x = uploaded_pixels(torch.cat([item.tensor for item in inputs]), weights)
         sizes = [item.resized for item in inputs]
-        scales = [item.scale for item in inputs]
         with float32_precision(weights.device, allow_tf32=self.allow_tf32):
             maps: list[Tensor] = self.neck(self.backbone(x))
             proposals = self.rpn_head.propose(maps, sizes)
-            check_finite(torch.cat([proposal.scores for proposal in proposals]))
-            if not all(len(proposal.boxes) for proposal in proposals):  # where maps are NaN
-                check_finite(torch.stack([x.float().sum() for x in maps]))
-            roi_maps = maps[: len(ROI_STRIDES)]
-            found = self.roi_head.detect_boxes(roi_maps, proposals, sizes, scales, score_threshold)
-            masks = self.roi_head.predict_masks(roi_maps, found, scales)
-        return [
-            Instances(boxes, scores, labels, probabilities, item.original)
-            for item, (boxes, scores, labels), probabilities in zip(
-                inputs, found, masks, strict=True
+            found, complete = self._regions(
+                maps, proposals, inputs, score_threshold, all_candidates=False
             )
+            if not complete:
+                found, _ = self._regions(
+                    maps, proposals, inputs, score_threshold, all_candidates=True
+                )
+        return found
+
+    def _regions(
+        self,
+        maps: list[Tensor],
+        proposals: list[Proposals],
+        inputs: Sequence[NetworkInput],
+        score_threshold: float,
+        *,
+        all_candidates: bool,
+    ) -> tuple[list[Instances], bool]:
+        """Compute boxes and masks from the proposals.
+
+        Args:
+            maps: from the neck.
+            proposals: per image.
+            inputs: the images.
+            score_threshold: lowest score of a detection, 0..1.
+            all_candidates: wait for the number of candidates of each image, instead of taking a
+                fixed number of them.
+
+        Returns:
+            The detections, and whether no image has more candidates than that number.
+        """
+        pending = Pending()
+        pending.finite.append(torch.cat([found.scores for found in proposals]).isfinite().all())
+        if not all(len(found.boxes) for found in proposals):  # where maps are NaN
+            pending.finite.append(torch.stack([x.float().sum() for x in maps]).isfinite().all())
+        sizes, scales = [item.resized for item in inputs], [item.scale for item in inputs]
+        roi_maps = maps[: len(ROI_STRIDES)]
+        found = self.roi_head.detect_boxes(
+            roi_maps, proposals, sizes, scales, score_threshold, None if all_candidates else pending
+        )
+        masks = self.roi_head.predict_masks(roi_maps, found, scales)
+        flags = torch.stack([*pending.finite, *pending.complete])
+        parts, passed = downloaded(found, masks, flags)
+        finite, complete = passed[: len(pending.finite)], passed[len(pending.finite) :]
+        if not all(finite):
+            raise not_finite()
+        instances = [
+            Instances(*part, item.original) for part, item in zip(parts, inputs, strict=True)
         ]
+        return instances, all(complete)
 
     def predict(
         self,
@@ -275,6 +322,32 @@ class MaskRCNN(nn.Module):
                 strict=True,
             )
         )
+
+
+def downloaded(
+    found: list[BoxDetections], masks: list[Tensor], flags: Tensor
+) -> tuple[list[tuple[Tensor, Tensor, Tensor, Tensor]], list[bool]]:
+    """Copy results to the CPU, in one copy.
+
+    Args:
+        found: boxes, scores and labels of each image.
+        masks: mask probabilities of each image, ``[N, 28, 28]``.
+        flags: bool ``[K]``.
+
+    Returns:
+        Boxes, scores, labels and masks of each image, and the flags.
+    """
+    parts = [(*boxes, maps) for boxes, maps in zip(found, masks, strict=True)]
+    if flags.device.type == "cpu":
+        return parts, flags.tolist()
+    # float32 holds every class's number exactly.
+    packed = torch.cat([flags.float(), *(x.flatten().float() for part in parts for x in part)])
+    values = iter(packed.cpu().split([len(flags), *(x.numel() for part in parts for x in part)]))
+    passed = next(values).bool().tolist()
+    parts = [
+        tuple(next(values).view(x.shape).to(x.dtype, copy=True) for x in part) for part in parts
+    ]
+    return parts, passed
 
 
 @contextmanager

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torchvision.ops import roi_align as torchvision_roi_align
 
+from vitadapter_zoo.models.constants import uploaded
+
 BACKGROUND = -1
 IGNORED = -2
 MASK_SIZE = 28
@@ -163,7 +165,7 @@ def mask_targets(masks: Tensor, owners: Tensor, boxes: Tensor) -> Tensor:
     if len(boxes) == 0:
         return boxes.new_zeros(0, MASK_SIZE, MASK_SIZE)
     height, width = masks.shape[1:]
-    inside = boxes.clamp(min=0).minimum(boxes.new_tensor([width, height, width, height]))
+    inside = boxes.clamp(min=0).minimum(uploaded([width, height, width, height], boxes))
     rois = torch.cat([owners[:, None].to(inside), inside], dim=1)
     pooled = torchvision_roi_align(
         masks[:, None].to(boxes), rois, MASK_SIZE, 1.0, sampling_ratio=-1, aligned=True

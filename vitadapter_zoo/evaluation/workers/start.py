@@ -50,6 +50,7 @@ def worker_pool(
         options,
         checkpoint=None if checkpoint is None else _absolute(os.fspath(checkpoint)),
         device=device,
+        allow_tf32=model.allow_tf32 if isinstance(model, MaskRCNN) else options.allow_tf32,
         cache_dir=None if home is None else Path(home).absolute(),
     )
     spec = Spec(path, replace(data, images=(), objects=()), options)
