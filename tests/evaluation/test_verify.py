@@ -22,6 +22,7 @@ from vitadapter_zoo import (
     ImageError,
     MaskRCNN,
     Verification,
+    ZooError,
 )
 from vitadapter_zoo.backends.comparison import matches
 from vitadapter_zoo.evaluation.dataset import Image, read_dataset, sampling_order
