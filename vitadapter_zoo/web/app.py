@@ -17,7 +17,7 @@ from vitadapter_zoo.catalog import COCO_CLASSES, get_row
 from vitadapter_zoo.errors import ImageError, ZooError
 from vitadapter_zoo.images import read_image
 from vitadapter_zoo.web import overlay
-from vitadapter_zoo.web.models import Models, available
+from vitadapter_zoo.web.models import Models, Work, available
 
 if TYPE_CHECKING:
     import gradio
@@ -53,18 +53,22 @@ class Result:
     name: str
 
 
-def build(models: Sequence[str] = (), *, device: str = "cpu") -> gradio.Blocks:
+def build(
+    models: Sequence[str] = (), *, device: str = "cpu", work: Work | None = None
+) -> gradio.Blocks:
     """The page; ``launch`` serves it.
 
     Args:
         models: folders or names beside those in the cache, see `vitadapter_zoo.web.models`.
         device: where the network computes.
+        work: stops the computation before the process exits.
 
     Raises:
         ZooError: Gradio is not installed, or a name is not a model.
     """
     gr = _gradio()
     offered = Models(available(models), device)
+    work = work or Work()
     with gr.Blocks(
         title="vitadapter-zoo", analytics_enabled=False, delete_cache=(KEPT // 6, KEPT)
     ) as page:
@@ -84,16 +88,18 @@ def build(models: Sequence[str] = (), *, device: str = "cpu") -> gradio.Blocks:
         def show(kept: Result | None, lowest: float) -> tuple[Any, ...]:
             if kept is None:
                 return gr.skip(), gr.skip(), gr.skip()
-            return _shown(gr, kept, lowest)
+            with work.request():
+                return _shown(gr, kept, lowest)
 
         def detect(path: str | None, name: str, lowest: float) -> tuple[Any, ...]:
             if path is None:
                 return (None, *_said(gr, START))
             try:
-                kept = _detected(offered, name, Path(path))
+                with work.request():
+                    kept = _detected(offered, name, Path(path))
+                    return (kept, *_shown(gr, kept, lowest))
             except ZooError as error:
                 return (None, *_said(gr, str(error)))
-            return (kept, *_shown(gr, kept, lowest))
 
         outputs = [picture, table, download]
         detection: dict[str, Any] = {
