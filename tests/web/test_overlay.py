@@ -1,6 +1,7 @@
 """The HTML of the web demo, and the models that it offers."""
 
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import vitadapter_zoo
 from vitadapter_zoo import Detections, MaskRCNN, UnknownModelError, ZooError, get_row
 from vitadapter_zoo.detections.masks import MaskMaps
 from vitadapter_zoo.web import overlay
-from vitadapter_zoo.web.models import Models, available
+from vitadapter_zoo.web.models import Models, Work, available
 from vitadapter_zoo.weights import atomic, cache
 
 BOXES = torch.tensor([[0.0, 0.0, 400.0, 200.0], [300.0, 50.0, 380.0, 90.0]])
@@ -92,3 +93,26 @@ def test_without_gradio_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(ZooError, match=r"pip install 'vitadapter-zoo\[web\]'"):
         vitadapter_zoo.web.build()
+
+
+def test_stopping_waits_for_the_running_request_and_refuses_the_next() -> None:
+    work, entered, leave = Work(), threading.Event(), threading.Event()
+
+    def compute() -> None:
+        with work.request():
+            entered.set()
+            leave.wait(60)
+
+    computing = threading.Thread(target=compute)
+    stopping = threading.Thread(target=work.stop)
+    computing.start()
+    assert entered.wait(60)
+    stopping.start()
+    stopping.join(0.2)
+    assert stopping.is_alive()
+    with pytest.raises(ZooError, match="The server stops"), work.request():
+        pass
+    leave.set()
+    stopping.join(60)
+    assert not stopping.is_alive()
+    computing.join()

@@ -53,14 +53,17 @@ def serve(
     from vitadapter_zoo import web
     from vitadapter_zoo.cli.predict import default_device, usable_device
     from vitadapter_zoo.web.app import temporary_folder
+    from vitadapter_zoo.web.models import Work
 
     place = str(usable_device(device or default_device()))
+    work = Work()
     with temporary_folder():
-        page = web.build(models, device=place)
+        page = web.build(models, device=place, work=work)
         url = web.launch(page, host=host, port=port, megabytes=max_megabytes)
         click.echo(f"{url} (Ctrl-C stops it)")
         stop = threading.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stop.set())
         stop.wait()
+        work.stop()
         page.close(verbose=False)

@@ -6,10 +6,10 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import PIL.Image
 
@@ -17,7 +17,7 @@ from vitadapter_zoo.catalog import COCO_CLASSES, get_row
 from vitadapter_zoo.errors import ImageError, ZooError
 from vitadapter_zoo.images import read_image
 from vitadapter_zoo.web import overlay
-from vitadapter_zoo.web.models import Models, available
+from vitadapter_zoo.web.models import Models, Work, available
 
 if TYPE_CHECKING:
     import gradio
@@ -34,6 +34,8 @@ KEPT = 3600  # seconds that a picture and its result are kept
 SESSIONS = 50  # whose results are kept
 SAMPLE = "000184.jpg"  # a validation image of the row below
 SAMPLE_MODEL = "adapter-n-emoji"
+
+Handler: TypeAlias = Callable[..., tuple[Any, ...]]
 
 START = "Drop a picture, or try the sample. It does not leave this server."
 
@@ -53,12 +55,15 @@ class Result:
     name: str
 
 
-def build(models: Sequence[str] = (), *, device: str = "cpu") -> gradio.Blocks:
+def build(
+    models: Sequence[str] = (), *, device: str = "cpu", work: Work | None = None
+) -> gradio.Blocks:
     """The page; ``launch`` serves it.
 
     Args:
         models: folders or names beside those in the cache, see `vitadapter_zoo.web.models`.
         device: where the network computes.
+        work: stops the computation before the process exits.
 
     Raises:
         ZooError: Gradio is not installed, or a name is not a model.
@@ -81,20 +86,7 @@ def build(models: Sequence[str] = (), *, device: str = "cpu") -> gradio.Blocks:
                 picture = gr.HTML(overlay.note(START), elem_id="picture", apply_default_css=False)
                 table = gr.HTML("", elem_id="table", apply_default_css=False)
 
-        def show(kept: Result | None, lowest: float) -> tuple[Any, ...]:
-            if kept is None:
-                return gr.skip(), gr.skip(), gr.skip()
-            return _shown(gr, kept, lowest)
-
-        def detect(path: str | None, name: str, lowest: float) -> tuple[Any, ...]:
-            if path is None:
-                return (None, *_said(gr, START))
-            try:
-                kept = _detected(offered, name, Path(path))
-            except ZooError as error:
-                return (None, *_said(gr, str(error)))
-            return (kept, *_shown(gr, kept, lowest))
-
+        show, detect = _handlers(gr, offered, work or Work())
         outputs = [picture, table, download]
         detection: dict[str, Any] = {
             "fn": detect,
@@ -161,6 +153,28 @@ def temporary_folder() -> tempfile.TemporaryDirectory[str]:
     folder = tempfile.TemporaryDirectory(prefix="vitadapter-zoo-", ignore_cleanup_errors=True)
     os.environ["GRADIO_TEMP_DIR"] = folder.name
     return folder
+
+
+def _handlers(gr: Any, offered: Models, work: Work) -> tuple[Handler, Handler]:
+    """What the page calls when the slider moves, and when the picture or the model changes."""
+
+    def show(kept: Result | None, lowest: float) -> tuple[Any, ...]:
+        if kept is None:
+            return gr.skip(), gr.skip(), gr.skip()
+        with work.request():
+            return _shown(gr, kept, lowest)
+
+    def detect(path: str | None, name: str, lowest: float) -> tuple[Any, ...]:
+        if path is None:
+            return (None, *_said(gr, START))
+        try:
+            with work.request():
+                kept = _detected(offered, name, Path(path))
+                return (kept, *_shown(gr, kept, lowest))
+        except ZooError as error:
+            return (None, *_said(gr, str(error)))
+
+    return show, detect
 
 
 def _detected(offered: Models, name: str, path: Path) -> Result:

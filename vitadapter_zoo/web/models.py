@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from vitadapter_zoo.catalog import get_row, list_models
-from vitadapter_zoo.errors import UnknownModelError
+from vitadapter_zoo.errors import UnknownModelError, ZooError
 from vitadapter_zoo.finder import cached_bytes, find
 from vitadapter_zoo.loader import load
 from vitadapter_zoo.text import quoted
@@ -74,3 +75,40 @@ class Models:
                 model = load(name, device=self.device, offline=True, progress=False)
                 self._loaded = name, model
             return self._loaded[1].predict(image, score)[0]
+
+
+class Work:
+    """The requests that are being computed, so that the server can stop between them.
+
+    Python ends the threads of a server when it exits, and a thread that is inside of torch then
+    aborts the process.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._running = 0
+        self._stopped = False
+
+    @contextmanager
+    def request(self) -> Iterator[None]:
+        """Surrounds the computation of one request.
+
+        Raises:
+            ZooError: the server stops.
+        """
+        with self._changed:
+            if self._stopped:
+                raise ZooError("The server stops.")
+            self._running += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._running -= 1
+                self._changed.notify_all()
+
+    def stop(self) -> None:
+        """Refuse further requests, and wait for the running ones."""
+        with self._changed:
+            self._stopped = True
+            self._changed.wait_for(lambda: not self._running)
