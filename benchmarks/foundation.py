@@ -5,7 +5,8 @@
 Models have the published sizes and random weights, at batch size 1. Every round runs the model as
 it is, accelerates it, runs it again and restores it, so that other load on the machine affects
 both. The ratio is the median over the rounds. ``differs`` is the largest difference of one output,
-relative to its largest value.
+relative to its largest value. OneFormer's comes after masks that are cut at a threshold, which a
+rounding error may pass.
 
 ``accelerate`` leaves some families as they are. To show why, their modules are given the operator
 by hand; these rows say so. ``MSDeformAttn`` is one attention of DINOv3's adapter of size S, not a
