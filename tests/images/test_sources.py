@@ -189,7 +189,7 @@ def test_iterators_are_taken_one_image_at_a_time(small: MaskRCNN, shots: Path) -
     assert same(next(results), expected[0])
     assert taken == paths[:1]
     with standins.PHOTO.open("rb") as file, pytest.raises(ImageError, match="not BufferedReader"):
-        small.predict(file)  # type: ignore[arg-type]
+        small.predict(file)
 
 
 def test_calling_the_model_with_a_single_image_is_explained(small: MaskRCNN) -> None:
