@@ -12,12 +12,12 @@ from torch import nn
 
 from vitadapter_zoo import settings
 from vitadapter_zoo.catalog import Row, get_row, list_models
-from vitadapter_zoo.errors import ConfigError
+from vitadapter_zoo.errors import ConfigError, DownloadError
 from vitadapter_zoo.finder import place_of
 from vitadapter_zoo.loader import load
-from vitadapter_zoo.models.around import PAPER, check_adapter, create_trunk, surround
+from vitadapter_zoo.models.around import PAPER, check_adapter, create_trunk, surround, timm_name
 from vitadapter_zoo.models.build import build_backbone
-from vitadapter_zoo.text import quoted
+from vitadapter_zoo.text import quoted, shown
 from vitadapter_zoo.weights.trunks import read_backbone
 
 ALL = (0, 1, 2, 3)
@@ -122,11 +122,35 @@ def _of_timm(
     options: dict[str, Any],
 ) -> nn.Module:
     trunk_drop_path = 0.0 if options["frozen"] else options["drop_path"] or 0.0
+    if pretrained and settings.is_offline(common["offline"]):
+        checkpoint, pretrained = _cached(name), False
     trunk = create_trunk(name, pretrained=pretrained, drop_path=trunk_drop_path)
     network = surround(trunk, **options)
     if checkpoint is not None:
         read_backbone(network, name, checkpoint, **common)
     return network
+
+
+def _cached(name: str) -> str:
+    """The file of timm's weights in huggingface_hub's cache.
+
+    Raises:
+        DownloadError: it is not there.
+    """
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    found = timm.get_pretrained_cfg(timm_name(name))
+    repository = found.hf_hub_id if found is not None else None
+    if repository:
+        path = try_to_load_from_cache(
+            repository, "model.safetensors", cache_dir=constants.HF_HUB_CACHE
+        )
+        if isinstance(path, str):
+            return path
+    raise DownloadError(
+        f"{repository or shown(name)} is not in {constants.HF_HUB_CACHE}, and this is offline "
+        "mode; give a file with checkpoint=, or load it once with the network"
+    )
 
 
 def register_timm() -> list[str]:

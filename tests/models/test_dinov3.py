@@ -59,7 +59,9 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> DINOv3Adapter:
 
 def photo() -> Tensor:
     """The photo as the authors' code got it: ``[1, 3, 416, 640]``."""
-    pixels = cv2.cvtColor(cv2.imread(str(standins.PHOTO)), cv2.COLOR_BGR2RGB)[:416]
+    decoded = cv2.imread(str(standins.PHOTO))
+    assert decoded is not None
+    pixels = cv2.cvtColor(decoded, cv2.COLOR_BGR2RGB)[:416]
     image = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255
     return (image - IMAGENET[0]) / IMAGENET[1]
 
@@ -175,7 +177,7 @@ def loaded(path: Path, name: str = NAME) -> DINOv3Adapter:
     """A tiny network with the weights of a file."""
     from vitadapter_zoo.weights.trunks import read_backbone
 
-    network = DINOv3Adapter(timm.create_model(name, **trunks.TINY))
+    network = DINOv3Adapter(trunks.fresh(name))
     read_backbone(network, name, path, progress=False)
     return network.eval()
 
@@ -246,7 +248,7 @@ def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     state["norm5.weight"] = torch.zeros(64)
     with pytest.raises(CheckpointError, match=r"(?s)2 missing.*norm2.weight.*1 unexpected"):
         loaded(trunks.save(state, tmp_path / "incomplete.pth"))
-    wide = timm.create_model(NAME, **{**trunks.TINY, "embed_dim": 128})
+    wide = trunks.fresh(NAME, embed_dim=128)
     with pytest.raises(CheckpointError, match="of another shape"):
         loaded(trunks.save(wide.state_dict(), tmp_path / "wide.pth"))
     with pytest.raises(CheckpointError, match="missing"):

@@ -8,9 +8,9 @@ import torch
 from timm.models.eva import checkpoint_filter_fn
 from torch import Tensor, nn
 
-TINY = {"embed_dim": 64, "depth": 4, "num_heads": 2, "num_classes": 0}
+TINY: dict[str, Any] = {"embed_dim": 64, "depth": 4, "num_heads": 2, "num_classes": 0}
 # What each is: prefix tokens, patch size and position embeddings differ.
-ARCHITECTURES = {
+ARCHITECTURES: dict[str, dict[str, Any]] = {
     "deit_small_patch16_224": {},
     "deit_small_distilled_patch16_224": {},
     "deit3_small_patch16_224": {},
@@ -26,9 +26,13 @@ ARCHITECTURES = {
 
 
 def tiny(name: str, **settings: Any) -> Any:
-    """The architecture with few channels and blocks; its weights are the same for each seed."""
-    trunk = timm.create_model(name, **{**TINY, **ARCHITECTURES.get(name, {}), **settings})
-    return shaken(trunk)
+    """The architecture with few channels and blocks; its weights are always the same."""
+    return shaken(fresh(name, **settings))
+
+
+def fresh(name: str, **settings: Any) -> Any:
+    """The same with the weights that timm draws."""
+    return timm.create_model(name, **{**TINY, **ARCHITECTURES.get(name, {}), **settings})
 
 
 def shaken(network: nn.Module, seed: int = 0) -> nn.Module:

@@ -151,7 +151,8 @@ def deform_setting(trunk: Trunk) -> tuple[int, float]:
     dim = trunk.embed_dim
     if dim in (192, 384):
         return 6, 1.0
-    heads = trunk.blocks[0].attn.num_heads
+    attention = getattr(trunk.blocks[0], "attn", None)
+    heads = attention.num_heads if attention is not None else max(1, dim // 64)
     ratio = 1.0 if dim < 768 else 0.5
     while int(dim * ratio) % heads:
         heads -= 1

@@ -199,8 +199,8 @@ def _windows(blocks: nn.ModuleList, windows: bool | Sequence[bool]) -> tuple[boo
     for block, windowed in zip(children, flags, strict=True):
         if windowed and not can_be_windowed(block):
             raise ConfigError(
-                f"windows: blocks of class {type(block).__name__} with "
-                f"{type(block.attn).__name__} cannot be windowed; use windows=False. "
-                f"{Block.__name__} and {EvaBlock.__name__} of timm can be"
+                f"windows: blocks of class {type(block).__name__} (with "
+                f"{type(getattr(block, 'attn', None)).__name__}) cannot be windowed; use "
+                f"windows=False. timm's {Block.__name__} and {EvaBlock.__name__} can be"
             )
     return flags
