@@ -99,7 +99,9 @@ def check_folder(directory: Path, inputs: Sequence[Any] = ()) -> None:
         )
 
 
-def write(found: Verification, directory: Path, *, command: str | None = None) -> dict[str, Any]:
+def write(
+    found: Verification, directory: str | os.PathLike[str], *, command: str | None = None
+) -> dict[str, Any]:
     """Write report.json, report.html and detections.json; each file is replaced in one step.
 
     Args:
@@ -111,8 +113,10 @@ def write(found: Verification, directory: Path, *, command: str | None = None) -
         The content of report.json.
 
     Raises:
-        ZooError: the folder cannot be written to.
+        ZooError: the folder cannot be written to, or a file of the report is an input.
     """
+    directory = settings.expanded(directory)
+    check_folder(directory, [found.annotations, found.details.get("results")])
     from vitadapter_zoo.reports import page
     from vitadapter_zoo.reports.worst_images import worst
 
