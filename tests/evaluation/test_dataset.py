@@ -317,6 +317,9 @@ BAD_RESULTS: dict[str, tuple[Callable[[list[Json]], Any], str]] = {
     "polygon": (lambda found: found[3].update(segmentation=[[1, 2, 3, 4, 5, 6]]), "RLE"),
     "damaged mask": (lambda found: found[3]["segmentation"].update(counts="abc"), "detection 3 "),
     "short mask": (lambda found: found[3]["segmentation"].update(counts="5"), "detection 3 "),
+    "half a character": (
+        lambda found: found[3]["segmentation"].update(counts="\ud800"), "detection 3 .*RLE",
+    ),
     "empty mask": (lambda found: found[3]["segmentation"].update(counts=""), "detection 3 "),
     "other size": (lambda found: found[3]["segmentation"].update(size=[1, 1]), "detection 3 "),
     "other image": (lambda found: found[3].update(image_id=-1), "another data set"),

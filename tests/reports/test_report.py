@@ -433,6 +433,14 @@ def test_a_report_never_replaces_what_is_scored(link: bool, tmp_path: Path) -> N
     assert (results.read_text(), annotations.read_text()) == ("[]", "{}")
 
 
+def test_the_folder_of_a_report_may_be_text_in_the_home_folder(
+    found: Verification, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    report.write(found, "~/out")
+    assert (tmp_path / "out" / "report.html").is_file()
+
+
 def test_no_detections_and_no_objects_make_a_page_too(scene: Scene, tmp_path: Path) -> None:
     empty = [
         replace(result, boxes=[], scores=[], category_ids=[], masks=[]) for result in scene.results

@@ -226,13 +226,15 @@ def test_bad_data_are_refused(case: str, content: dict[str, Any], tmp_path: Path
         read(content, tmp_path)
 
 
-@pytest.mark.parametrize("first", [2**53 + 1, -5, "a", "9" * 5000])
+@pytest.mark.parametrize("first", [2**53 + 1, -5, "a", "9" * 5000, "both"])
 def test_ids_are_names(first: int | str, content: dict[str, Any], tmp_path: Path) -> None:
     """Large, negative and text ids, which float64 and sorting would mix up."""
     plain, _ = read(content, tmp_path)
     renamed = {
         key: first + key if isinstance(first, int) else f"{first}{key}" for key in range(1, 4)
     }
+    if first == "both":
+        renamed[1] = 7  # a number among texts
     for kind, key in (("images", "id"), ("annotations", "image_id")):
         for one in content[kind]:
             one[key] = renamed[one[key] + 1]

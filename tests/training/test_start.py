@@ -1,6 +1,8 @@
 """What training starts from: fresh weights, pretrained trunks, trained detectors."""
 
 import math
+import struct
+import zipfile
 from pathlib import Path
 from typing import Any, cast
 
@@ -172,6 +174,16 @@ def test_damaged_arrays_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "other.npz"
     np.savez(path, weights=np.zeros(3))
     with pytest.raises(CheckpointError, match="not a vision transformer of JAX's"):
+        read_pretraining(network, str(path))
+    np.savez_compressed(path, **{"embedding/kernel": np.zeros(50_000_000, np.uint8)})
+    with pytest.raises(CheckpointError, match="claim 50,000,128 bytes"):
+        read_pretraining(network, str(path))
+    header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000,), }\n"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(
+            "embedding/kernel.npy", b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header
+        )
+    with pytest.raises(CheckpointError, match="claim 4,000,000,000,000 bytes"):
         read_pretraining(network, str(path))
     np.savez(path, **{"embedding/kernel": np.array([{}], dtype=object)}, allow_pickle=True)
     with pytest.raises(CheckpointError, match="Object arrays cannot be loaded"):

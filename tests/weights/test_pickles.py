@@ -114,6 +114,20 @@ def test_what_torch_reads_is_read_the_same(habit: str, legacy: bool, tmp_path: P
         assert torch.equal(found[name], value)
 
 
+@pytest.mark.parametrize("legacy", [False, True])
+def test_shared_memory_counts_once_in_a_file_that_is_nearly_all_weights(
+    legacy: bool, tmp_path: Path
+) -> None:
+    flat = torch.arange(200_000.0)
+    state = {"a": flat, "b": flat[10:], "c": flat[:150_000].view(300, 500)}
+    content = {"state_dict": state, "best": state, "optimizer": [*state.values()]}
+    path = tmp_path / "shared.pth"
+    torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+    assert path.stat().st_size < 1.1 * flat.nbytes
+    found = checkpoint.read(path, "it").tensors
+    assert all(torch.equal(found[name], value) for name, value in state.items())
+
+
 def test_a_dtype_that_has_no_storage_class(tmp_path: Path) -> None:
     # torch itself cannot read it from the legacy format.
     path = saved({"f8": torch.ones(4).to(torch.float8_e4m3fn)}, tmp_path / "a.pth")
@@ -156,6 +170,10 @@ def long_text(size: int) -> str:
 
 
 LONG = 3_000_000
+TENSOR = (
+    b"ctorch._utils\n_rebuild_tensor_v2\n((X\x07\x00\x00\x00storagectorch\nFloatStorage\n"
+    b"X\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x01tQK\x00)))\x89Ntq\x02R"
+)
 STATE = {"a": torch.ones(3)}
 GREEDY: dict[str, Callable[[], bytes]] = {
     "a string encoded again and again": lambda: b"\x80\x02c_codecs\nencode\nq\x00X"
@@ -179,6 +197,12 @@ GREEDY: dict[str, Callable[[], bytes]] = {
     "a billion laughs": lambda: b"\x80\x02]q\x00"
     + b"".join(b"](h" + bytes([i]) * 1 + (b"h" + bytes([i])) * 50 + b"eq" + bytes([i + 1])
                for i in range(200)) + b".",
+    "a billion laughs as a type of numbers": lambda: b"\x80\x02cnumpy\ndtype\nq\xff]q\x00"
+    + b"".join(b"](h" + bytes([i]) + (b"h" + bytes([i])) * 50 + b"eq" + bytes([i + 1])
+               for i in range(200)) + b"q\xfe0h\xffh\xfe\x85R.",
+    "a billion laughs as an attribute's name": lambda: b"\x80\x02]q\x00"
+    + b"".join(b"](h" + bytes([i]) + (b"h" + bytes([i])) * 50 + b"eq" + bytes([i + 1])
+               for i in range(200)) + b"q\xfe0" + TENSOR + b"}h\xfeNsb.",
     "a hundred thousand nested lists": lambda: b"\x80\x02" + b"](" * 100_000 + b"e" * 100_000
     + b".",
     "a hundred thousand nested tuples": lambda: b"\x80\x02)" + b"\x85" * 100_000 + b".",
@@ -201,11 +225,7 @@ GREEDY: dict[str, Callable[[], bytes]] = {
 def pickle_of_states() -> bytes:
     """Attributes of one tensor set 10,000 times from one dictionary of 10,000 names."""
     names = b"".join(b"X\x06\x00\x00\x00" + b"%06d" % i + b"N" for i in range(10_000))
-    tensor = (
-        b"ctorch._utils\n_rebuild_tensor_v2\n((X\x07\x00\x00\x00storagectorch\nFloatStorage\n"
-        b"X\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x01tQK\x00)))\x89Ntq\x02R"
-    )
-    return b"\x80\x02}(" + names + b"uq\x01" + tensor + b"h\x01b" * 10_000 + b"."
+    return b"\x80\x02}(" + names + b"uq\x01" + TENSOR + b"h\x01b" * 10_000 + b"."
 
 
 @pytest.mark.parametrize("kind", GREEDY)

@@ -7,6 +7,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from vitadapter_zoo.catalog import PUBLISHED, ROWS, Row
+from vitadapter_zoo.settings import expanded
 from vitadapter_zoo.text import shown
 from vitadapter_zoo.weights import atomic
 
@@ -132,7 +133,7 @@ def write(row: Row, folder: Path) -> Path:
     Raises:
         ZooError: the folder cannot be written to.
     """
-    path = folder / f"{row.name}.md"
+    path = expanded(folder) / f"{row.name}.md"
     atomic.write_text(path, str(card(row)).rstrip() + "\n")
     return path
 

@@ -113,8 +113,10 @@ def write(
         The content of report.json.
 
     Raises:
-        ZooError: the folder cannot be written to.
+        ZooError: the folder cannot be written to, or a file of the report is an input.
     """
+    directory = settings.expanded(directory)
+    check_folder(directory, [found.annotations, found.details.get("results")])
     from vitadapter_zoo.reports import page
     from vitadapter_zoo.reports.worst_images import worst
 

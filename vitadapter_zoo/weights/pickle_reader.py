@@ -238,10 +238,10 @@ class _Interpreter:
         if name == "Parameter":
             return self.only_tensor(arguments[0])
         if function.path == "numpy.dtype" and arguments[:1] not in [(x,) for x in NUMBERS]:
-            raise RefusedError(
-                f"it names 'numpy.dtype' of {quoted(arguments[:1] and arguments[0], 20)}",
-                "numpy.dtype",
-            )
+            given = arguments[0] if arguments else None
+            # The text of a list whose parts refer to each other could be endless.
+            text = quoted(given, 20) if type(given) in (str, bytes) else "something else than text"
+            raise RefusedError(f"it names 'numpy.dtype' of {text}", "numpy.dtype")
         if name in ("bytearray", "bytes") and any(type(x) is int for x in arguments):
             raise RefusedError(f"it names {quoted(function.path)} of a number", function.path)
         return OPAQUE
@@ -288,9 +288,8 @@ class _Interpreter:
             self.spend(1 + len(part or ()))
             for name, _ in part or ():
                 if type(name) is not str or self.shadowed(name):
-                    raise RefusedError(
-                        f"it replaces the attribute {quoted(name)} of a tensor by its own"
-                    )
+                    label = quoted(name) if type(name) is str else "without a name"
+                    raise RefusedError(f"it replaces the attribute {label} of a tensor by its own")
 
 
 def _push(value: Any) -> Callable[[_Interpreter], object]:

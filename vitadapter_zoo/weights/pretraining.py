@@ -1,6 +1,7 @@
 """The pretrained weights that training starts from: the trunk's, without the adapter."""
 
 import logging
+import math
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,8 +14,10 @@ from torch import Tensor, nn
 from vitadapter_zoo import settings
 from vitadapter_zoo.errors import CheckpointError, ConfigError, DownloadError
 from vitadapter_zoo.models.vit import PATCH
+from vitadapter_zoo.text import PATH, shown
 from vitadapter_zoo.weights import atomic, cache
 from vitadapter_zoo.weights import checkpoint as containers
+from vitadapter_zoo.weights.fit import unwrap
 from vitadapter_zoo.weights.progress import bars
 from vitadapter_zoo.weights.source import LocalFile, Url, parse
 
@@ -29,6 +32,7 @@ DINOV2_SCALES = {".ls1.gamma": ".gamma1", ".ls2.gamma": ".gamma2"}
 # JAX's names within a block, and ours.
 JAX_NORMS = {"LayerNorm_0": "norm1", "LayerNorm_2": "norm2"}
 JAX_LAYERS = {"MlpBlock_3/Dense_0": "mlp.fc1", "MlpBlock_3/Dense_1": "mlp.fc2"}
+MOST_EXPANSION = 4  # weights are hardly smaller when they are compressed
 JAX_ATTENTION = "MultiHeadDotProductAttention_1"
 
 
@@ -63,6 +67,7 @@ def read_pretraining(
     path = fetched(pretrained, settings.home(cache_dir), settings.is_offline(offline), progress)
     found = _from_jax(path, pretrained) if _is_npz(path) else _read(path, pretrained)
     trunk = {name: x for name, x in network.named_parameters() if name.startswith(TRUNK)}
+    found = dict(unwrap(found, trunk)[0])
     if resize_positions and "pos_embed" in trunk and "pos_embed" in found:
         found["pos_embed"] = _resized_positions(found["pos_embed"], trunk["pos_embed"])
     absent = [name for name in trunk if name not in found]
@@ -71,7 +76,8 @@ def read_pretraining(
     if misshaped or len(scales) < len(absent):
         wrong = [name for name in absent if name not in scales] + misshaped
         raise CheckpointError(
-            f"{pretrained} is not the pretraining of this backbone: {len(wrong)} parameters are "
+            f"{shown(pretrained, PATH)} is not the pretraining of this backbone: {len(wrong)} "
+            "parameters are "
             f"absent or of another shape, {_few(wrong)}"
         )
     if scales:
@@ -86,7 +92,7 @@ def read_pretraining(
 
 def _few(names: Iterable[str]) -> str:
     listed = list(names)
-    return ", ".join(listed[:4]) + (", ..." if len(listed) > 4 else "")
+    return ", ".join(map(shown, listed[:4])) + (", ..." if len(listed) > 4 else "")
 
 
 def _read(path: Path, origin: str) -> dict[str, Tensor]:
@@ -127,10 +133,11 @@ def _resized_positions(found: Tensor, wanted: Tensor) -> Tensor:
 
 
 def _is_npz(path: Path) -> bool:
-    if not zipfile.is_zipfile(path):
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError):
         return False
-    with zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
     return bool(names) and all(name.endswith(".npy") for name in names)
 
 
@@ -141,6 +148,7 @@ def _from_jax(path: Path, origin: str) -> dict[str, Tensor]:
         CheckpointError: the file is damaged, or holds something else.
     """
     try:
+        _check_sizes(path)
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: torch.from_numpy(archive[name]) for name in archive.files}
         # A kernel is [height, width, in, out] of a convolution, [in, out] of a linear layer.
@@ -154,12 +162,34 @@ def _from_jax(path: Path, origin: str) -> dict[str, Tensor]:
             source, target = f"Transformer/encoderblock_{depth}", f"blocks.{depth}"
             tensors.update(_jax_block(arrays, source, target))
             depth += 1
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, zipfile.BadZipFile) as error:
+    # A damaged archive makes numpy and zipfile raise almost any exception.
+    except Exception as error:
         raise CheckpointError(
-            f"{origin} is not a vision transformer of JAX's ({type(error).__name__}: {error}); "
+            f"{origin} is not a vision transformer of JAX's ({type(error).__name__}: "
+            f"{shown(error)}); "
             "download it again, or give another file"
         ) from error
     return tensors
+
+
+def _check_sizes(path: Path) -> None:
+    """Refuse an archive whose arrays would take far more memory than the file has bytes.
+
+    Raises:
+        ValueError: so it is, compressed or by the claim of an array's header.
+    """
+    limit = MOST_EXPANSION * path.stat().st_size
+    with zipfile.ZipFile(path) as archive:
+        size = sum(member.file_size for member in archive.infolist())
+        for name in archive.namelist():
+            with archive.open(name) as file:
+                version = np.lib.format.read_magic(file)  # type: ignore[no-untyped-call]
+                reader = (np.lib.format.read_array_header_1_0 if version == (1, 0)
+                          else np.lib.format.read_array_header_2_0)  # fmt: skip
+                shape, _, dtype = reader(file)  # type: ignore[no-untyped-call]
+                size = max(size, math.prod(shape) * dtype.itemsize)
+    if size > limit:
+        raise ValueError(f"its arrays claim {size:,} bytes, and the file has fewer")
 
 
 def _jax_block(arrays: dict[str, Tensor], source: str, target: str) -> dict[str, Tensor]:
