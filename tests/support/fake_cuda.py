@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -41,12 +41,12 @@ class MixedDevicesError(RuntimeError):
 class FakeTensor(Tensor):
     """A CPU tensor that says it is on ``cuda:0``."""
 
-    inner: Tensor
+    original_tensor: Tensor
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> FakeTensor:
         with torch.inference_mode(inner.is_inference()):  # views of ordinary tensors are ordinary
-            made: FakeTensor = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            made: FakeTensor = Tensor._make_wrapper_subclass(
                 cls,
                 inner.shape,
                 strides=inner.stride(),
@@ -54,16 +54,16 @@ class FakeTensor(Tensor):
                 dtype=inner.dtype,
                 device=CUDA,
             )
-        made.inner = inner
+        made.original_tensor = inner
         return made
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:  # pragma: no cover - only outside of the mode
         raise RuntimeError(f"{func} on a fake CUDA tensor outside of `Device`")
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def tolist(self) -> Any:
         """Download, as `Tensor.tolist` does on CUDA; it refuses subclasses."""
@@ -85,21 +85,22 @@ class Device(TorchDispatchMode):
     _mode_key: ClassVar[Any] = torch._C._TorchDispatchModeKey.FAKE
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         torch._C._ensureCUDADeviceGuardSet()  # without a GPU, switching devices does nothing
         self.waits: Counter[str] = Counter()
         self.launches = 0
         self._before: list[bool] = []
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Device:
         # torch.tensor(..., device="cuda") then uploads where this mode sees it.
         self._before.append(torch._C._only_lift_cpu_tensors())
         torch._C._set_only_lift_cpu_tensors(True)
-        return super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
 
     def __exit__(self, *error: object) -> None:
         torch._C._set_only_lift_cpu_tensors(self._before.pop())
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -121,8 +122,10 @@ class Device(TorchDispatchMode):
             self.waits["upload"] += 1
         if wanted is not None:
             kwargs["device"] = torch.device("cpu") if wanted == "cuda" else kwargs["device"]
-        wrappers = {id(x.inner): x for x in ours}
-        plain = tree_map(lambda x: x.inner if isinstance(x, FakeTensor) else x, (args, kwargs))
+        wrappers = {id(x.original_tensor): x for x in ours}
+        plain = tree_map(
+            lambda x: x.original_tensor if isinstance(x, FakeTensor) else x, (args, kwargs)
+        )
         result = func(*plain[0], **plain[1])
         if name == "aten::copy_":
             return args[0]

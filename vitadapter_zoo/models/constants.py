@@ -1,7 +1,7 @@
 """Tensors for a device without waiting for it: uploaded, or made once for each size and kept."""
 
 import functools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -43,8 +43,7 @@ def kept(most: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
             if torch.compiler.is_compiling() or active_fake_mode() is not None:
                 return function(*args, **kwargs)
             with torch.inference_mode(False), torch.no_grad():
-                hashable: tuple[Hashable, ...] = args
-                return cached(*hashable, **kwargs)
+                return cached(*args, **kwargs)  # type: ignore[arg-type]
 
         return call
 
