@@ -15,8 +15,9 @@ namespace {
 constexpr char NAME[] = "conv3x3";
 constexpr std::int64_t LANES = 16;  // channels are multiples of this
 constexpr std::int64_t MOST_CHANNELS = 512;
-// Size in bytes of a piece's transformed input. It must stay in the second-level cache while the
-// weights of all output channels are read.
+// The largest piece, in tiles and in bytes of its transformed input, which must stay in the
+// second-level cache while the weights of all output channels are read.
+constexpr std::int64_t PIECE_TILES = 24;
 constexpr std::int64_t PIECE_BYTES = 1 << 20;
 constexpr std::int64_t PIECES = 4;  // fewest per thread, so that a late thread delays little
 
@@ -52,7 +53,7 @@ std::int64_t tiles_per_piece(const ConvShape& s, std::int64_t tiles) {
   const std::int64_t rows = instruction_set().conv3x3.rows;
   const std::int64_t bytes = values(s.tile) * s.channels * std::int64_t(sizeof(float));
   const std::int64_t pieces = PIECES * std::int64_t(torch::stable::get_num_threads());
-  const std::int64_t most = PIECE_BYTES / bytes / rows * rows;
+  const std::int64_t most = std::min(PIECE_TILES, PIECE_BYTES / bytes) / rows * rows;
   const std::int64_t wanted = (tiles / pieces + rows - 1) / rows * rows;
   return std::max(rows, std::min(most, wanted));
 }

@@ -16,6 +16,7 @@ constexpr float SQUARE_A = POINT_A * POINT_A, SQUARE_B = POINT_B * POINT_B;
 // AVX-512, or all 16 of the other sets.
 constexpr int CONV_ROWS = ZOO_VECTOR_BYTES == 64 ? 12 : 6;
 constexpr std::int64_t PANEL = 2 * lanes<float>;  // output channels of a register block
+constexpr std::int64_t LINE = 16;                 // floats in a line of the cache
 
 // Transforms T input values along one axis. F is a vector of channels.
 template <typename F>
@@ -213,14 +214,16 @@ ZOO_INLINE void conv_output_tile(
   }
 }
 
-// Multiplies R rows of `channels` values by weights [channels][N vectors].
+// Multiplies R rows of `channels` values by weights [channels][N vectors]. A cache line for each
+// channel is prefetched from `ahead`.
 template <int R, int N>
 void conv_multiply(
     const float* input, std::int64_t row, const float* weights, std::int64_t channels,
-    float* products) {
+    float* products, const float* ahead) {
   constexpr int L = lanes<float>;
   Vector<float> sum[R][N] = {};
   for (std::int64_t c = 0; c < channels; ++c, weights += N * L) {
+    __builtin_prefetch(ahead + LINE * c, 0, 2);
     Vector<float> w[N];
 #pragma GCC unroll 2
     for (int n = 0; n < N; ++n) w[n] = load<Vector<float>>(weights + n * L);
@@ -241,50 +244,69 @@ void conv_multiply(
 template <int R, int N>
 ZOO_INLINE void conv_multiply_rows(
     int rows, const float* input, std::int64_t row, const float* weights, std::int64_t channels,
-    float* products) {
+    float* products, const float* ahead) {
   if (rows == R)
-    conv_multiply<R, N>(input, row, weights, channels, products);
+    conv_multiply<R, N>(input, row, weights, channels, products, ahead);
   else if constexpr (R > 1)
-    conv_multiply_rows<R - 1, N>(rows, input, row, weights, channels, products);
+    conv_multiply_rows<R - 1, N>(rows, input, row, weights, channels, products, ahead);
 }
 
+// Prefetches the output pixels of one tile for N vectors of channels. Otherwise each store to a line
+// that is not in the cache waits for the line to be read.
+template <int M, int N>
+ZOO_INLINE void conv_prefetch_tile(const ConvShape& s, const TilePlace& at, const float* output) {
+  const float* first = output + ((at.image * s.height + at.y) * s.width + at.x) * s.outputs;
+  for (int i = 0; i < std::min<std::int64_t>(M, s.height - at.y); ++i)
+    for (int j = 0; j < std::min<std::int64_t>(M, s.width - at.x); ++j)
+      for (int c = 0; c < N * lanes<float>; c += LINE)
+        __builtin_prefetch(first + (i * s.width + j) * s.outputs + c, 1, 2);
+}
+
+// Computes N vectors of output channels of the tiles. Meanwhile it prefetches the weights of the
+// next products and the output.
 template <int M, int N>
 void conv_panel(
-    const ConvShape& s, const ConvScratch& at, const float* weights, const float* bias,
-    float* output, float* scratch, std::int64_t begin, std::int64_t end) {
-  constexpr int T = M + 2;
-  const std::int64_t tiles = end - begin;
+    const ConvShape& s, const ConvScratch& at, const std::vector<TilePlace>& places,
+    const float* weights, const float* bias, float* output, float* scratch) {
+  constexpr int VALUES = (M + 2) * (M + 2);
+  const std::int64_t tiles = std::int64_t(places.size());
+  const std::int64_t size = s.channels * N * lanes<float>;
   float* products = scratch + at.products;
-  for (int xy = 0; xy < T * T; ++xy)
-    for (std::int64_t tile = 0; tile < tiles; tile += CONV_ROWS)
+  std::int64_t prefetched = 0;
+  for (int xy = 0; xy < VALUES; ++xy) {
+    for (; prefetched < tiles * (xy + 1) / VALUES; ++prefetched)
+      conv_prefetch_tile<M, N>(s, places[prefetched], output);
+    for (std::int64_t tile = 0; tile < tiles; tile += CONV_ROWS) {
+      const std::int64_t ahead = size + std::min(tile / CONV_ROWS * s.channels * LINE, size);
       conv_multiply_rows<CONV_ROWS, N>(
           int(std::min<std::int64_t>(CONV_ROWS, tiles - tile)),
-          scratch + xy * at.input_block + tile * at.row, at.row,
-          weights + xy * s.channels * N * lanes<float>, s.channels,
-          products + xy * at.product_block + tile * PANEL);
+          scratch + xy * at.input_block + tile * at.row, at.row, weights + xy * size, s.channels,
+          products + xy * at.product_block + tile * PANEL, weights + xy * size + ahead);
+    }
+  }
   for (std::int64_t tile = 0; tile < tiles; ++tile)
     conv_output_tile<M, N>(
-        s, TilePlace(s, begin + tile), products + tile * PANEL, at.product_block, bias, output);
+        s, places[tile], products + tile * PANEL, at.product_block, bias, output);
 }
 
 template <int M>
 void conv_run_tiles(
     const ConvShape& s, const float* input, const float* packed, const float* bias, float* output,
     float* scratch, std::int64_t begin, std::int64_t end) {
-  constexpr int T = M + 2;
+  constexpr int VALUES = (M + 2) * (M + 2);
   const ConvScratch at(s, end - begin);
   float* zeros = scratch + at.zeros;
   std::fill(zeros, zeros + s.channels, 0.0f);
-  for (std::int64_t tile = begin; tile < end; ++tile)
+  std::vector<TilePlace> places;
+  for (std::int64_t tile = begin; tile < end; ++tile) {
+    places.emplace_back(s, tile);
     conv_input_tile<M>(
-        s, TilePlace(s, tile), input, zeros, at.input_block, scratch + (tile - begin) * at.row);
-  std::int64_t k = 0;
-  for (; k + PANEL <= s.outputs; k += PANEL)
-    conv_panel<M, 2>(
-        s, at, packed + k * T * T * s.channels, bias + k, output + k, scratch, begin, end);
-  if (k < s.outputs)
-    conv_panel<M, 1>(
-        s, at, packed + k * T * T * s.channels, bias + k, output + k, scratch, begin, end);
+        s, places.back(), input, zeros, at.input_block, scratch + (tile - begin) * at.row);
+  }
+  for (std::int64_t k = 0; k < s.outputs; k += PANEL) {
+    const auto panel = k + PANEL <= s.outputs ? conv_panel<M, 2> : conv_panel<M, 1>;
+    panel(s, at, places, packed + k * VALUES * s.channels, bias + k, output + k, scratch);
+  }
 }
 
 void conv_run(
