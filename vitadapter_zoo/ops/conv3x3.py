@@ -28,9 +28,7 @@ LIBRARY.define(
 )
 # The kernels' maps are in channels-last order: [N, H, W, C].
 LIBRARY.define("_conv3x3_pack(Tensor weight, int tile) -> Tensor")
-LIBRARY.define(
-    "_conv3x3(Tensor maps, Tensor packed, Tensor? bias, int tile, bool relu) -> Tensor"
-)
+LIBRARY.define("_conv3x3(Tensor maps, Tensor packed, Tensor? bias, int tile, bool relu) -> Tensor")
 LANES = 16  # channels are multiples of this
 MOST_CHANNELS = 512
 TOLERANCE = 1e-5  # largest error that the check allows, relative to the largest value
@@ -106,9 +104,7 @@ def _transformed(tensors: list[Tensor]) -> bool:
 
 def tile_size(height: int, width: int) -> int:
     """Return the side of the tiles, 4 or 2, with which a map of this size takes fewer products."""
-    larger, smaller = (
-        (tile + 2) ** 2 * -(-height // tile) * -(-width // tile) for tile in (4, 2)
-    )
+    larger, smaller = ((tile + 2) ** 2 * -(-height // tile) * -(-width // tile) for tile in (4, 2))
     return 4 if larger < smaller else 2
 
 
@@ -150,9 +146,7 @@ def _fake(
     x: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor | None, relu: bool
 ) -> Tensor:
     sizes = (x.shape[0], weight.shape[0], *x.shape[2:])
-    return torch.empty(
-        sizes, dtype=x.dtype, device=x.device, memory_format=torch.channels_last
-    )
+    return torch.empty(sizes, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
