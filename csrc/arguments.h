@@ -11,10 +11,6 @@
 #include <string>
 #include <tuple>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 namespace vitadapter_zoo {
 
 using torch::headeronly::ScalarType;
@@ -33,19 +29,6 @@ const T* data(const Tensor& tensor) {
 template <typename T>
 T* mutable_data(const Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
-}
-
-// Asks for huge pages. A large output is often new memory, and mapping it in pages of 4 KB can take
-// longer than computing it.
-inline void use_huge_pages(const Tensor& output) {
-#if defined(__linux__)
-  constexpr std::size_t PAGE = 2 << 20;
-  const std::size_t begin = reinterpret_cast<std::size_t>(output.mutable_data_ptr());
-  const std::size_t end = begin + output.numel() * output.element_size();
-  const std::size_t first = (begin + PAGE - 1) / PAGE * PAGE, last = end / PAGE * PAGE;
-  // The result is ignored: if the system rejects the advice, pages stay small.
-  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
 }
 
 struct Arguments {

@@ -4,6 +4,10 @@
 #include <string_view>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "arguments.h"
 #include "cpu_kernels.h"
 
@@ -69,6 +73,19 @@ std::vector<Level> read_levels(const Arguments& a) {
 
 Shape shape_of(const Arguments& a, const std::vector<Level>& levels) {
   return {a.batch, a.pixels, a.heads, a.channels, a.queries, a.levels, a.points, levels.data()};
+}
+
+// Asks for huge pages. A large output is often new memory, and mapping it in pages of 4 KB can take
+// longer than computing it.
+void use_huge_pages(const Tensor& output) {
+#if defined(__linux__)
+  constexpr std::size_t PAGE = 2 << 20;
+  const std::size_t begin = reinterpret_cast<std::size_t>(output.mutable_data_ptr());
+  const std::size_t end = begin + output.numel() * output.element_size();
+  const std::size_t first = (begin + PAGE - 1) / PAGE * PAGE, last = end / PAGE * PAGE;
+  // The result is ignored: if the system rejects the advice, pages stay small.
+  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
 }
 
 constexpr std::int64_t GRAIN = 64;  // fewest queries per thread

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from vitadapter_zoo.models.convolution import is_worthwhile
 from vitadapter_zoo.models.tokens import Linear, in_chunks, items_per_chunk
 from vitadapter_zoo.models.vit import (
     LAYER_NORM_EPS,
@@ -270,7 +269,7 @@ def convolve_and_normalise(
     scale = norm.weight * (variance + norm.eps).rsqrt()
     weight = convolution.weight * scale[:, None, None, None]
     bias = norm.bias - mean * scale
-    if convolution.stride == (1, 1) and is_worthwhile(x):
+    if convolution.stride == (1, 1):
         return conv3x3(x, weight, bias, relu=relu)
     result = F.conv2d(x, weight, bias, convolution.stride, convolution.padding)
     return F.relu(result, inplace=True) if relu else result

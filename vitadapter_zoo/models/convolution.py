@@ -13,9 +13,6 @@ from vitadapter_zoo.ops.conv3x3 import accepts, conv3x3, pack, tile_size
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-# Maps with fewer pixels are faster with PyTorch: the kernel reads four times as many weights.
-FEWEST_PIXELS = 14 * 14
-
 
 class Conv3x3(nn.Conv2d):
     """A 3x3 convolution with stride 1 and padding 1.
@@ -32,8 +29,7 @@ class Conv3x3(nn.Conv2d):
 
     def forward(self, x: Tensor, relu: bool = False) -> Tensor:
         """Map ``[N, in_channels, H, W]`` to ``[N, out_channels, H, W]``; ``relu`` adds a ReLU."""
-        worthwhile = not self.training and is_worthwhile(x)
-        if not (worthwhile and accepts(x, self.weight, self.bias)):
+        if self.training or not accepts(x, self.weight, self.bias):
             result = super().forward(x)
             return F.relu(result, inplace=True) if relu else result
         packed = None if torch.compiler.is_compiling() else self._transformed(x)
@@ -60,13 +56,8 @@ class Conv3x3(nn.Conv2d):
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:  # of .to(), .half(), .cuda(), ...
         self._kept = None
-        return super()._apply(*args, **kwargs)
+        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state for copies and pickles, without the transformed weights."""
         return self.__dict__ | {"_kept": None}
-
-
-def is_worthwhile(x: Tensor) -> bool:
-    """Return whether `conv3x3` is faster than PyTorch for maps of this size, as measured."""
-    return x.shape[-2] * x.shape[-1] >= FEWEST_PIXELS

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from vitadapter_zoo import settings
 from vitadapter_zoo.errors import ZooError
@@ -31,6 +32,8 @@ LIBRARY.define("_conv3x3_pack(Tensor weight, int tile) -> Tensor")
 LIBRARY.define("_conv3x3(Tensor maps, Tensor packed, Tensor? bias, int tile, bool relu) -> Tensor")
 LANES = 16  # channels are multiples of this
 MOST_CHANNELS = 512
+# Maps with fewer pixels are faster with PyTorch: the kernel reads four times as many weights.
+FEWEST_PIXELS = 14 * 14
 TOLERANCE = 1e-5  # largest error that the check allows, relative to the largest value
 
 
@@ -44,9 +47,10 @@ def conv3x3(
 ) -> Tensor:
     """Compute ``conv2d(x, weight, bias, padding=1)`` and, with ``relu``, ReLU of the result.
 
-    The compiled kernel computes float32 maps on the CPU in channels-last order, with channels that
-    are multiples of 16 up to 512. PyTorch computes everything else: other maps, gradients, under
-    autocast, function transforms and export, and without the compiled library.
+    The compiled kernel computes float32 maps on the CPU in channels-last order, of at least 196
+    pixels, with channels that are multiples of 16 up to 512. PyTorch computes everything else:
+    other maps, gradients, under autocast, function transforms and export, and without the compiled
+    library.
 
     A result does not depend on the number of threads or on the other maps of the batch.
 
@@ -73,16 +77,18 @@ def accepts(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         ZooError: ``VITADAPTER_ZOO_OP=compiled`` and the kernel cannot be used.
     """
     tensors = [x, weight] if bias is None else [x, weight, bias]
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+    if torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None:
         return False
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return False
     if any(t.device.type != "cpu" or t.dtype != torch.float32 for t in tensors):
         return False
-    if torch.is_autocast_enabled("cpu") or not _fits(x, weight):
+    if torch.is_autocast_enabled("cpu"):
         return False
     # While compiling, the operator itself decides; the compiler does not look into it.
-    return torch.compiler.is_compiling() or (not _transformed(tensors) and usable())
+    if not torch.compiler.is_compiling() and (_transformed(tensors) or not usable()):
+        return False
+    return _fits(x, weight) and x.shape[2] * x.shape[3] >= FEWEST_PIXELS
 
 
 def _fits(x: Tensor, weight: Tensor) -> bool:
@@ -96,8 +102,8 @@ def _fits(x: Tensor, weight: Tensor) -> bool:
 
 
 def _transformed(tensors: list[Tensor]) -> bool:
-    """Return whether a tensor is not plain memory: vmap's batches, fake tensors, subclasses."""
-    if torch._C._are_functorch_transforms_active():
+    """Return whether a tensor is not plain memory, or has a tangent of forward-mode autograd."""
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return True
     return any(type(tensor) not in (Tensor, torch.nn.Parameter) for tensor in tensors)
 
