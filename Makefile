@@ -49,6 +49,7 @@ lint: .venv/.current
 benchmark: .venv/.current
 	$(BIN)/python benchmarks/inference.py
 	$(BIN)/python benchmarks/ms_deform_attn.py
+	$(BIN)/python benchmarks/conv3x3.py
 	$(BIN)/python benchmarks/load.py
 	$(BIN)/python benchmarks/verify.py
 	$(BIN)/python benchmarks/masks.py
@@ -101,6 +102,7 @@ sanitize: .venv/.current
 		$(BIN)/python -m pytest -p no:cacheprovider --rootdir build/sanitize \
 		build/sanitize/tests/ops/test_ops.py build/sanitize/tests/ops/test_compat.py \
 		build/sanitize/tests/ops/test_masks.py build/sanitize/tests/ops/test_roi_align.py \
+		build/sanitize/tests/ops/test_conv3x3.py \
 		-k "not reference"
 
 clean:

@@ -71,6 +71,28 @@ struct RoiKernels {
       std::int64_t end);
 };
 
+// A 3x3 convolution with stride 1 and padding 1, computed tile by tile. A tile is a square of `tile`
+// by `tile` pixels of the output. Tiles are counted row by row, image after image.
+struct ConvShape {
+  std::int64_t images, height, width, channels, outputs;  // channels: multiples of 16
+  int tile;                                               // 4 or 2
+  bool relu;
+};
+
+struct ConvKernels {
+  // Transforms weight [outputs, channels, 3, 3] for the input channels begin <= channel < end.
+  void (*pack)(
+      const ConvShape&, const float* weight, float* packed, std::int64_t begin, std::int64_t end);
+  // Returns how many floats of scratch memory `run` needs for this number of tiles.
+  std::int64_t (*scratch)(const ConvShape&, std::int64_t tiles);
+  // Computes the tiles begin <= tile < end of output [images, height, width, outputs] from input
+  // [images, height, width, channels]. `scratch` is aligned to 64 bytes.
+  void (*run)(
+      const ConvShape&, const float* input, const float* packed, const float* bias, float* output,
+      float* scratch, std::int64_t begin, std::int64_t end);
+  int rows;  // tiles that the products process at a time; the best `end - begin` is a multiple
+};
+
 struct InstructionSet {
   const char* name;
   Kernels<float, float, float> float32;
@@ -78,6 +100,7 @@ struct InstructionSet {
   Kernels<BFloat16, BFloat16, float> bfloat16;
   Kernels<BFloat16, float, float> bfloat16_float_weights;
   RoiKernels roi_align;
+  ConvKernels conv3x3;
 };
 
 extern const InstructionSet portable;

@@ -432,6 +432,7 @@ void backward(
 }
 
 #include "roi_align.inl"
+#include "conv3x3.inl"
 
 }  // namespace
 
@@ -448,6 +449,7 @@ extern const InstructionSet ZOO_INSTRUCTION_SET = {
     {forward<BFloat16, float, float>, forward_fused<BFloat16, float, float>,
      backward<BFloat16, float, float>},
     {roi_align, roi_align_backward},
+    {conv_pack, conv_scratch, conv_run, CONV_ROWS},
 };
 
 }  // namespace vitadapter_zoo

@@ -18,6 +18,7 @@ from vitadapter_zoo.models.pyramid import Pyramid
 from vitadapter_zoo.models.tokens import Linear, in_chunks, items_per_chunk
 from vitadapter_zoo.models.vit import channels_last, tokens_to_map
 from vitadapter_zoo.ops import ms_deform_attn_fused
+from vitadapter_zoo.ops.conv3x3 import conv3x3
 
 POINTS = 4  # sampling points per head and level
 STEM_WIDTH = 64
@@ -252,31 +253,40 @@ class Convolutions(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[N, widths[0], H, W]`` to ``[N, widths[-1], ...]``."""
         convolution = None
-        for layer in self:
+        rectified = False
+        layers = list(self)
+        for layer, following in zip(layers, [*layers[1:], None], strict=True):
             if isinstance(layer, nn.Conv2d):
                 convolution = layer
             elif isinstance(layer, (nn.BatchNorm2d, nn.SyncBatchNorm)) and convolution is not None:
-                x = convolve_and_normalise(x, convolution, layer)
-            else:
+                rectified = isinstance(following, nn.ReLU)
+                x = convolve_and_normalise(x, convolution, layer, relu=rectified)
+            elif not rectified:
                 x = layer(x)
+            else:
+                rectified = False
         return x
 
 
 def convolve_and_normalise(
-    x: Tensor, convolution: nn.Conv2d, norm: nn.BatchNorm2d | nn.SyncBatchNorm
+    x: Tensor, convolution: nn.Conv2d, norm: nn.BatchNorm2d | nn.SyncBatchNorm, *, relu: bool
 ) -> Tensor:
-    """Compute ``norm(convolution(x))``.
+    """Compute ``norm(convolution(x))`` and, with ``relu``, ReLU of the result.
 
     In evaluation mode the norm's scale and shift are folded into the convolution. The maps at
     stride 2 are the largest in the network, so one pass over them less is worth it.
     """
     if norm.training:
-        return norm(convolution(x))
+        result = norm(convolution(x))
+        return F.relu(result, inplace=True) if relu else result
     mean, variance = norm.get_buffer("running_mean"), norm.get_buffer("running_var")
     scale = norm.weight * (variance + norm.eps).rsqrt()
     weight = convolution.weight * scale[:, None, None, None]
     bias = norm.bias - mean * scale
-    return F.conv2d(x, weight, bias, convolution.stride, convolution.padding)
+    if convolution.stride == (1, 1):
+        return conv3x3(x, weight, bias, relu=relu)
+    result = F.conv2d(x, weight, bias, convolution.stride, convolution.padding)
+    return F.relu(result, inplace=True) if relu else result
 
 
 class SpatialPrior(nn.Module):

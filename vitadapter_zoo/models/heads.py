@@ -18,6 +18,7 @@ from vitadapter_zoo.models.boxes import (
     pool_rois,
 )
 from vitadapter_zoo.models.constants import uploaded
+from vitadapter_zoo.models.convolution import Conv3x3
 from vitadapter_zoo.models.necks import WIDTH, Conv
 
 RPN_STRIDES = (4, 8, 16, 32, 64)
@@ -73,7 +74,7 @@ class RPNHead(nn.Module):
     def __init__(self, width: int = WIDTH, anchor_scale: int = ANCHOR_SCALE) -> None:
         super().__init__()
         self.anchor_scale = anchor_scale
-        self.rpn_conv = nn.Conv2d(width, width, 3, padding=1)
+        self.rpn_conv = Conv3x3(width, width)
         self.rpn_cls = nn.Conv2d(width, len(ANCHOR_RATIOS), 1)
         self.rpn_reg = nn.Conv2d(width, 4 * len(ANCHOR_RATIOS), 1)
 
@@ -81,7 +82,7 @@ class RPNHead(nn.Module):
         """Return logits ``[N, 3, H, W]`` and deltas ``[N, 12, H, W]`` for each level."""
         outputs = []
         for x in maps:
-            hidden = F.relu(self.rpn_conv(x), inplace=True)
+            hidden = self.rpn_conv(x, relu=True)
             outputs.append((self.rpn_cls(hidden), self.rpn_reg(hidden)))
         return outputs
 
@@ -166,7 +167,7 @@ class MaskHead(nn.Module):
         """
         x = pooled
         for conv in self.convs:
-            x = F.relu(conv(x), inplace=True)
+            x = conv(x, relu=True)
         x = F.relu(self.upsample(x), inplace=True)
         if labels is None:
             return self.conv_logits(x)

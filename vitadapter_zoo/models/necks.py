@@ -3,19 +3,28 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitadapter_zoo.models.convolution import Conv3x3
+
 WIDTH = 256
 
 
 class Conv(nn.Module):
-    """A convolution with bias. The name ``conv`` is that in mmcv's checkpoints."""
+    """A 1x1 or 3x3 convolution with bias. The name ``conv`` is that in mmcv's checkpoints."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2)
+        self.conv = (
+            Conv3x3(in_channels, out_channels)
+            if kernel == 3
+            else nn.Conv2d(in_channels, out_channels, kernel)
+        )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``[N, in_channels, H, W]`` to ``[N, out_channels, H, W]``."""
-        return self.conv(x)
+    def forward(self, x: Tensor, relu: bool = False) -> Tensor:
+        """Map ``[N, in_channels, H, W]`` to ``[N, out_channels, H, W]``; ``relu`` adds a ReLU."""
+        if isinstance(self.conv, Conv3x3):
+            return self.conv(x, relu)
+        result = self.conv(x)
+        return F.relu(result, inplace=True) if relu else result
 
 
 class FPN(nn.Module):
@@ -45,5 +54,5 @@ class ChannelMapper(nn.Module):
 
     def forward(self, maps: list[Tensor]) -> list[Tensor]:
         """Map four maps to five: ``[N, width, H / s, W / s]`` for s = 4, 8, 16, 32, 64."""
-        levels = [F.relu(conv(x)) for conv, x in zip(self.convs, maps, strict=True)]
+        levels = [conv(x, relu=True) for conv, x in zip(self.convs, maps, strict=True)]
         return [*levels, F.max_pool2d(levels[-1], 2, stride=2)]

@@ -28,6 +28,7 @@ CPU_SOURCES = (
     "cpu_avx512.cpp",
     "masks.cpp",
     "roi_align.cpp",
+    "conv3x3.cpp",
 )
 CUDA_SOURCES = ("cuda.cu",)
 

@@ -1,0 +1,226 @@
+"""3x3 convolutions on the CPU by Winograd's minimal filtering (arXiv:1509.09308).
+
+A convolution of 256 channels already runs at the rate of a matrix product, so only fewer products
+make it faster. F(4x4, 3x3) needs a quarter of them. Rounding errors are about twice as large as
+those of PyTorch's convolution: 1e-6 to 4e-6 of the largest value.
+
+NaN and infinite values: wherever PyTorch's convolution returns one of them, so does this operator.
+It may return them at other pixels of the same 4x4 tile too, because all pixels of a tile are
+computed from the same sums, and NaN instead of infinity. Values above about 1e37 may overflow.
+"""
+
+import functools
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from vitadapter_zoo import settings
+from vitadapter_zoo.errors import ZooError
+from vitadapter_zoo.ops import library
+from vitadapter_zoo.ops.deform_attn import LIBRARY
+
+LIBRARY.define(
+    "conv3x3(Tensor x, Tensor weight, Tensor? bias, Tensor? packed, bool relu) -> Tensor"
+)
+# The kernels' maps are in channels-last order: [N, H, W, C].
+LIBRARY.define("_conv3x3_pack(Tensor weight, int tile) -> Tensor")
+LIBRARY.define("_conv3x3(Tensor maps, Tensor packed, Tensor? bias, int tile, bool relu) -> Tensor")
+LANES = 16  # channels are multiples of this
+MOST_CHANNELS = 512
+# Maps with fewer pixels are faster with PyTorch: the kernel reads four times as many weights.
+FEWEST_PIXELS = 14 * 14
+TOLERANCE = 1e-5  # largest error that the check allows, relative to the largest value
+
+
+def conv3x3(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    packed: Tensor | None = None,
+    relu: bool = False,
+) -> Tensor:
+    """Compute ``conv2d(x, weight, bias, padding=1)`` and, with ``relu``, ReLU of the result.
+
+    The compiled kernel computes float32 maps on the CPU in channels-last order, of at least 196
+    pixels, with channels that are multiples of 16 up to 512. PyTorch computes everything else:
+    other maps, gradients, under autocast, function transforms and export, and without the compiled
+    library.
+
+    A result does not depend on the number of threads or on the other maps of the batch.
+
+    Args:
+        x: ``[N, C, H, W]``.
+        weight: ``[K, C, 3, 3]``.
+        bias: ``[K]``.
+        packed: `pack` of ``weight`` for maps of this size, if the caller keeps it. By default the
+            weights are transformed in this call.
+        relu: replace negative results by zero.
+
+    Returns:
+        ``[N, K, H, W]``; the kernel's results are in channels-last order.
+    """
+    if accepts(x, weight, bias):
+        return torch.ops.vitadapter_zoo.conv3x3(x, weight, bias, packed, relu)
+    return _convolve(x, weight, bias, relu)
+
+
+def accepts(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Return whether the kernel computes this convolution; see `conv3x3`.
+
+    Raises:
+        ZooError: ``VITADAPTER_ZOO_OP=compiled`` and the kernel cannot be used.
+    """
+    tensors = [x, weight] if bias is None else [x, weight, bias]
+    if torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None:
+        return False
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return False
+    if any(t.device.type != "cpu" or t.dtype != torch.float32 for t in tensors):
+        return False
+    if torch.is_autocast_enabled("cpu"):
+        return False
+    # While compiling, the operator itself decides; the compiler does not look into it.
+    if not torch.compiler.is_compiling() and (_transformed(tensors) or not usable()):
+        return False
+    return _fits(x, weight) and x.shape[2] * x.shape[3] >= FEWEST_PIXELS
+
+
+def _fits(x: Tensor, weight: Tensor) -> bool:
+    return (
+        x.dim() == 4
+        and weight.shape[1:] == (x.shape[1], 3, 3)
+        and all(size % LANES == 0 and 0 < size <= MOST_CHANNELS for size in weight.shape[:2])
+        and x.numel() > 0
+        and x.is_contiguous(memory_format=torch.channels_last)
+    )
+
+
+def _transformed(tensors: list[Tensor]) -> bool:
+    """Return whether a tensor is not plain memory, or has a tangent of forward-mode autograd."""
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return True
+    return any(type(tensor) not in (Tensor, torch.nn.Parameter) for tensor in tensors)
+
+
+def tile_size(height: int, width: int) -> int:
+    """Return the side of the tiles, 4 or 2, with which a map of this size takes fewer products."""
+    larger, smaller = ((tile + 2) ** 2 * -(-height // tile) * -(-width // tile) for tile in (4, 2))
+    return 4 if larger < smaller else 2
+
+
+def pack(weight: Tensor, tile: int) -> Tensor:
+    """Transform weights ``[K, C, 3, 3]`` for tiles of this size, in the kernel's memory order.
+
+    Returns:
+        float32 ``[(tile + 2)^2, C, K]``. The order of the values depends on the processor.
+
+    Raises:
+        RuntimeError: the kernel does not accept these weights.
+    """
+    return torch.ops.vitadapter_zoo._conv3x3_pack(weight, tile)
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+    result = F.conv2d(x, weight, bias, padding=1)
+    return F.relu(result, inplace=True) if relu else result
+
+
+def _compute(
+    x: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor | None, relu: bool
+) -> Tensor:
+    on_cpu = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
+    if on_cpu and _fits(x, weight) and usable():
+        tile = tile_size(*x.shape[2:])
+        if packed is None:
+            packed = pack(weight, tile)
+        return _run(x, packed, bias, tile, relu)
+    return _convolve(x, weight, bias, relu).contiguous(memory_format=torch.channels_last)
+
+
+def _run(x: Tensor, packed: Tensor, bias: Tensor | None, tile: int, relu: bool) -> Tensor:
+    maps = torch.ops.vitadapter_zoo._conv3x3(x.permute(0, 2, 3, 1), packed, bias, tile, relu)
+    return maps.permute(0, 3, 1, 2)
+
+
+def _fake(
+    x: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor | None, relu: bool
+) -> Tensor:
+    sizes = (x.shape[0], weight.shape[0], *x.shape[2:])
+    return torch.empty(sizes, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias, _, ctx.relu = inputs
+    ctx.bias_sizes = None if bias is None else list(bias.shape)
+    ctx.save_for_backward(x, weight, output if ctx.relu else None)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, output = ctx.saved_tensors
+    if ctx.relu:
+        grad = torch.where(output > 0, grad, 0)
+    wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2]]
+    ones, zeros = [1, 1], [0, 0]
+    found = torch.ops.aten.convolution_backward(
+        grad, x, weight, ctx.bias_sizes, ones, ones, ones, False, zeros, 1, wanted
+    )
+    return (*found, None, None)
+
+
+LIBRARY.impl("conv3x3", _compute, "CompositeExplicitAutograd")
+torch.library.register_fake("vitadapter_zoo::conv3x3", _fake)
+torch.library.register_autograd("vitadapter_zoo::conv3x3", _backward, setup_context=_save)
+
+
+def usable() -> bool:
+    """Return whether the compiled kernel exists and agrees with PyTorch's convolution.
+
+    If the other compiled operators are used but this one is not usable, there is one warning.
+
+    Raises:
+        ZooError: ``VITADAPTER_ZOO_OP=compiled`` and the kernel cannot be used.
+    """
+    return library.implementation("cpu").compiled and _works()
+
+
+@functools.cache
+def _works() -> bool:
+    try:
+        # In a new thread: inference mode, autocast and tracing are settings of the caller's thread
+        # and would change the check.
+        with ThreadPoolExecutor(1) as thread:
+            error = thread.submit(_error).result()
+        reason = f"it gives wrong results here (relative error {error:.1g})"
+        if error <= TOLERANCE:
+            return True
+    except NotImplementedError:  # the library is older than this kernel
+        reason = "the compiled library does not have it"
+    advice = f"{reason}; run `vitadapter-zoo build-op` to compile it again"
+    if settings.operator() == "compiled":
+        raise ZooError(f"VITADAPTER_ZOO_OP=compiled, but the convolution cannot be used: {advice}")
+    warnings.warn(f"3x3 convolutions use PyTorch's, which are slower: {advice}", stacklevel=3)
+    return False
+
+
+def _error() -> float:
+    """Return the kernel's largest error on small maps, relative to the largest value, or NaN."""
+    errors = []
+    for height, width, channels, outputs in ((9, 5, 48, 16), (2, 6, 16, 80)):
+        count = channels * (2 * height * width + 9 * outputs)
+        numbers = (torch.arange(count, dtype=torch.float64) * 0.7548776662).sin()
+        x, weight = (
+            numbers[: 2 * channels * height * width].view(2, channels, height, width),
+            numbers[2 * channels * height * width :].view(outputs, channels, 3, 3),
+        )
+        bias = numbers[:outputs]
+        right = _convolve(x, weight, bias, relu=True)
+        tile = tile_size(height, width)
+        found = _run(x.float(), pack(weight.float(), tile), bias.float(), tile, relu=True)
+        errors.append(float((found - right).abs().max() / right.abs().max()))
+    return library.worst(errors)
