@@ -78,7 +78,7 @@ def test_the_device_refuses_mixtures_and_counts_waits(cuda: Device) -> None:
         "cpu": on_cuda.cpu,
         "mask": lambda: on_cuda[on_cuda > 2],
         "nonzero": lambda: on_cuda.nonzero(),
-        "unique": lambda: on_cuda.unique(),
+        "unique": lambda: torch.unique(on_cuda),
         "upload": lambda: torch.tensor([1.0], device="cuda"),
         "new_tensor": lambda: on_cuda.new_tensor([1.0]),
         "copy_": lambda: torch.zeros(2, 3).copy_(on_cuda),
@@ -119,7 +119,7 @@ def test_verify_waits_three_times_an_image(cuda: Device, labelled: MaskRCNN, pic
     evaluator = Evaluator(labelled, tuple(range(1, 81)))
 
     def one_image() -> None:
-        prepared = evaluator.prepare(read(Image(1, picture, size, ())))
+        prepared = evaluator.prepare(read(Image(1, picture, size, frozenset())))
         assert isinstance(prepared, Prepared)
         result = evaluator.finish(prepared, evaluator.detect(prepared))
         assert len(result.masks) > 3
@@ -190,10 +190,10 @@ def test_suppression_of_valid_boxes_is_that_of_the_chosen(cuda: Device) -> None:
         groups = torch.randint(5, (count,), generator=generator)
         for share in (0.0, 0.5, 1.0):
             valid = torch.rand(count, generator=generator) < share
-            arguments = (found.where(valid[:, None], torch.nan), scores, groups)
-            expected = boxes.nms_by_group(*arguments, 0.5, valid)
-            moved = [x.to("cuda") for x in arguments]
-            kept = boxes.nms_by_group(*moved, 0.5, valid.to("cuda"))
+            holed = found.where(valid[:, None], torch.nan)
+            expected = boxes.nms_by_group(holed, scores, groups, 0.5, valid)
+            on_cuda = [x.to("cuda") for x in (holed, scores, groups)]
+            kept = boxes.nms_by_group(on_cuda[0], on_cuda[1], on_cuda[2], 0.5, valid.to("cuda"))
             assert torch.equal(kept.cpu(), expected)
 
 

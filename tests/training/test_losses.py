@@ -125,7 +125,7 @@ def test_ground_truth_boxes_are_added_to_the_proposals() -> None:
     second = Objects(*target([[9, 9, 40, 40], [20, 20, 60, 60]], [1, 2], size).values())
     nothing = torch.zeros(0, 4)
     far = torch.tensor([[50.0, 0, 60, 10]])
-    rois, owners = sample_regions([far, nothing], [first, second], choose_all)
+    rois, owners, _ = sample_regions([far, nothing], [first, second], choose_all)
     assert owners.tolist() == [0, BACKGROUND, 1, 2]
     assert rois[:, 0].tolist() == [0, 0, 1, 1]
     assert torch.equal(rois[2:, 1:], second.boxes)
