@@ -159,10 +159,10 @@ def _check_sizes(path: Path) -> None:
         size = sum(member.file_size for member in archive.infolist())
         for name in archive.namelist():
             with archive.open(name) as file:
-                version = np.lib.format.read_magic(file)  # type: ignore[no-untyped-call]
+                version = np.lib.format.read_magic(file)
                 reader = (np.lib.format.read_array_header_1_0 if version == (1, 0)
                           else np.lib.format.read_array_header_2_0)  # fmt: skip
-                shape, _, dtype = reader(file)  # type: ignore[no-untyped-call]
+                shape, _, dtype = reader(file)
                 size = max(size, math.prod(shape) * dtype.itemsize)
     if size > limit:
         raise ValueError(f"its arrays claim {size:,} bytes, and the file has fewer")
