@@ -60,7 +60,7 @@ NAMES: dict[str, Callable[[int], Id]] = {
     "around zero": lambda key: key - 5000,
     "text of digits": str,
     "text with digits": lambda key: f"image-{key}.jpg",
-    "text with other digits": lambda key: f"{key}m²",
+    "text with other digits": lambda key: f"{key}²",
     "text and numbers": lambda key: f"{key}-x" if key > 5000 else key,
 }
 

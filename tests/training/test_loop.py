@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,7 @@ def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainingRes
     return train(NANO, data, out, epochs=40, ema=0.9, tensorboard=True, **QUICK)
 
 
-AMBIENT = {
+AMBIENT: dict[str, Callable[[], object]] = {
     "float16": lambda: torch.set_default_dtype(torch.float16),
     "meta": lambda: torch.set_default_device("meta"),
     "no grad": lambda: torch.set_grad_enabled(False),

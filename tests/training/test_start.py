@@ -175,7 +175,8 @@ def test_damaged_arrays_are_refused(tmp_path: Path) -> None:
     np.savez(path, weights=np.zeros(3))
     with pytest.raises(CheckpointError, match="not a vision transformer of JAX's"):
         read_pretraining(network, str(path))
-    np.savez_compressed(path, False, **{"embedding/kernel": np.zeros(50_000_000, np.uint8)})
+    vast: dict[str, Any] = {"embedding/kernel": np.zeros(50_000_000, np.uint8)}
+    np.savez_compressed(path, **vast)
     with pytest.raises(CheckpointError, match="claim 50,000,128 bytes"):
         read_pretraining(network, str(path))
     header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000,), }\n"
