@@ -54,12 +54,12 @@ OTHERS: dict[str, str] = {
 }
 
 SHORT, LONG = 256, 320  # an image is as large as fits into LONG x SHORT
-SIZES = (24.0, 160.0)  # longest side of an object in pixels, log-uniform
+SIZES = (28.0, 180.0)  # longest side of an object in pixels, log-uniform
 # Objects of an image, least and most. The training images are more crowded than the validation
 # images: more objects for the same computing time.
 COUNTS = {"train": (3, 9), "val": (1, 6)}
 INSIDE = 0.7  # least share of an object within the image
-VISIBLE = 0.45  # least share of it that later objects leave visible
+VISIBLE = 0.6  # least share of it that later objects leave visible
 SMALLEST_AREA = 80  # visible pixels
 TRIES = 8
 
@@ -251,7 +251,7 @@ def _transformed(rng: np.random.Generator, levels: list[Image], size: float) -> 
 
 def _recoloured(rng: np.random.Generator, layer: Layer, any_hue: bool) -> Layer:
     """Change hue, saturation, contrast and brightness by one linear map of the colours."""
-    angle = rng.uniform(-np.pi, np.pi) if any_hue and rng.random() < 0.6 else rng.normal(0, 0.12)
+    angle = rng.uniform(-np.pi, np.pi) if any_hue and rng.random() < 0.35 else rng.normal(0, 0.12)
     saturation = rng.uniform(0.55, 1.25)
     contrast = np.exp(rng.normal(0, 0.15))
     # Rotation about the grey axis (Rodrigues), then a pull towards or away from the grey mean.

@@ -85,7 +85,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the weights, order and samples")
     parser.add_argument("--data-seed", type=int, default=0, help="of the training images")
     parser.add_argument(
-        "--from", dest="start", default="scratch", help="scratch, or weights to go on from"
+        "--from",
+        dest="start",
+        default="scratch",
+        help="scratch, or a weights file of this script to go on from, its provenance beside it",
     )
     parser.add_argument("--font", type=Path, default=FONT, help="NotoColorEmoji.ttf")
     parser.add_argument("--no-install", dest="install", action="store_false")
@@ -188,7 +191,16 @@ def _export(
         | {name: _version(name) for name in PACKAGES},
         "log": _thinned(log),
     }
-    return weights, provenance
+    return weights, provenance | _origin(options.start)
+
+
+def _origin(start: str) -> dict[str, Any]:
+    """The provenance of the weights that a run goes on from, which lies beside them."""
+    if start == "scratch":
+        return {}
+    found = json.loads(Path(start).with_suffix(".json").read_text())
+    found["log"] = [entry for entry in found["log"] if "loss" not in entry]  # the evaluations
+    return {"started_from": found}
 
 
 def _version(package: str) -> str | None:

@@ -20,7 +20,7 @@ LAYERS = (
     ("cli",),
     ("web",),
     ("reports",),
-    ("training", "export"),  # training measures a model's AP as it goes, and reads the same data
+    ("training", "exporting"),  # training measures a model's AP as it goes, and reads the same data
     ("evaluation",),
     ("backbones",),
     ("loader",),

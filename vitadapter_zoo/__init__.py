@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from vitadapter_zoo.detections import Detections
     from vitadapter_zoo.evaluation.verdict import Verification
     from vitadapter_zoo.evaluation.verify import verify
+    from vitadapter_zoo.exporting.export import export
     from vitadapter_zoo.loader import load
     from vitadapter_zoo.models import DINOv3Adapter, MaskRCNN, ViTAdapter
     from vitadapter_zoo.publishing.pretrained import push_to_hub, save_pretrained
@@ -53,6 +54,7 @@ __all__ = [
     "backbone",
     "backends",
     "evaluation",
+    "export",
     "get_row",
     "list_models",
     "load",
@@ -78,6 +80,7 @@ _LAZY = {
     "backbone": "backbones",
     "load": "loader",
     "push_to_hub": "publishing.pretrained",
+    "export": "exporting.export",
     "register_timm": "backbones",
     "save_pretrained": "publishing.pretrained",
     "train": "training.run",

@@ -64,7 +64,7 @@ def test_errors_are_one_line_without_traceback(tmp_path: Path) -> None:
     assert "did you mean vit-s-deit-3x" in failure("predict", photo, "--model", "vit-s-deit")
     text = tmp_path / "notes.txt"
     text.write_text("hello")
-    assert "is not an image" in failure("predict", str(text), "--model", "vit-t-deit-3x")
+    assert "is not an image" in failure("predict", str(text), "--model", "adapter-n-emoji")
     missing = ["--model", "vit-t-deit-3x", "--checkpoint", str(tmp_path / "none.pth")]
     assert "there is no checkpoint file" in failure("predict", photo, *missing)
     assert "cannot be used here" in failure("predict", photo, *missing, "--device", "nonsense")

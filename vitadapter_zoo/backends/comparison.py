@@ -12,7 +12,7 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 from vitadapter_zoo.detections import Detections
-from vitadapter_zoo.images import ImageInput
+from vitadapter_zoo.images import ImageInput, NetworkInput
 from vitadapter_zoo.models import MaskRCNN
 
 INPUT_LIMIT = 1e-6
@@ -73,13 +73,13 @@ class Difference:
 
 
 @torch.inference_mode()
-def native_stages(model: MaskRCNN, image: ImageInput) -> Stages:
-    """Run this package's detector on an image and return the results of its stages.
+def native_stages(model: MaskRCNN, image: ImageInput | NetworkInput) -> Stages:
+    """Run this package's detector on an image, or an input made of one; return its stages' results.
 
     Raises:
         ImageError: the input is not an image.
     """
-    prepared = model.preprocess(image)
+    prepared = image if isinstance(image, NetworkInput) else model.preprocess(image)
     seen: dict[str, list[Tensor]] = {}
     hooks = [
         getattr(model, name).register_forward_hook(

@@ -13,6 +13,7 @@ from vitadapter_zoo._version import __version__
 from vitadapter_zoo.cli import failures
 from vitadapter_zoo.cli.card import card
 from vitadapter_zoo.cli.demo import demo
+from vitadapter_zoo.cli.export import export
 from vitadapter_zoo.cli.hub import cache_group, convert, download
 from vitadapter_zoo.cli.mmdet import compare, config
 from vitadapter_zoo.cli.models import info, list_command
@@ -105,6 +106,7 @@ for command in (
     demo,
     predict,
     serve,
+    export,
     train,
     verify,
     score,

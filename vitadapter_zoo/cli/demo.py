@@ -17,7 +17,7 @@ from vitadapter_zoo.errors import ZooError
 from vitadapter_zoo.text import PATH, shown
 
 MODEL = "adapter-n-emoji"
-PICTURES = ("000184.jpg", "000174.jpg", "000183.jpg")  # of the row's validation images
+PICTURES = ("000190.jpg", "000197.jpg", "000054.jpg")  # of the row's validation images
 SCORE = "0.5"  # lowest that is drawn
 
 

@@ -138,19 +138,18 @@ def verify(
         raise click.UsageError("--ignore-exif needs --backend native: mmdet applies EXIF rotations")
     if every and (checkpoint, run, expect) != (None, None, None):
         raise click.UsageError("--checkpoint, --run and --expect belong to one model, not to --all")
+    folder = report_folder(folder, [annotations, checkpoint])
+    data = dataset(name, coco, annotations, images, ignore_exif)
     if name is not None and ray is None:
         check_presence(name, checkpoint, offline)
-    folder = report_folder(folder, [annotations, checkpoint])
+    import torch
+
     from vitadapter_zoo.cli.predict import default_device, usable_device
+    from vitadapter_zoo.evaluation.options import Options
 
     device = device or (default_device() if ray is None else "cpu")
     if tf32 and (dtype != "float32" or not device.startswith("cuda")):
         raise click.UsageError("--tf32 needs --device cuda and --dtype float32")
-    data = dataset(name, coco, annotations, images, ignore_exif)
-    import torch
-
-    from vitadapter_zoo.evaluation.options import Options
-
     options = Options(
         checkpoint=checkpoint,
         limit=limit,

@@ -62,7 +62,7 @@ def anchor_grids(
 def decode(
     boxes: Tensor, deltas: Tensor, stds: tuple[float, float, float, float], size: tuple[int, int]
 ) -> Tensor:
-    """Apply box deltas (R-CNN, arXiv:1311.2524, appendix C) and clip the boxes to the image.
+    """Apply box deltas and clip the boxes to the image.
 
     Args:
         boxes: ``[N, 4]`` in network pixels.
@@ -70,14 +70,19 @@ def decode(
         stds: the scale of each delta.
         size: (height, width) of the resized image without its padding.
     """
+    decoded = apply_deltas(boxes, deltas, stds)
+    height, width = size
+    return decoded.clamp(min=0).minimum(uploaded([width, height, width, height], decoded))
+
+
+def apply_deltas(boxes: Tensor, deltas: Tensor, stds: tuple[float, float, float, float]) -> Tensor:
+    """Apply box deltas (R-CNN, arXiv:1311.2524, appendix C) without clipping; see `decode`."""
     deltas = deltas * uploaded(stds, deltas)
     centres = (boxes[:, :2] + boxes[:, 2:]) * 0.5
     sides = boxes[:, 2:] - boxes[:, :2]
     centres = centres + sides * deltas[:, :2]
     sides = sides * deltas[:, 2:].clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-    decoded = torch.cat([centres - sides * 0.5, centres + sides * 0.5], dim=-1)
-    height, width = size
-    return decoded.clamp(min=0).minimum(uploaded([width, height, width, height], decoded))
+    return torch.cat([centres - sides * 0.5, centres + sides * 0.5], dim=-1)
 
 
 def encode(boxes: Tensor, targets: Tensor, stds: tuple[float, float, float, float]) -> Tensor:
