@@ -14,18 +14,17 @@ from vitadapter_zoo.text import PATH, shown
 Format = Literal["onnx", "openvino", "pt2", "aoti"]
 
 
-class _Size(click.ParamType):
-    """``HEIGHTxWIDTH`` in pixels."""
-
-    name = "HxW"
-
-    def convert(
-        self, value: str, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, int]:
-        found = re.fullmatch(r"(\d{1,6})x(\d{1,6})", value)
+def _sizes(
+    _context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]
+) -> tuple[tuple[int, int], ...]:
+    """Read ``HEIGHTxWIDTH``, pixels."""
+    sizes = []
+    for value in values:
+        found = re.fullmatch(r"([0-9]{1,6})x([0-9]{1,6})", value)
         if found is None:
-            self.fail(f"{shown(value)!r} is not a size such as 800x1216", param, ctx)
-        return int(found[1]), int(found[2])
+            raise click.BadParameter(f"{shown(value)!r} is not a size such as 800x1216")
+        sizes.append((int(found[1]), int(found[2])))
+    return tuple(sizes)
 
 
 @click.command(
@@ -47,8 +46,9 @@ Examples:
 @click.option(
     "--size",
     "sizes",
-    type=_Size(),
+    metavar="HxW",
     multiple=True,
+    callback=_sizes,
     help="Height and width of the input, multiples of 32; may be repeated. Default: that of a "
     "landscape image of the row's size.",
 )

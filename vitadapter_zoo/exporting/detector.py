@@ -102,7 +102,9 @@ class Exportable(nn.Module):
         for level, ((logits, deltas), stride) in enumerate(
             zip(head(maps), RPN_STRIDES, strict=True)
         ):
-            grid = anchors(*logits.shape[2:], stride, logits.device, head.anchor_scale)
+            grid = anchors(
+                logits.shape[2], logits.shape[3], stride, logits.device, head.anchor_scale
+            )
             scores = logits[0].permute(1, 2, 0).reshape(-1).float().sigmoid()
             scores, best = scores.topk(min(PROPOSALS, scores.shape[0]))
             deltas = deltas[0].permute(1, 2, 0).reshape(-1, 4)[best].float()

@@ -205,7 +205,8 @@ def test_workers_end_with_the_command_and_the_run_continues(
         [*command, *options], stderr=subprocess.PIPE, text=True, start_new_session=True,
         preexec_fn=heed_interrupts,
     )  # fmt: skip
-    wait_until(lambda: (run / PREDICTIONS).exists())
+    stored = run / PREDICTIONS
+    wait_until(lambda: stored.exists() and b"\n" in stored.read_bytes())
     family = children(process.pid)
     if number == signal.SIGINT:
         os.killpg(process.pid, number)  # as a terminal does: to the workers too
