@@ -67,7 +67,8 @@ def test_errors_are_one_line_without_traceback(tmp_path: Path) -> None:
     assert "is not an image" in failure("predict", str(text), "--model", "adapter-n-emoji")
     missing = ["--model", "vit-t-deit-3x", "--checkpoint", str(tmp_path / "none.pth")]
     assert "there is no checkpoint file" in failure("predict", photo, *missing)
-    assert "cannot be used here" in failure("predict", photo, *missing, "--device", "nonsense")
+    device = ["--model", "adapter-n-emoji", "--device", "nonsense"]
+    assert "cannot be used here" in failure("predict", photo, *device)
 
 
 def test_a_folder_of_pictures_with_a_saved_model(folder: Path, pictures: Path) -> None:

@@ -74,7 +74,9 @@ def difference(stored: dict[str, np.ndarray], name: str, tensor: Tensor) -> floa
     return float(np.abs(found.numpy() - stored[f"{name}.value"]).max() / largest)
 
 
-@pytest.mark.parametrize("operator", ["compiled", "reference"])
+@pytest.mark.parametrize(
+    "operator", ["compiled", pytest.param("reference", marks=pytest.mark.slow)]
+)
 def test_agrees_with_the_authors_code(
     operator: str, small: DINOv3Adapter, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,7 +23,7 @@ from vitadapter_zoo.web.app import QUEUE
 CHROMIUM = shutil.which("chromium")
 FILES = get_row("adapter-n-emoji").data_files
 assert FILES is not None
-PICTURE = FILES[1] / "000174.jpg"
+PICTURE = FILES[1] / "000046.jpg"
 SECONDS = 120_000  # milliseconds that a slow machine may take for one step
 
 
