@@ -134,6 +134,34 @@ def test_other_networks(
     assert all(stage.agrees for one in written for stage in one.differences)
 
 
+@pytest.mark.slow
+def test_the_uniperceiver_backbone(
+    standin_model: Callable[[str], MaskRCNN], tmp_path: Path
+) -> None:
+    """The features alone: the whole detector of this size takes minutes."""
+    import onnxruntime
+    import openvino
+
+    exportable = graph.Exportable(
+        standin_model("adapter-b-uniperceiver-3x"), SIZE, decomposed=True, stages=False
+    )
+    image = torch.randn(1, 3, *SIZE, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted = standin_model("adapter-b-uniperceiver-3x").backbone(image)
+        torch.onnx.export(
+            exportable.model.backbone, (image,), tmp_path / "backbone.onnx", dynamo=True,
+            opset_version=formats.OPSET, external_data=False, input_names=["image"], verbose=False,
+        )  # fmt: skip
+    session = onnxruntime.InferenceSession(tmp_path / "backbone.onnx")
+    compiled = openvino.Core().compile_model(
+        tmp_path / "backbone.onnx", "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
+    )
+    for found in (session.run(None, {"image": image.numpy()}), compiled([image.numpy()]).values()):
+        for ours, theirs in zip(wanted, found, strict=True):
+            largest = float(ours.abs().max())
+            np.testing.assert_allclose(theirs, ours.numpy(), rtol=0, atol=1e-4 * largest)
+
+
 def test_postprocess_prepares_as_the_detector_does(model: MaskRCNN) -> None:
     """Every kind of resizing: smaller, larger, half, by different factors, and none."""
     pixels = read_image(picture(2))
