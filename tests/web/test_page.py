@@ -122,7 +122,7 @@ def check_result(page: Any, folder: Path) -> None:
     rows(page, len(less))
     with page.expect_download(timeout=SECONDS) as download:
         page.get_by_text("Download COCO JSON").click()
-    assert download.value.suggested_filename == "000174.json"
+    assert download.value.suggested_filename == "000046.json"
     results = json.loads(Path(download.value.path()).read_text(encoding="utf-8"))
     ids = [get_row("adapter-n-emoji").classes.index(name) + 1 for name in less]
     assert [result["category_id"] for result in results] == ids

@@ -6,7 +6,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -93,7 +94,7 @@ def export(
     formats.check_packages(format)
     pixels = read_image(_picture() if image is None else image)
     target = expanded(directory)
-    with atomic.writing_to(target):
+    with atomic.writing_to(target), _removed_on_failure(target):
         target.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".export-", dir=target) as partial:
             found = [
@@ -104,6 +105,18 @@ def export(
             for path in sorted(Path(partial).iterdir()):
                 path.replace(target / path.name)
     return [replace(one, path=target / one.path.name) for one in found]
+
+
+@contextmanager
+def _removed_on_failure(folder: Path) -> Iterator[None]:
+    """Remove the folder after an error, if it was not there before and holds nothing."""
+    existed = folder.exists()
+    try:
+        yield
+    except BaseException:
+        if not existed and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+        raise
 
 
 def default_size(model: MaskRCNN) -> tuple[int, int]:

@@ -32,7 +32,7 @@ MEGABYTES = 20  # of a file
 LARGEST_PIXELS = 50_000_000
 KEPT = 3600  # seconds that a picture and its result are kept
 SESSIONS = 50  # whose results are kept
-SAMPLE = "000184.jpg"  # a validation image of the row below
+SAMPLE = "000190.jpg"  # a validation image of the row below
 SAMPLE_MODEL = "adapter-n-emoji"
 
 Handler: TypeAlias = Callable[..., tuple[Any, ...]]
