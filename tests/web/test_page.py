@@ -126,7 +126,7 @@ def check_result(page: Any, folder: Path) -> None:
     results = json.loads(Path(download.value.path()).read_text(encoding="utf-8"))
     ids = [get_row("adapter-n-emoji").classes.index(name) + 1 for name in less]
     assert [result["category_id"] for result in results] == ids
-    assert {result["image_id"] for result in results} == {174}
+    assert {result["image_id"] for result in results} == {46}
     assert all(result["segmentation"]["counts"] for result in results)
 
 
