@@ -131,7 +131,7 @@ def check_result(page: Any, folder: Path) -> None:
 
 
 def check_refusals(page: Any, folder: Path) -> None:
-    """What is no picture, too many bytes or too many pixels ends in a sentence."""
+    """An invalid picture, too many bytes and too many pixels are refused with a sentence."""
     bad = folder / "<b>bad.jpg"
     bad.write_text("no picture at all")
     upload(page, bad)

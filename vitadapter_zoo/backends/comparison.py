@@ -108,6 +108,12 @@ def native_stages(model: MaskRCNN, image: ImageInput | NetworkInput) -> Stages:
 
 def differences(ours: Stages, theirs: Stages) -> list[Difference]:
     """Return the difference of every stage, in the order of the computation."""
+    detections = detection_differences(ours.detections, theirs.detections)
+    return stage_differences(ours, theirs) + detections
+
+
+def stage_differences(ours: Stages, theirs: Stages) -> list[Difference]:
+    """Return the difference of every stage before the detections."""
     geometry = (ours.resized, ours.original, ours.scale) == (
         theirs.resized,
         theirs.original,
@@ -128,7 +134,7 @@ def differences(ours: Stages, theirs: Stages) -> list[Difference]:
     )
     unmatched = float((matched < 0).double().mean()) if len(matched) else 0.0
     found.append(Difference("proposals", unmatched, PROPOSAL_LIMIT))
-    return found + detection_differences(ours.detections, theirs.detections)
+    return found
 
 
 def detection_differences(ours: Detections, theirs: Detections) -> list[Difference]:

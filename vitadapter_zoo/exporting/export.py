@@ -19,8 +19,8 @@ from vitadapter_zoo.backends.comparison import (
     Difference,
     Stages,
     detection_differences,
-    differences,
     native_stages,
+    stage_differences,
 )
 from vitadapter_zoo.catalog import get_row
 from vitadapter_zoo.detections import Detections
@@ -39,7 +39,6 @@ SMALLEST, LARGEST = 64, 4096  # pixels of a side
 PICTURE = "000012.jpg"  # of the package's validation images
 HALF_SCORE_LIMIT, HALF_OVERLAP_LIMIT = 0.02, 0.05  # weights in float16
 HALF_UNMATCHED = 0.1  # share of the detections
-DETECTION_STAGES = ("detections", "boxes", "scores", "masks")  # the last of `differences`
 
 
 @dataclass(frozen=True)
@@ -201,12 +200,8 @@ def _export_one(
         raise ZooError(
             f"{stem} cannot be exported to {kind}: {type(error).__name__}: {reason}"
         ) from error
-    found = differences(_stages(staged, prepared, settings, native), native)[
-        : -len(DETECTION_STAGES)
-    ]
-    detections = detection_differences(
-        _stages(outputs, prepared, settings, native).detections, native.detections
-    )
+    found = stage_differences(_with_stages(native, staged), native)
+    detections = detection_differences(_detections(outputs, prepared, settings), native.detections)
     found += _for_half(detections, len(native.detections)) if half else detections
     wrong = [one for one in found if not one.agrees]
     if wrong:
@@ -230,31 +225,29 @@ def _for_half(found: list[Difference], count: int) -> list[Difference]:
     return [replace(one, limit=limits[one.stage]) for one in found]
 
 
-def _stages(
-    outputs: formats.Arrays,
-    prepared: postprocess.Prepared,
-    settings: dict[str, Any],
-    native: Stages,
-) -> Stages:
-    """The results of a file in the form of the detector's own; without stages, with the latter."""
-    found = postprocess.finish(outputs[: len(OUTPUTS)], prepared, settings)
-    detections = Detections(
+def _detections(
+    outputs: formats.Arrays, prepared: postprocess.Prepared, settings: dict[str, Any]
+) -> Detections:
+    """The detections of a file, from its outputs."""
+    found = postprocess.finish(outputs, prepared, settings)
+    return Detections(
         torch.from_numpy(found.boxes),
         torch.from_numpy(found.scores),
         torch.from_numpy(found.labels).long(),
         torch.from_numpy(found.masks),
         categories=tuple(settings["classes"]),
     )
-    if len(outputs) == len(OUTPUTS):
-        return replace(native, detections=detections)
-    more = [torch.from_numpy(output) for output in outputs[len(OUTPUTS) :]]
+
+
+def _with_stages(native: Stages, outputs: formats.Arrays) -> Stages:
+    """The detector's results with the stages of another program, which follow its `OUTPUTS`."""
+    stages = [torch.from_numpy(output) for output in outputs[len(OUTPUTS) :]]
     maps = len(native.backbone)
     levels = maps + len(native.neck)
     return replace(
         native,
-        backbone=more[:maps],
-        neck=more[maps:levels],
-        proposals=more[levels],
-        proposal_scores=more[levels + 1],
-        detections=detections,
+        backbone=stages[:maps],
+        neck=stages[maps:levels],
+        proposals=stages[levels],
+        proposal_scores=stages[levels + 1],
     )

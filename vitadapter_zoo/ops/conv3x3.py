@@ -10,8 +10,6 @@ computed from the same sums, and NaN instead of infinity. Values above about 1e3
 """
 
 import functools
-import warnings
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -19,8 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from vitadapter_zoo import settings
-from vitadapter_zoo.errors import ZooError
 from vitadapter_zoo.ops import library
 from vitadapter_zoo.ops.deform_attn import LIBRARY
 
@@ -191,21 +187,9 @@ def usable() -> bool:
 
 @functools.cache
 def _works() -> bool:
-    try:
-        # In a new thread: inference mode, autocast and tracing are settings of the caller's thread
-        # and would change the check.
-        with ThreadPoolExecutor(1) as thread:
-            error = thread.submit(_error).result()
-        reason = f"it gives wrong results here (relative error {error:.1g})"
-        if error <= TOLERANCE:
-            return True
-    except NotImplementedError:  # the library is older than this kernel
-        reason = "the compiled library does not have it"
-    advice = f"{reason}; run `vitadapter-zoo build-op` to compile it again"
-    if settings.operator() == "compiled":
-        raise ZooError(f"VITADAPTER_ZOO_OP=compiled, but the convolution cannot be used: {advice}")
-    warnings.warn(f"3x3 convolutions use PyTorch's, which are slower: {advice}", stacklevel=3)
-    return False
+    return library.kernel_agrees(
+        "the convolution", "3x3 convolutions use PyTorch's, which are slower", _error, TOLERANCE
+    )
 
 
 def _error() -> float:

@@ -6,7 +6,7 @@ import ctypes
 import functools
 import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,6 +128,35 @@ def check(device: torch.device) -> float:
         for channels in (32, 3)  # the vectorized kernel and the general one
         for got, expected in _outputs(channels, device)
     )
+
+
+def kernel_agrees(name: str, fallback: str, error: Callable[[], float], tolerance: float) -> bool:
+    """Return whether one kernel of the library exists and its results are right; warn if not.
+
+    Args:
+        name: of the kernel, for the error.
+        fallback: what is computed instead and how fast, for the warning.
+        error: runs the kernel; returns its largest relative error, or NaN.
+        tolerance: the largest error that is right.
+
+    Raises:
+        ZooError: ``VITADAPTER_ZOO_OP=compiled`` and the kernel cannot be used.
+    """
+    try:
+        # In a new thread: inference mode, autocast and tracing are settings of the caller's thread
+        # and would change the check.
+        with ThreadPoolExecutor(1) as thread:
+            found = thread.submit(error).result()
+        if found <= tolerance:
+            return True
+        reason = f"it gives wrong results here (relative error {found:.1g})"
+    except NotImplementedError:  # the library is older than this kernel
+        reason = "the compiled library does not have it"
+    advice = f"{reason}; run `vitadapter-zoo build-op` to compile it again"
+    if settings.operator() == "compiled":
+        raise ZooError(f"VITADAPTER_ZOO_OP=compiled, but {name} cannot be used: {advice}")
+    warnings.warn(f"{fallback}: {advice}", stacklevel=4)
+    return False
 
 
 def worst(errors: Iterable[float]) -> float:

@@ -6,16 +6,12 @@ of that time.
 """
 
 import functools
-import warnings
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import Tensor
 from torchvision.ops import roi_align as torchvision_roi_align
 
-from vitadapter_zoo import settings
-from vitadapter_zoo.errors import ZooError
 from vitadapter_zoo.ops import library
 from vitadapter_zoo.ops.deform_attn import LIBRARY
 
@@ -84,31 +80,21 @@ def usable() -> bool:
 
 @functools.cache
 def _works() -> bool:
-    try:
-        # In a new thread: inference mode, autocast and tracing are settings of the caller's thread
-        # and would change the check.
-        with ThreadPoolExecutor(1) as thread:
-            reason = thread.submit(_difference).result()
-    except NotImplementedError:  # the library is older than this kernel
-        reason = "the compiled library does not have it"
-    if reason is None:
-        return True
-    advice = f"{reason}; run `vitadapter-zoo build-op` to compile it again"
-    if settings.operator() == "compiled":
-        raise ZooError(f"VITADAPTER_ZOO_OP=compiled, but RoIAlign cannot be used: {advice}")
-    warnings.warn(
-        f"RoIAlign uses torchvision or PyTorch operators, which are several times slower: {advice}",
-        stacklevel=3,
+    return library.kernel_agrees(
+        "RoIAlign",
+        "RoIAlign uses torchvision or PyTorch operators, which are several times slower",
+        _error,
+        TOLERANCE,
     )
-    return False
 
 
-def _difference() -> str | None:
-    """Describe the first error in the kernel's results on a small input; None if there is none."""
+def _error() -> float:
+    """Return the kernel's largest error on a small input, relative to the largest value, or NaN."""
     rois = torch.tensor(
         [[0, 2, 3, 30, 21], [1, -3, -9, 50, 11], [0, 5, 5, 5, 9], [1, 40, 1, 47, 9]],
         dtype=torch.float32,
     )
+    errors = []
     for channels in (3, 70):
         numbers = torch.arange(2 * channels * 6 * 9, dtype=torch.float32) * 0.7548776662
         results = []
@@ -119,10 +105,8 @@ def _difference() -> str | None:
             (grad,) = torch.autograd.grad(pooled, x, weights.view(pooled.shape))
             results.append((pooled.detach(), grad))
         for mine, right in zip(*results, strict=True):
-            error = float((mine - right).abs().max() / right.abs().max())
-            if not error <= TOLERANCE:
-                return f"it gives wrong results here (relative error {error:.1g})"
-    return None
+            errors.append(float((mine - right).abs().max() / right.abs().max()))
+    return library.worst(errors)
 
 
 def _torchvision(x: Tensor, rois: Tensor, size: int, scale: float) -> Tensor:
