@@ -26,6 +26,8 @@ from vitadapter_zoo.models.losses import losses
 
 # Of one image: suppression of proposals, suppression of boxes, and the download.
 WAITS_OF_AN_IMAGE = 3
+# In the losses' forward pass: suppression of proposals, uploads and mask targets.
+LAUNCHES_OF_ANOTHER_IMAGE = 70
 
 
 @pytest.fixture
@@ -170,6 +172,7 @@ def test_losses_wait_once_an_image_and_once_a_batch(
         "labels": torch.tensor([3, 7]),
         "masks": masks,
     }
+    launches = []
     for images in (1, 3):
         found: dict[str, Tensor] = {}
 
@@ -179,6 +182,11 @@ def test_losses_wait_once_an_image_and_once_a_batch(
         # Each image's suppression of proposals, and the numbers of chosen regions.
         assert waits(cuda, step) <= images + 1
         assert all(bool(value.isfinite()) for value in found.values())
+        cuda.launches = 0
+        step()
+        launches.append(cuda.launches)
+    print("launches of the losses' forward pass, 1 and 3 images:", *launches)
+    assert (launches[1] - launches[0]) / 2 <= LAUNCHES_OF_ANOTHER_IMAGE
 
 
 def test_suppression_of_valid_boxes_is_that_of_the_chosen(cuda: Device) -> None:

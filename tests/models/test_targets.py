@@ -5,7 +5,8 @@ import pytest
 import torch
 from ellipses import ellipses
 
-from vitadapter_zoo.models.boxes import decode, encode
+from vitadapter_zoo.models import targets
+from vitadapter_zoo.models.boxes import box_limits, decode, encode
 from vitadapter_zoo.models.heads import BOX_STDS
 from vitadapter_zoo.models.targets import (
     BACKGROUND,
@@ -90,6 +91,46 @@ def test_invalid_anchors_are_ignored_and_are_no_object_s_best_box() -> None:
     assert assign(boxes[:0], objects, RPN_MATCHING).tolist() == []
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_batch_is_assigned_as_its_images_are(
+    shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def random_boxes(*shape: int) -> torch.Tensor:
+        corners = torch.randint(0, 8, (*shape, 2), generator=generator)
+        sides = torch.randint(1, 9, (*shape, 2), generator=generator)
+        return torch.cat([corners, corners + sides], dim=-1).float()
+
+    counts = [3, 0, 5]
+    boxes = random_boxes(60) if shared else random_boxes(3, 60)
+    objects = random_boxes(3, 5)
+    for image, count in enumerate(counts):
+        objects[image, count:] = 0  # padding
+    valid = torch.rand(3, 60, generator=generator) < 0.7
+    for flags in (None, valid):
+        found = assign(boxes, objects, RPN_MATCHING, flags)
+        for image, count in enumerate(counts):
+            own = boxes if shared else boxes[image]
+            expected = assign(
+                own, objects[image, :count], RPN_MATCHING, None if flags is None else flags[image]
+            )
+            assert torch.equal(found[image], expected)
+        with monkeypatch.context() as small:
+            small.setattr(targets, "MOST_PAIRS", 10)
+            assert torch.equal(assign(boxes, objects, RPN_MATCHING, flags), found)
+
+
+def test_a_batch_is_sampled_image_by_image() -> None:
+    torch.manual_seed(0)
+    assigned = torch.tensor([[7] * 50 + [BACKGROUND] * 50, [IGNORED] * 99 + [BACKGROUND]])
+    chosen = sample(assigned, Sampling(number=20, positives=5), None)
+    assert chosen.positive.sum(dim=1).tolist() == [5, 0]
+    assert chosen.taken.sum(dim=1).tolist() == [20, 1]
+    assert (assigned.gather(1, chosen.indices)[chosen.positive] == 7).all()
+    assert chosen.indices[1, chosen.taken[1]].tolist() == [99]
+
+
 @pytest.mark.parametrize("sampling", [RPN_SAMPLING, ROI_SAMPLING])
 @pytest.mark.parametrize(
     ("positives", "background"), [(500, 5000), (20, 5000), (0, 5000), (500, 60), (3, 4), (0, 0)]
@@ -143,7 +184,8 @@ def test_encode_is_the_inverse_of_decode() -> None:
         for corner, sides in ((torch.rand(50, 2) * 60, torch.rand(50, 2) * 30 + 5) for _ in "ab")
     )
     deltas = encode(boxes, wanted, BOX_STDS)
-    torch.testing.assert_close(decode(boxes, deltas, BOX_STDS, (100, 100)), wanted)
+    limits = box_limits([(100, 100)], boxes)[0]
+    torch.testing.assert_close(decode(boxes, deltas, BOX_STDS, limits), wanted)
 
 
 def test_mask_targets_are_cropped_to_the_box() -> None:

@@ -5,6 +5,7 @@ original code: close to a threshold, rounding decides whether a box is kept.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -60,28 +61,37 @@ def anchor_grids(
 
 
 def decode(
-    boxes: Tensor, deltas: Tensor, stds: tuple[float, float, float, float], size: tuple[int, int]
+    boxes: Tensor, deltas: Tensor, stds: tuple[float, float, float, float], limits: Tensor
 ) -> Tensor:
     """Apply box deltas and clip the boxes to the image.
 
     Args:
-        boxes: ``[N, 4]`` in network pixels.
-        deltas: ``[N, 4]`` as (dx, dy, dw, dh) in units of ``stds``.
+        boxes: ``[..., N, 4]`` in network pixels.
+        deltas: ``[..., N, 4]`` as (dx, dy, dw, dh) in units of ``stds``.
         stds: the scale of each delta.
-        size: (height, width) of the resized image without its padding.
+        limits: the largest coordinates, from `box_limits`.
     """
-    decoded = apply_deltas(boxes, deltas, stds)
-    height, width = size
-    return decoded.clamp(min=0).minimum(uploaded([width, height, width, height], decoded))
+    return apply_deltas(boxes, deltas, stds).clamp(min=0).minimum(limits)
+
+
+def box_limits(sizes: Sequence[tuple[int, int]], like: Tensor) -> Tensor:
+    """Return the largest box coordinates of each image, ``[N, 1, 4]``.
+
+    Args:
+        sizes: (height, width) of the resized images without their padding.
+        like: a tensor on the device of the boxes.
+    """
+    rows = [side for height, width in sizes for side in (width, height, width, height)]
+    return uploaded(rows, like).view(-1, 1, 4)
 
 
 def apply_deltas(boxes: Tensor, deltas: Tensor, stds: tuple[float, float, float, float]) -> Tensor:
     """Apply box deltas (R-CNN, arXiv:1311.2524, appendix C) without clipping; see `decode`."""
     deltas = deltas * uploaded(stds, deltas)
-    centres = (boxes[:, :2] + boxes[:, 2:]) * 0.5
-    sides = boxes[:, 2:] - boxes[:, :2]
-    centres = centres + sides * deltas[:, :2]
-    sides = sides * deltas[:, 2:].clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    centres = (boxes[..., :2] + boxes[..., 2:]) * 0.5
+    sides = boxes[..., 2:] - boxes[..., :2]
+    centres = centres + sides * deltas[..., :2]
+    sides = sides * deltas[..., 2:].clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     return torch.cat([centres - sides * 0.5, centres + sides * 0.5], dim=-1)
 
 
@@ -89,16 +99,16 @@ def encode(boxes: Tensor, targets: Tensor, stds: tuple[float, float, float, floa
     """Compute the deltas with which `decode` turns ``boxes`` into ``targets``.
 
     Args:
-        boxes: ``[N, 4]`` in network pixels.
-        targets: ``[N, 4]`` in network pixels.
+        boxes: ``[..., N, 4]`` in network pixels.
+        targets: ``[..., N, 4]`` in network pixels.
         stds: the scale of each delta.
 
     Returns:
-        ``[N, 4]`` as (dx, dy, dw, dh) in units of ``stds``.
+        ``[..., N, 4]`` as (dx, dy, dw, dh) in units of ``stds``.
     """
-    sides = boxes[:, 2:] - boxes[:, :2]
-    shifts = (targets[:, :2] + targets[:, 2:]) * 0.5 - (boxes[:, :2] + boxes[:, 2:]) * 0.5
-    growth = (targets[:, 2:] - targets[:, :2]) / sides
+    sides = boxes[..., 2:] - boxes[..., :2]
+    shifts = (targets[..., :2] + targets[..., 2:]) * 0.5 - (boxes[..., :2] + boxes[..., 2:]) * 0.5
+    growth = (targets[..., 2:] - targets[..., :2]) / sides
     return torch.cat([shifts / sides, growth.log()], dim=-1) / uploaded(stds, boxes)
 
 

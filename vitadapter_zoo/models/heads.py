@@ -13,6 +13,7 @@ from vitadapter_zoo.models.boxes import (
     ANCHOR_SCALE,
     FINEST_SCALE,
     anchor_grids,
+    box_limits,
     decode,
     nms_by_group,
     pool_rois,
@@ -102,34 +103,24 @@ class RPNHead(nn.Module):
         """
         shapes = tuple((logits.shape[2], logits.shape[3]) for logits, _ in outputs)
         grids = anchor_grids(shapes, RPN_STRIDES, outputs[0][0].device, self.anchor_scale)
-        return [
-            self._propose_one(
-                [(logits[index], deltas[index]) for logits, deltas in outputs],
-                grids,
-                size,
-                candidates,
-            )
-            for index, size in enumerate(sizes)
-        ]
-
-    def _propose_one(
-        self,
-        outputs: list[tuple[Tensor, Tensor]],
-        grids: tuple[Tensor, ...],
-        size: tuple[int, int],
-        candidates: int,
-    ) -> Proposals:
+        limits = box_limits(sizes, grids[0])
         kept: list[tuple[Tensor, Tensor, Tensor]] = []
         for level, ((logits, deltas), grid) in enumerate(zip(outputs, grids, strict=True)):
-            scores = logits.permute(1, 2, 0).reshape(-1).float().sigmoid()
-            scores, best = scores.topk(min(candidates, len(scores)))
-            deltas = deltas.permute(1, 2, 0).reshape(-1, 4)[best].float()
-            boxes = decode(grid[best], deltas, RPN_STDS, size)
+            scores = logits.permute(0, 2, 3, 1).flatten(1).float().sigmoid()
+            scores, best = scores.topk(min(candidates, len(grid)))
+            deltas = deltas.permute(0, 2, 3, 1).reshape(len(deltas), -1, 4)
+            deltas = deltas.take_along_dim(best[..., None], dim=1).float()
+            boxes = decode(grid[best], deltas, RPN_STDS, limits)
             kept.append((boxes, scores, torch.full_like(best, level)))
-        boxes, scores, levels = (torch.cat(parts) for parts in zip(*kept, strict=True))
-        solid = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(dim=1)
-        best = nms_by_group(boxes, scores, levels, RPN_NMS, solid)[:PROPOSALS]
-        return Proposals(boxes[best], scores[best])
+        boxes, scores, levels = (torch.cat(parts, dim=1) for parts in zip(*kept, strict=True))
+        solid = (boxes[..., 2:] > boxes[..., :2]).all(dim=-1)
+        proposals = []
+        # One suppression per image: the shift of a group's boxes, which rounds their coordinates,
+        # depends on the image's largest box.
+        for parts in zip(boxes, scores, levels, solid, strict=True):
+            best = nms_by_group(*parts[:3], RPN_NMS, parts[3])[:PROPOSALS]
+            proposals.append(Proposals(parts[0][best], parts[1][best]))
+        return proposals
 
 
 class BoxHead(nn.Module):
@@ -247,7 +238,8 @@ class RoIHead(nn.Module):
         ):
             rows, labels, valid = _candidates(image_scores, score_threshold, pending)
             chosen_deltas = image_deltas.unflatten(1, (-1, 4))[rows, labels]
-            boxes = decode(proposal.boxes[rows], chosen_deltas, BOX_STDS, size)
+            limits = box_limits([size], chosen_deltas)[0]
+            boxes = decode(proposal.boxes[rows], chosen_deltas, BOX_STDS, limits)
             boxes = boxes / uploaded(scale, boxes)
             chosen_scores = image_scores[rows, labels]
             best = nms_by_group(boxes, chosen_scores, labels, BOX_NMS, valid)[:MAX_DETECTIONS]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from vitadapter_zoo.images import NetworkInput
 from vitadapter_zoo.models.boxes import (
@@ -28,6 +29,7 @@ from vitadapter_zoo.models.heads import BOX_STDS, RPN_STDS, RPN_STRIDES, RoIHead
 from vitadapter_zoo.models.objects import Objects, Target, read_targets
 from vitadapter_zoo.models.targets import (
     BACKGROUND,
+    IGNORED,
     ROI_MATCHING,
     ROI_SAMPLING,
     RPN_MATCHING,
@@ -162,37 +164,61 @@ def rpn_losses(
     )
     grids = tuple((part.shape[2], part.shape[3]) for part, _ in outputs)
     boxes = torch.cat(anchor_grids(grids, RPN_STRIDES, logits.device, anchor_scale))
-    cls_sum, bbox_sum, total = logits.new_zeros(()), logits.new_zeros(()), logits.new_zeros(())
-    for image, (own, size) in enumerate(zip(objects, sizes, strict=True)):
-        assigned = assign(boxes, own.boxes, RPN_MATCHING, _valid(grids, size, logits.device))
-        chosen = choose(assigned, RPN_SAMPLING)
-        scores = logits[image].index_select(0, chosen.indices)
-        wanted = chosen.positive.to(scores.dtype)
-        errors = F.binary_cross_entropy_with_logits(scores, wanted, reduction="none")
-        cls_sum = cls_sum + torch.where(chosen.taken, errors, 0.0).sum()
-        offsets = deltas[image].index_select(0, chosen.indices)
-        if len(own.boxes):
-            owners = assigned[chosen.indices].clamp(min=0)
-            offsets = offsets - encode(boxes[chosen.indices], own.boxes[owners], RPN_STDS)
-        bbox_sum = bbox_sum + torch.where(chosen.positive[:, None], offsets.abs(), 0.0).sum()
-        positives = chosen.positive.sum()
-        total = total + positives.clamp(min=1) + (chosen.taken.sum() - positives).clamp(min=1)
-    return {"loss_rpn_cls": cls_sum / total, "loss_rpn_bbox": bbox_sum / total}
+    own, _ = _padded([it.boxes for it in objects])
+    assigned = assign(boxes, own, RPN_MATCHING, _valid(grids, sizes, logits.device))
+    chosen = choose(assigned, RPN_SAMPLING)
+    places = _flat(chosen.indices, len(boxes))
+    scores = logits.flatten().index_select(0, places).view_as(chosen.taken)
+    errors = F.binary_cross_entropy_with_logits(
+        scores, chosen.positive.to(scores.dtype), reduction="none"
+    )
+    offsets = deltas.flatten(0, 1).index_select(0, places).view(*chosen.indices.shape, 4)
+    if own.shape[1]:
+        owners = assigned.gather(1, chosen.indices).clamp(min=0)
+        wanted = own.take_along_dim(owners[..., None], dim=1)
+        offsets = offsets - encode(boxes[chosen.indices], wanted, RPN_STDS)
+    positives = chosen.positive.sum(dim=1)
+    negatives = chosen.taken.sum(dim=1) - positives
+    total = (positives.clamp(min=1) + negatives.clamp(min=1)).sum()
+    return {
+        "loss_rpn_cls": torch.where(chosen.taken, errors, 0.0).sum() / total,
+        "loss_rpn_bbox": torch.where(chosen.positive[..., None], offsets.abs(), 0.0).sum() / total,
+    }
+
+
+def _padded(parts: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Join boxes ``[n, 4]`` of each image in one tensor, padded with boxes of zeros.
+
+    Returns:
+        The boxes ``[N, n, 4]``, and bool ``[N, n]``, which of them are not padding.
+    """
+    counts = uploaded([len(part) for part in parts], parts[0].new_empty(0, dtype=torch.int64))
+    boxes = pad_sequence(parts, batch_first=True)
+    return boxes, torch.arange(boxes.shape[1], device=boxes.device) < counts[:, None]
+
+
+def _flat(indices: Tensor, length: int) -> Tensor:
+    """Turn indices ``[N, S]`` into rows of ``length`` entries into indices of all rows in turn."""
+    rows = torch.arange(len(indices), device=indices.device)[:, None]
+    return (indices + rows * length).flatten()
 
 
 def _valid(
-    grids: tuple[tuple[int, int], ...], size: tuple[int, int], device: torch.device
+    grids: tuple[tuple[int, int], ...], sizes: list[tuple[int, int]], device: torch.device
 ) -> Tensor | None:
-    """Return a flag for each anchor: whether its centre is inside ``size``; None if all are."""
-    if all(-(-size[axis] // RPN_STRIDES[0]) >= grids[0][axis] for axis in (0, 1)):
+    """Return whether each anchor's centre is inside its image, ``[N, A]``; None if all are."""
+    if all(-(-size[axis] // RPN_STRIDES[0]) >= grids[0][axis] for size in sizes for axis in (0, 1)):
         return None
     flags = []
+    like = torch.empty(0, dtype=torch.int64, device=device)
     for (height, width), stride in zip(grids, RPN_STRIDES, strict=True):
-        rows, columns = -(-size[0] // stride), -(-size[1] // stride)
-        inside = torch.zeros(height, width, len(ANCHOR_RATIOS), dtype=torch.bool, device=device)
-        inside[:rows, :columns] = True
-        flags.append(inside.flatten())
-    return torch.cat(flags)
+        limits = uploaded([-(-side // stride) for size in sizes for side in size], like)
+        rows, columns = limits.view(-1, 2, 1).unbind(1)
+        inside = (torch.arange(height, device=device) < rows)[:, :, None] & (
+            torch.arange(width, device=device) < columns
+        )[:, None, :]
+        flags.append(inside[..., None].expand(-1, -1, -1, len(ANCHOR_RATIOS)).flatten(1))
+    return torch.cat(flags, dim=1)
 
 
 class Regions(NamedTuple):
@@ -224,26 +250,24 @@ def sample_regions(
         choose: selects the proposals.
         sampling: the number of proposals per image.
     """
-    rois, owners, chosen_ones = [], [], []
-    before = 0
-    for image, (boxes, own) in enumerate(zip(proposals, objects, strict=True)):
-        matched = assign(boxes, own.boxes, ROI_MATCHING)
-        themselves = torch.arange(len(own.boxes), device=matched.device)
-        matched = torch.cat([themselves, matched])
-        boxes = torch.cat([own.boxes, boxes])
-        chosen = choose(matched, sampling)
-        matched = matched[chosen.indices]
-        rois.append(F.pad(boxes[chosen.indices], (1, 0), value=image))
-        owners.append(torch.where(matched >= 0, matched + before, BACKGROUND))
-        chosen_ones.append(chosen)
-        before += len(own.boxes)
+    own, present = _padded([it.boxes for it in objects])
+    boxes, existing = _padded(proposals)
+    themselves = torch.arange(own.shape[1], device=own.device).expand(len(own), -1)
+    matched = torch.cat([themselves, assign(boxes, own, ROI_MATCHING)], dim=1)
+    matched = matched.masked_fill(~torch.cat([present, existing], dim=1), IGNORED)
+    boxes = torch.cat([own, boxes], dim=1)
+    chosen = choose(matched, sampling)
     # On a GPU this is the only wait of the losses beside one for each image's suppression.
-    numbers = torch.stack(
-        [torch.stack([it.taken.sum(), it.positive.sum()]) for it in chosen_ones]
-    ).tolist()
-    kept = _true(torch.cat([it.taken for it in chosen_ones]), sum(taken for taken, _ in numbers))
+    numbers = torch.stack([chosen.taken.sum(dim=1), chosen.positive.sum(dim=1)]).tolist()
+    kept = _true(chosen.taken.flatten(), sum(numbers[0]))
+    places = _flat(chosen.indices, boxes.shape[1])[kept]
+    images = kept // chosen.indices.shape[1]
+    before = present.sum(dim=1).cumsum(0) - present.sum(dim=1)
+    owners = matched.flatten()[places]
     return Regions(
-        torch.cat(rois)[kept], torch.cat(owners)[kept], [positive for _, positive in numbers]
+        torch.cat([images[:, None].to(boxes.dtype), boxes.flatten(0, 1)[places]], dim=1),
+        torch.where(owners >= 0, owners + before[images], BACKGROUND),
+        numbers[1],
     )
 
 

@@ -15,6 +15,9 @@ from vitadapter_zoo.models.constants import uploaded
 BACKGROUND = -1
 IGNORED = -2
 MASK_SIZE = 28
+# Pairs of an object and a box that are compared at once; a batch with more is assigned image by
+# image. Four float32 tensors of this size exist at a time.
+MOST_PAIRS = 2**25
 
 
 class Matching(NamedTuple):
@@ -52,7 +55,7 @@ ROI_SAMPLING = Sampling(number=512, positives=128)
 
 
 class Sample(NamedTuple):
-    """The boxes that a loss may use. Each tensor has one entry per candidate box.
+    """The boxes that a loss may use: tensors ``[..., S]`` with one entry per candidate box.
 
     The number of entries is fixed, so some of the candidates may not be taken.
 
@@ -68,13 +71,16 @@ class Sample(NamedTuple):
 
 
 def overlaps(objects: Tensor, boxes: Tensor) -> Tensor:
-    """Compute the IoU ``[n, A]`` of ``objects`` ``[n, 4]`` and ``boxes`` ``[A, 4]``."""
-    objects = objects[:, None]
-    widths = torch.minimum(objects[..., 2], boxes[:, 2]) - torch.maximum(
-        objects[..., 0], boxes[:, 0]
+    """Compute the IoU ``[..., n, A]`` of ``objects`` ``[..., n, 4]`` and ``boxes`` ``[..., A, 4]``.
+
+    Boxes without area overlap nothing.
+    """
+    objects, boxes = objects[..., :, None, :], boxes[..., None, :, :]
+    widths = torch.minimum(objects[..., 2], boxes[..., 2]) - torch.maximum(
+        objects[..., 0], boxes[..., 0]
     )
-    heights = torch.minimum(objects[..., 3], boxes[:, 3]) - torch.maximum(
-        objects[..., 1], boxes[:, 1]
+    heights = torch.minimum(objects[..., 3], boxes[..., 3]) - torch.maximum(
+        objects[..., 1], boxes[..., 1]
     )
     shared = widths.clamp_(min=0).mul_(heights.clamp_(min=0))
     return shared / (_areas(objects) + _areas(boxes)).sub_(shared).clamp_(min=1e-6)
@@ -93,37 +99,50 @@ def assign(
     box overlaps another object more. If several objects claim a box this way, the last gets it.
 
     Args:
-        boxes: ``[A, 4]`` in network pixels.
-        objects: ``[n, 4]``, the boxes of the objects.
+        boxes: ``[A, 4]`` in network pixels, or ``[N, A, 4]`` if each image has its own.
+        objects: ``[n, 4]``, the boxes of the objects, or ``[N, n, 4]`` for a batch. Boxes of zeros
+            fill the places of images that have fewer objects; nothing is assigned to them.
         matching: the thresholds.
-        valid: bool ``[A]``, False for boxes to ignore; None if all are valid.
+        valid: bool ``[A]`` or ``[N, A]``, False for boxes to ignore; None if all are valid.
 
     Returns:
-        int64 ``[A]``: the object's index, ``BACKGROUND`` or ``IGNORED``.
+        int64 ``[A]`` or ``[N, A]``: the object's index, ``BACKGROUND`` or ``IGNORED``.
     """
-    if len(objects) == 0 or len(boxes) == 0:
-        assigned = torch.full((len(boxes),), BACKGROUND, device=boxes.device)
+    batch, (count, number) = objects.shape[:-2], (objects.shape[-2], boxes.shape[-2])
+    if count == 0 or number == 0:
+        assigned = torch.full((*batch, number), BACKGROUND, device=boxes.device)
         return assigned if valid is None else assigned.masked_fill_(~valid, IGNORED)
+    if batch and batch[0] > 1 and batch[0] * count * number > MOST_PAIRS:
+        one_by_one = [
+            assign(
+                boxes if boxes.dim() == 2 else boxes[image],
+                objects[image],
+                matching,
+                None if valid is None else valid[image],
+            )
+            for image in range(batch[0])
+        ]
+        return torch.stack(one_by_one)
     shares = overlaps(objects, boxes)
     if valid is not None:
-        shares.masked_fill_(~valid, -1)
-    largest, assigned = shares.max(dim=0)
+        shares.masked_fill_(~valid[..., None, :], -1)
+    largest, assigned = shares.max(dim=-2)
     assigned.masked_fill_(largest < matching.positive, IGNORED)
     assigned.masked_fill_((largest >= 0) & (largest < matching.negative), BACKGROUND)
-    best = shares.amax(dim=1, keepdim=True)
-    numbers = torch.arange(len(objects), dtype=torch.int32, device=boxes.device)[:, None]
+    best = shares.amax(dim=-1, keepdim=True)
+    numbers = torch.arange(count, dtype=torch.int32, device=boxes.device)[:, None]
     is_best = (shares == best) & (best >= matching.low_quality)
-    owner = torch.where(is_best, numbers, IGNORED).amax(dim=0)
+    owner = torch.where(is_best, numbers, IGNORED).amax(dim=-2)
     return torch.where(owner >= 0, owner, assigned)
 
 
 def sample(assigned: Tensor, sampling: Sampling, generator: torch.Generator | None) -> Sample:
-    """Choose boxes at random as mmdet's ``RandomSampler`` does.
+    """Choose boxes of each image at random as mmdet's ``RandomSampler`` does.
 
     Positive boxes come first. Background boxes fill the remaining places.
 
     Args:
-        assigned: from `assign`, ``[A]``.
+        assigned: from `assign`, ``[..., A]``.
         sampling: the numbers of boxes.
         generator: on the device of ``assigned``; by default that device's global generator, which
             ``torch.manual_seed`` seeds.
@@ -131,23 +150,23 @@ def sample(assigned: Tensor, sampling: Sampling, generator: torch.Generator | No
     keys = torch.rand(
         assigned.shape, generator=generator, dtype=torch.float32, device=assigned.device
     )
-    positives = torch.where(assigned >= 0, keys, -1.0).topk(min(sampling.positives, len(keys)))
+    number = assigned.shape[-1]
+    positives = torch.where(assigned >= 0, keys, -1.0).topk(min(sampling.positives, number))
     positive = positives.values >= 0
-    background = torch.where(assigned == BACKGROUND, keys, -1.0).topk(
-        min(sampling.number, len(keys))
-    )
-    places = torch.arange(len(background.values), device=assigned.device)
-    taken = (background.values >= 0) & (places < sampling.number - positive.sum())
+    background = torch.where(assigned == BACKGROUND, keys, -1.0).topk(min(sampling.number, number))
+    places = torch.arange(background.values.shape[-1], device=assigned.device)
+    left = sampling.number - positive.sum(dim=-1, keepdim=True)
+    taken = (background.values >= 0) & (places < left)
     return Sample(
-        indices=torch.cat([positives.indices, background.indices]),
-        taken=torch.cat([positive, taken]),
-        positive=torch.cat([positive, torch.zeros_like(taken)]),
+        indices=torch.cat([positives.indices, background.indices], dim=-1),
+        taken=torch.cat([positive, taken], dim=-1),
+        positive=torch.cat([positive, torch.zeros_like(taken)], dim=-1),
     )
 
 
 def take_all(assigned: Tensor) -> Sample:
-    """Choose every box that is not ignored."""
-    indices = torch.arange(len(assigned), device=assigned.device)
+    """Choose every box that is not ignored; ``assigned`` is ``[..., A]``."""
+    indices = torch.arange(assigned.shape[-1], device=assigned.device).expand_as(assigned)
     return Sample(indices, taken=assigned != IGNORED, positive=assigned >= 0)
 
 
