@@ -203,7 +203,7 @@ def train(
         raise click.UsageError("give --data DIR, or --train FILE DIR (and --val FILE DIR)")
     if data is not None and valid_files is not None:
         raise click.UsageError("--val belongs to --train; --data has its own validation images")
-    from vitadapter_zoo.cli.predict import usable_device
+    from vitadapter_zoo.cli.devices import usable_device
     from vitadapter_zoo.training.run import train as run
 
     if device is not None:

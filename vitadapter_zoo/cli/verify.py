@@ -144,7 +144,7 @@ def verify(
         check_presence(name, checkpoint, offline)
     import torch
 
-    from vitadapter_zoo.cli.predict import default_device, usable_device
+    from vitadapter_zoo.cli.devices import default_device, usable_device
     from vitadapter_zoo.evaluation.options import Options
 
     device = device or (default_device() if ray is None else "cpu")
