@@ -323,10 +323,12 @@ try:
     main(sys.argv[1:], standalone_mode=False)
 finally:
     os.set_blocking(terminal, False)
+    output = b""
     try:
-        print("SHOWN", ascii(os.read(terminal, 1 << 20).decode()))
+        while True:  # one read returns 4 kB at most, which may end within a character
+            output += os.read(terminal, 1 << 20)
     except BlockingIOError:
-        print("NOTHING")
+        print("SHOWN", ascii(output.decode())) if output else print("NOTHING")
 """
 
 
