@@ -51,7 +51,7 @@ def serve(
     Ctrl-C stops it. Pictures are kept in a temporary folder, which is removed at the end.
     """
     from vitadapter_zoo import web
-    from vitadapter_zoo.cli.predict import default_device, usable_device
+    from vitadapter_zoo.cli.devices import default_device, usable_device
     from vitadapter_zoo.web.app import temporary_folder
     from vitadapter_zoo.web.models import Work
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import difflib
 import json
-import operator
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from os import PathLike
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,9 +15,11 @@ from PIL import Image
 from torch import Tensor
 
 from vitadapter_zoo.catalog import COCO_CLASSES
-from vitadapter_zoo.detections import exchange, notebook
+from vitadapter_zoo.detections import conversions, notebook, records
 from vitadapter_zoo.detections import masks as masks_of
 from vitadapter_zoo.detections.drawing import draw, regions
+from vitadapter_zoo.detections.indexing import positions
+from vitadapter_zoo.detections.instances import Instances
 from vitadapter_zoo.detections.masks import MaskMaps, Masks
 from vitadapter_zoo.errors import ZooError
 from vitadapter_zoo.images import ImageInput, read_image
@@ -28,25 +28,6 @@ from vitadapter_zoo.text import quoted, shown
 if TYPE_CHECKING:
     import pandas
     import supervision
-
-
-@dataclass(frozen=True)
-class Instances:
-    """Detections of one image as the network gives them: masks are not yet on the image.
-
-    Attributes:
-        boxes: float32 ``[N, 4]`` as (x1, y1, x2, y2) in image pixels.
-        scores: float32 ``[N]`` in 0..1, best first.
-        labels: int64 ``[N]``, index of the class.
-        mask_probabilities: float32 ``[N, 28, 28]`` in 0..1, stretched over the box.
-        size: (height, width) of the image in pixels.
-    """
-
-    boxes: Tensor
-    scores: Tensor
-    labels: Tensor
-    mask_probabilities: Tensor
-    size: tuple[int, int]
 
 
 class Detections:
@@ -150,7 +131,7 @@ class Detections:
             IndexError: no detection has that index, or the mask is not one bool for each.
             TypeError: the index is nothing of the above.
         """
-        chosen = self._indices(index)
+        chosen = positions(index, len(self))
         return Detections(
             boxes=self.boxes[chosen],
             scores=self.scores[chosen],
@@ -159,29 +140,6 @@ class Detections:
             categories=self.categories,
             image=self.image,
         )
-
-    def _indices(self, index: Any) -> Tensor:
-        count = len(self)
-        if isinstance(index, slice):
-            return torch.tensor(range(count)[index], dtype=torch.int64, device="cpu")
-        # A tensor or array with one bool would pass for an integer too, but is a mask.
-        if not getattr(index, "ndim", 0) and hasattr(type(index), "__index__"):
-            number = operator.index(index)
-            if not -count <= number < count:
-                raise IndexError(f"there are {count} detections, none has the index {number}")
-            return torch.tensor([number % count], dtype=torch.int64, device="cpu")
-        if isinstance(index, (str, bytes, float)):
-            raise TypeError(
-                "an index is an integer, a slice, a bool mask or a list of integers, not "
-                f"{quoted(index)}; with_classes chooses by name"
-            )
-        chosen = torch.as_tensor(index, device="cpu")
-        numbers = torch.arange(count, dtype=torch.int64, device="cpu")
-        if chosen.dtype == torch.bool and chosen.shape != (count,):
-            raise IndexError(
-                f"a mask has one bool for each of the {count} detections, not {list(chosen.shape)}"
-            )
-        return numbers[chosen if len(chosen) else chosen.long()].reshape(-1)
 
     def filter(self, score: float) -> Detections:
         """Only the detections with at least this score (0..1)."""
@@ -244,23 +202,7 @@ class Detections:
         Raises:
             ZooError: the classes are not COCO's 80 and no ids are given, or a class has no id.
         """
-        ids = exchange.category_ids(self.categories, category_ids)
-        return [
-            {
-                "image_id": image_id,
-                "category_id": ids[label],
-                "bbox": box,
-                "score": score,
-                "segmentation": {"size": list(self.size), "counts": counts},
-            }
-            for label, box, score, counts in zip(
-                self.labels.tolist(),
-                xywh(self.boxes),
-                self.scores.tolist(),
-                self.run_lengths(),
-                strict=True,
-            )
-        ]
+        return records.coco_results(self, image_id, category_ids)
 
     def run_lengths(self) -> list[str]:
         """The masks as counts of COCO's compressed RLE."""
@@ -276,23 +218,7 @@ class Detections:
         Each has ``name``, ``label``, ``score``, ``box`` (x1, y1, x2, y2) in image pixels and
         ``segmentation`` (COCO's compressed RLE).
         """
-        return [
-            {
-                "name": name,
-                "label": label,
-                "score": score,
-                "box": box,
-                "segmentation": {"size": list(self.size), "counts": counts},
-            }
-            for name, label, score, box, counts in zip(
-                self.class_names,
-                self.labels.tolist(),
-                self.scores.tolist(),
-                self.boxes.tolist(),
-                self.run_lengths(),
-                strict=True,
-            )
-        ]
+        return records.records(self)
 
     def to_json(self) -> str:
         """JSON: an object with ``size`` (height, width) and ``detections``, see `to_records`."""
@@ -304,7 +230,7 @@ class Detections:
         Raises:
             ZooError: pandas is not installed.
         """
-        return exchange.to_dataframe(self)
+        return conversions.to_dataframe(self)
 
     def to_supervision(self, *, masks: bool = True) -> supervision.Detections:
         """As ``supervision.Detections``, with ``class_name`` in its ``data``.
@@ -315,7 +241,7 @@ class Detections:
         Raises:
             ZooError: supervision is not installed.
         """
-        return exchange.to_supervision(self, with_masks=masks)
+        return conversions.to_supervision(self, with_masks=masks)
 
     @classmethod
     def from_supervision(
@@ -339,8 +265,8 @@ class Detections:
             ZooError: there are no masks, scores or classes, a class has no name, or the names in
                 ``found`` are not those of ``categories``.
         """
-        exchange.check_names(found, categories)
-        boxes, scores, labels, masks = exchange.from_supervision(found, len(categories), size)
+        conversions.check_names(found, categories)
+        boxes, scores, labels, masks = conversions.from_supervision(found, len(categories), size)
         return cls(boxes, scores, labels, masks, categories, image)
 
     def crops(self, image: ImageInput | None = None) -> list[Image.Image]:
@@ -443,9 +369,3 @@ class Detections:
     def _repr_html_(self) -> str | None:
         """The picture and a table for notebooks; None where the image is not known."""
         return notebook.page(self)
-
-
-def xywh(boxes: Tensor) -> list[list[float]]:
-    """Boxes (x1, y1, x2, y2) as COCO's ``[x, y, width, height]``."""
-    x1, y1, x2, y2 = boxes.detach().cpu().unbind(1)
-    return cast("list[list[float]]", torch.stack([x1, y1, x2 - x1, y2 - y1], dim=1).tolist())
