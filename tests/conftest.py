@@ -1,5 +1,7 @@
 """Fixtures that several test modules share."""
 
+import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +15,14 @@ from vitadapter_zoo import MaskRCNN, get_row
 from vitadapter_zoo.models import build
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Make the folder of the stand-in weights; the workers of pytest-xdist inherit its name."""
+    if "STANDIN_WEIGHTS" not in os.environ:
+        folder = tempfile.TemporaryDirectory(prefix="standins-")
+        os.environ["STANDIN_WEIGHTS"] = folder.name
+        config.add_cleanup(folder.cleanup)
+
+
 @pytest.fixture(autouse=True)
 def zoo_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Every test has a cache of its own."""
@@ -22,14 +32,13 @@ def zoo_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(scope="session")
-def published_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Stand-in weights of a row in a file of the published format, made once per session."""
-    directory = tmp_path_factory.mktemp("published")
+def published_file() -> Callable[[str], Path]:
+    """Stand-in weights of a row in a file of the published format, made once in a test run."""
 
     def make(row: str) -> Path:
-        path = directory / f"{row}.pth.tar"
+        path = Path(os.environ["STANDIN_WEIGHTS"]) / f"{row}.pth.tar"
         if not path.exists():
-            torch.save(standins.checkpoint(row), path)
+            standins.whole(path, standins.checkpoint(row))
         return path
 
     return make
@@ -55,9 +64,9 @@ def tiny(standin_model: Callable[[str], MaskRCNN]) -> MaskRCNN:
 
 
 @pytest.fixture(scope="session")
-def small(tiny: MaskRCNN) -> MaskRCNN:
-    """The same for small inputs, quick; tests must not change it."""
-    return scenes.small(tiny)
+def small() -> MaskRCNN:
+    """A narrow detector with stand-in weights for small inputs; tests must not change it."""
+    return scenes.narrow()
 
 
 @pytest.fixture(scope="session")

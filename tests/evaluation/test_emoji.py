@@ -2,14 +2,13 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
+from forked import run
 from helpers import left_behind
 
 import vitadapter_zoo
@@ -19,7 +18,6 @@ from vitadapter_zoo.evaluation.dataset import row_dataset
 
 ROW = get_row("adapter-n-emoji")
 WEIGHTS = PACKAGE / "data" / "emoji" / "adapter-n-emoji.safetensors"
-COMMAND = [sys.executable, "-m", "vitadapter_zoo"]
 
 
 def test_it_loads_from_the_package_offline_and_writes_no_cache(zoo_home: Path) -> None:
@@ -75,6 +73,6 @@ def test_other_data_are_not_compared_with_the_row_s_figures(tmp_path: Path) -> N
 def test_published_rows_still_need_coco() -> None:
     with pytest.raises(DatasetError, match="COCO val2017, which is not in this package"):
         vitadapter_zoo.verify("adapter-t-deit-3x")
-    done = subprocess.run([*COMMAND, "verify", "adapter-t-deit-3x"], capture_output=True, text=True)
+    done = run("verify", "adapter-t-deit-3x")
     assert done.returncode == 2
     assert "give either --coco DIR or --annotations FILE" in done.stderr

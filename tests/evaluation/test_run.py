@@ -6,8 +6,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from forked import heed_interrupts
-from verification import COMMAND, PICTURES, command, figures
+from forked import COMMAND, run, workers
+from verification import PICTURES, command, figures
 
 import vitadapter_zoo
 from vitadapter_zoo import (
@@ -49,27 +47,26 @@ def kill_rounds(
     rng = random.Random(1)
     killed = 0
     for round_ in range(rounds):
-        run = tmp_path / f"run-{round_}"
-        arguments = [*COMMAND, str(saved), "--coco", str(coco), "--run", str(run), "--json"]
-        process = subprocess.Popen(
-            arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-            preexec_fn=heed_interrupts,
-        )  # fmt: skip
-        while process.poll() is None and not (run / PREDICTIONS).exists():
+        directory = tmp_path / f"run-{round_}"
+        arguments = [
+            *("verify", str(saved), "--coco", str(coco), "--run", str(directory), "--json")
+        ]
+        process = workers().start(COMMAND, *arguments)
+        while process.is_running() and not (directory / PREDICTIONS).exists():
             time.sleep(0.01)
         time.sleep(rng.random() * 1.5)
-        if process.poll() is None:
-            process.send_signal(rng.choice([signal.SIGKILL, signal.SIGINT]))
+        if process.is_running():
+            os.kill(process.pid, rng.choice([signal.SIGKILL, signal.SIGINT]))
             killed += 1
         # Before and after the command's own code Python dies by SIGINT: 130 too, to shells.
-        assert process.wait() in (3, -signal.SIGKILL, 130, -signal.SIGINT)
-        ended = subprocess.run(arguments, capture_output=True, text=True, check=False)
+        assert process.wait().returncode in (3, -signal.SIGKILL, 130, -signal.SIGINT)
+        ended = run(*arguments)
         assert ended.returncode == 3, ended.stderr
         record = json.loads(ended.stdout)
         again = [record[kind]["figures"][name] for kind in KINDS for name in FIGURES]
         assert again == figures(undisturbed)
         assert record["images"]["evaluated"] == PICTURES
-        shutil.rmtree(run)
+        shutil.rmtree(directory)
     return killed
 
 
@@ -132,24 +129,18 @@ def test_results_of_another_run_are_not_mixed(
 def test_a_full_disk_keeps_what_is_finished(
     saved: Path, coco: Path, undisturbed: Verification, tmp_path: Path
 ) -> None:
-    run = tmp_path / "run"
+    directory = tmp_path / "run"
     whole = (Path(undisturbed.details["run"]) / PREDICTIONS).stat().st_size
-    limited = subprocess.run(
-        [
-            *("bash", "-c", f'ulimit -f {whole // 2048}; trap "" XFSZ; exec "$@"', "-"),
-            *(*COMMAND, str(saved), "--coco", str(coco), "--run", str(run)),
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    limit = f"import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, ({whole // 2}, {whole}))\n"
+    arguments = ["verify", str(saved), "--coco", str(coco), "--run", str(directory)]
+    limited = workers().run(limit + COMMAND, *arguments)
     assert limited.returncode == 2
     assert "cannot write to the run directory" in limited.stderr
     assert "Traceback" not in limited.stderr
-    kept = (run / PREDICTIONS).read_bytes()
+    kept = (directory / PREDICTIONS).read_bytes()
     assert kept.endswith(b"\n")
     assert 0 < kept.count(b"\n") < PICTURES
-    again = command("verify", saved, "--coco", coco, "--run", run, "--json")
+    again = command("verify", saved, "--coco", coco, "--run", directory, "--json")
     record = json.loads(again.stdout)
     assert record["images_before"] == kept.count(b"\n")
     assert record["mask"]["figures"] == undisturbed.mask.figures
@@ -162,8 +153,5 @@ def test_no_process_of_another_user_is_waited_for(tmp_path: Path) -> None:
             "from vitadapter_zoo.evaluation.run import open_run\n"
             "with open_run(Path(sys.argv[1]), {}): pass"
         )
-        other = subprocess.run(
-            [sys.executable, "-c", code, str(tmp_path / "run")],
-            capture_output=True, text=True, check=False, env=os.environ,
-        )  # fmt: skip
+        other = workers().run(code, str(tmp_path / "run"))
     assert "in use by another process" in other.stderr

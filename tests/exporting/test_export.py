@@ -28,25 +28,29 @@ SIZE = (128, 160)
 STRANGER = """
 import json, sys
 import numpy as np
-folder, name, pixels, threshold = sys.argv[1:5]
+folder, name, pixels, kind = sys.argv[1:5]
 sys.path.insert(0, folder)
 import postprocess
 settings = json.load(open(f"{folder}/{name}.json"))
 prepared = postprocess.prepare(np.load(pixels), settings)
-inputs = prepared.inputs(float(threshold))
-if "onnx" in sys.argv[5]:
+if kind == "onnx":
     import onnxruntime
-    outputs = onnxruntime.InferenceSession(f"{folder}/{name}.onnx").run(settings["outputs"], inputs)
+    session = onnxruntime.InferenceSession(f"{folder}/{name}.onnx")
 else:
     import openvino
     compiled = openvino.Core().compile_model(
         f"{folder}/{name}.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
     )
-    outputs = list(compiled(inputs).values())
+for threshold in sys.argv[5:]:
+    inputs = prepared.inputs(float(threshold))
+    if kind == "onnx":
+        outputs = session.run(settings["outputs"], inputs)
+    else:
+        outputs = list(compiled(inputs).values())
+    found = postprocess.finish(outputs, prepared, settings)
+    np.savez(f"{threshold}.npz", boxes=found.boxes, scores=found.scores, labels=found.labels,
+             masks=found.masks, names=np.array(found.names, dtype=str))
 assert not [name for name in sys.modules if name.split(".")[0] in ("vitadapter_zoo", "torch")]
-found = postprocess.finish(outputs, prepared, settings)
-np.savez(sys.argv[6], boxes=found.boxes, scores=found.scores, labels=found.labels,
-         masks=found.masks, names=np.array(found.names, dtype=str))
 """
 
 
@@ -83,16 +87,16 @@ def test_a_file_without_this_package_gives_the_same_detections(
     assert files == {".json", ".py"} | ({".onnx"} if kind == "onnx" else {".xml", ".bin"})
     pixels = read_image(picture(1))
     np.save(tmp_path / "pixels.npy", pixels)
+    thresholds = (0.999, 0.3, 0.0005)
+    arguments = [out, "adapter-n-emoji-128x160", tmp_path / "pixels.npy", kind, *thresholds]
+    code = f"import sys; sys.path.append({sysconfig.get_path('purelib')!r})\n{STRANGER}"
+    subprocess.run(
+        [sys.executable, "-I", "-S", "-c", code, *map(str, arguments)], check=True, cwd=tmp_path
+    )
     counts = []
-    for threshold in (0.999, 0.3, 0.0005):
-        result = tmp_path / f"{threshold}.npz"
-        arguments = [out, "adapter-n-emoji-128x160", tmp_path / "pixels.npy", threshold, kind]
-        code = f"import sys; sys.path.append({sysconfig.get_path('purelib')!r})\n{STRANGER}"
-        subprocess.run(
-            [sys.executable, "-I", "-S", "-c", code, *map(str, arguments), str(result)],
-            check=True, cwd=tmp_path,
-        )  # fmt: skip
-        found, wanted = np.load(result), expected(model, pixels, threshold)
+    for threshold in thresholds:
+        found = np.load(tmp_path / f"{threshold}.npz")
+        wanted = expected(model, pixels, threshold)
         counts.append(len(wanted))
         shift = 1e4 * wanted.labels[:, None]
         pairs = matches(

@@ -1,5 +1,6 @@
 """What ``predict`` and ``stream`` take: folders, patterns, URLs, videos, tensors."""
 
+import copy
 import gc
 from collections.abc import Iterator
 from pathlib import Path
@@ -207,7 +208,7 @@ def test_stream_keeps_no_frame(small: MaskRCNN, tmp_path: Path) -> None:
     assert max(alive) <= 2
 
 
-def test_a_model_in_training_mode_stays_so_between_frames(tiny: MaskRCNN, tmp_path: Path) -> None:
-    model = scenes.small(tiny).train()
+def test_a_model_in_training_mode_stays_so_between_frames(small: MaskRCNN, tmp_path: Path) -> None:
+    model = copy.deepcopy(small).train()
     for _ in model.stream(scenes.make_video(tmp_path / "clip.mp4", 2)):
         assert all(module.training for module in model.modules())

@@ -1,5 +1,6 @@
 """``predict`` gives the same digits in any process, and leaves the model as it was."""
 
+import copy
 import locale
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scenes
+import standins
 import torch
 from torch import nn
 
@@ -122,9 +124,9 @@ def test_no_state_of_the_process_changes_a_digit(
 
 @pytest.mark.parametrize("part", ["", "backbone.spm", "neck"])
 def test_predict_leaves_modes_and_statistics_as_they_were(
-    part: str, tiny: MaskRCNN, picture: Path, expected: Detections
+    part: str, small: MaskRCNN, picture: Path, expected: Detections
 ) -> None:
-    model = scenes.small(tiny)
+    model = copy.deepcopy(small)
     model.get_submodule(part).train()
     frozen = next(module for module in model.modules() if isinstance(module, nn.BatchNorm2d))
     frozen.eval()
@@ -137,8 +139,8 @@ def test_predict_leaves_modes_and_statistics_as_they_were(
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_modes_come_back_after_an_error(tiny: MaskRCNN, picture: Path) -> None:
-    model = scenes.small(tiny).train()
+def test_modes_come_back_after_an_error(small: MaskRCNN, picture: Path) -> None:
+    model = copy.deepcopy(small).train()
     model.neck = nn.Linear(1, 1)
     with pytest.raises(TypeError):
         model.predict(picture)
@@ -166,8 +168,8 @@ def test_detections_are_ordinary_tensors(
     "part",
     ["backbone.spm.fc1", "neck", "rpn_head.rpn_cls", "roi_head.bbox_head", "roi_head.mask_head"],
 )
-def test_a_network_that_computes_nan_says_so(part: str, tiny: MaskRCNN, picture: Path) -> None:
-    model = scenes.small(tiny)
+def test_a_network_that_computes_nan_says_so(part: str, small: MaskRCNN, picture: Path) -> None:
+    model = copy.deepcopy(small)
     with torch.no_grad():
         module = model.get_submodule(part)
         for name in [name for name, _ in module.named_parameters()]:
@@ -177,3 +179,29 @@ def test_a_network_that_computes_nan_says_so(part: str, tiny: MaskRCNN, picture:
             setattr(module.get_submodule(owner), leaf, nn.Parameter(broken))
     with pytest.raises(ZooError, match="NaN or infinite"):
         model.predict(picture, 0.01)
+
+
+def test_predict_returns_plain_cpu_tensors_in_image_pixels(tiny: MaskRCNN) -> None:
+    one, two = tiny.predict([standins.PHOTO, str(standins.PHOTO)], batch_size=2)
+    assert one.boxes.dtype == one.scores.dtype == torch.float32
+    assert one.masks.dtype == torch.bool
+    assert one.masks.shape == (len(one), 427, 640)
+    assert (one.scores > 0.05).all()
+    assert (one.scores.diff() <= 0).all()
+    torch.testing.assert_close(one.scores, two.scores, rtol=1e-3, atol=1e-3)
+    assert len(tiny.predict(standins.PHOTO, score_threshold=0.9)[0]) < len(one)
+    assert tiny.predict([]) == []
+
+
+def test_predict_checks_its_options(tiny: MaskRCNN) -> None:
+    with pytest.raises(ValueError, match="batch_size"):
+        tiny.predict(standins.PHOTO, batch_size=0)
+    with pytest.raises(ValueError, match="score_threshold"):
+        tiny.predict(standins.PHOTO, score_threshold=5)
+
+
+def test_nothing_found_is_an_empty_result(tiny: MaskRCNN) -> None:
+    found = tiny.predict(standins.PHOTO, score_threshold=1.0)[0]
+    assert len(found) == 0
+    assert found.masks.shape == (0, 427, 640)
+    assert found.to_coco(1) == []

@@ -2,14 +2,13 @@
 
 import json
 import math
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forked import BEFORE_THE_HUB, COMMAND, Done, workers
 from operators import Arguments, random_arguments
 
 from vitadapter_zoo.ops import build, paths
@@ -19,14 +18,13 @@ from vitadapter_zoo.ops.library import TOLERANCE, check, find, implementation, w
 PROJECT = Path(__file__).parents[2]
 
 
-def run(
-    *arguments: str | Path, package: Path = PROJECT, **variables: str
-) -> subprocess.CompletedProcess[str]:
-    """Run Python in a new process with the package in the folder ``package``."""
-    support = PROJECT / "tests" / "support"
-    environment = os.environ | {"PYTHONPATH": f"{package}:{support}"} | variables
-    return subprocess.run(
-        [sys.executable, *arguments], env=environment, capture_output=True, text=True, cwd="/"
+def run(code: str, *arguments: str | Path, package: Path = PROJECT, **variables: str) -> Done:
+    """Run code in a process of its own with the package in the folder ``package``."""
+    return workers(BEFORE_THE_HUB).run(
+        code,
+        *map(str, arguments),
+        cwd=Path("/"),
+        environment={"PYTHONPATH": str(package), **variables},
     )
 
 
@@ -110,7 +108,7 @@ for channels in (5, 32, 64):
 
 @pytest.mark.parametrize("name", ["portable", "avx2", "avx512"])
 def test_every_instruction_set_gives_the_same_result(name: str) -> None:
-    done = run("-c", EACH_SET, VITADAPTER_ZOO_CPU=name)
+    done = run(EACH_SET, VITADAPTER_ZOO_CPU=name)
     assert done.returncode == 0, done.stderr
     assert f"({name})" in done.stdout
 
@@ -151,25 +149,39 @@ print(result.sum().item())
 """  # noqa: E501
 
 
-COMMAND = ("-c", "from vitadapter_zoo.cli import main; main()")
+@pytest.fixture
+def quick_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler without optimisation, for libraries whose results are what is tested.
+
+    The library that the other tests use is compiled with optimisation.
+    """
+    path = tmp_path / "g++"
+    path.write_text('#!/bin/sh\nexec g++ "$@" -O0\n')
+    path.chmod(0o755)
+    for variable in ("CC", "CXX"):
+        monkeypatch.setenv(variable, str(path))
+
+
+BUILD = 'import runpy\nrunpy.run_module("vitadapter_zoo.ops.build", run_name="__main__")'
 
 
 def test_without_a_library_the_fallback_is_used_with_one_warning(copy: Path) -> None:
-    without = run("-c", COMPUTE, package=copy)
+    without = run(COMPUTE, package=copy)
     assert without.stdout == "8.0\n", without.stderr
     assert without.stderr.count("UserWarning") == 1
     assert "`vitadapter-zoo build-op` compiles it here" in without.stderr
-    refused = run("-c", COMPUTE, package=copy, VITADAPTER_ZOO_OP="compiled")
+    refused = run(COMPUTE, package=copy, VITADAPTER_ZOO_OP="compiled")
     assert "VITADAPTER_ZOO_OP=compiled, but the compiled operator" in refused.stderr
 
 
+@pytest.mark.usefixtures("quick_compiler")
 def test_a_library_with_wrong_results_is_rejected(copy: Path) -> None:
     header = copy / "csrc" / "sampling.h"
     right, wrong_offset = "convert<F>(size) - 0.5f", "convert<F>(size) - 0.25f"
     assert right in header.read_text()
     header.write_text(header.read_text().replace(right, wrong_offset))
-    assert run(*COMMAND, "build-op", package=copy, VITADAPTER_ZOO_CUDA="0").returncode == 0
-    wrong = run("-c", COMPUTE, package=copy)
+    assert run(COMMAND, "build-op", package=copy, VITADAPTER_ZOO_CUDA="0").returncode == 0
+    wrong = run(COMPUTE, package=copy)
     assert wrong.stdout == "8.0\n"
     assert "gives wrong results here" in wrong.stderr
 
@@ -183,6 +195,7 @@ print(masks.implementation().compiled)
 """
 
 
+@pytest.mark.usefixtures("quick_compiler")
 def test_build_op_replaces_the_fallback_and_only_wrong_masks_are_rejected(
     copy: Path,
 ) -> None:
@@ -193,19 +206,19 @@ def test_build_op_replaces_the_fallback_and_only_wrong_masks_are_rejected(
     )
     written = written.replace("sum += se[y] * se_weight;", "sum += se[y] * se_weight * 1.0000001f;")
     source.write_text(written)
-    built = run(*COMMAND, "build-op", package=copy, VITADAPTER_ZOO_CUDA="0")
+    built = run(COMMAND, "build-op", package=copy, VITADAPTER_ZOO_CUDA="0")
     assert built.returncode == 0, built.stderr
-    compiled = run("-c", COMPUTE, package=copy)
+    compiled = run(COMPUTE, package=copy)
     assert (compiled.stdout, compiled.stderr) == ("8.0\n", "")
-    assert run("-c", COMPUTE, package=copy, VITADAPTER_ZOO_OP="compiled").stdout == "8.0\n"
+    assert run(COMPUTE, package=copy, VITADAPTER_ZOO_OP="compiled").stdout == "8.0\n"
 
-    done = run("-c", PASTE, package=copy)
+    done = run(PASTE, package=copy)
     assert done.stdout == "['5220003']\n" * 2 + "False\n", done.stderr
     assert done.stderr.count("UserWarning") == 1
     assert "does not give their results here" in done.stderr
-    refused = run("-c", PASTE, package=copy, VITADAPTER_ZOO_OP="compiled")
+    refused = run(PASTE, package=copy, VITADAPTER_ZOO_OP="compiled")
     assert "pastes masks unlike this torch's grid_sample" in refused.stderr
-    report = json.loads(run(*COMMAND, "env", "--json", package=copy).stdout)["operator"]
+    report = json.loads(run(COMMAND, "env", "--json", package=copy).stdout)["operator"]
     assert report["cpu"]["compiled"] is True
     assert report["cpu"]["why"].startswith(built.stdout.strip())
     assert report["masks"]["compiled"] is False
@@ -213,7 +226,7 @@ def test_build_op_replaces_the_fallback_and_only_wrong_masks_are_rejected(
 
 def test_build_op_shows_the_compiler_s_error(copy: Path, zoo_home: Path) -> None:
     (copy / "csrc" / "cpu.cpp").write_text("int broken(\n")
-    done = run(*COMMAND, "build-op", package=copy, VITADAPTER_ZOO_CUDA="0")
+    done = run(COMMAND, "build-op", package=copy, VITADAPTER_ZOO_CUDA="0")
     assert done.returncode == 2
     assert "cpu.cpp:1:12: error: expected" in done.stderr
     assert "Traceback" not in done.stderr
@@ -222,18 +235,17 @@ def test_build_op_shows_the_compiler_s_error(copy: Path, zoo_home: Path) -> None
 
 
 def test_env_prints_text_and_json() -> None:
-    command = (*COMMAND, "env")
-    text = run(*command).stdout
+    text = run(COMMAND, "env").stdout
     assert f"torch                    {torch.__version__.split('+')[0]}" in text
     assert "compiled: " in text
-    found = json.loads(run(*command, "--json", VITADAPTER_ZOO_OP="reference").stdout)
+    found = json.loads(run(COMMAND, "env", "--json", VITADAPTER_ZOO_OP="reference").stdout)
     reference = {"compiled": False, "why": "VITADAPTER_ZOO_OP=reference"}
     assert found["operator"]["cpu"] == found["operator"]["masks"] == reference
     assert found["machine"]["threads of torch"] >= 1
 
 
 def test_invalid_values_of_environment_variables_are_rejected(tmp_path: Path) -> None:
-    done = run("-c", COMPUTE, VITADAPTER_ZOO_OP="fast")
+    done = run(COMPUTE, VITADAPTER_ZOO_OP="fast")
     assert "VITADAPTER_ZOO_OP is 'fast'; it may be 'compiled' or 'reference'" in done.stderr
-    done = run("-m", "vitadapter_zoo.ops.build", tmp_path, VITADAPTER_ZOO_CUDA="yes")
+    done = run(BUILD, tmp_path, VITADAPTER_ZOO_CUDA="yes")
     assert "VITADAPTER_ZOO_CUDA is 'yes'; it may be 0 or 1" in done.stderr

@@ -1,25 +1,19 @@
 """`accelerate` and `restore` on the classes of transformers and on the authors' attention."""
 
 import copy
-import importlib.util
-import inspect
 import pickle
-import sys
 from collections import Counter
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import authors
 import detectors
 import pytest
 import torch
-import transformers
+from attentions import Recorded, assert_close, authors_arguments, built, randomised, tensors
 from authors import MSDeformAttn
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers.models.deformable_detr import modeling_deformable_detr
-from transformers.models.mask2former import modeling_mask2former
 
 from vitadapter_zoo.ops import accelerate, families, restore
 
@@ -38,31 +32,6 @@ class Operators(TorchDispatchMode):
         if name in ("ms_deform_attn", "ms_deform_attn_fused", "grid_sampler_2d"):
             self.counts[name] += 1
         return func(*args, **(kwargs or {}))
-
-
-def randomised(model: nn.Module) -> nn.Module:
-    """Give every parameter random values; new attentions have the same offsets at all queries."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            inputs = parameter.shape[1:].numel() if parameter.dim() else 1
-            parameter.add_(noise * 0.2 / inputs**0.5)
-    return model.eval()
-
-
-def built(name: str) -> nn.Module:
-    torch.manual_seed(0)
-    return randomised(detectors.FAMILIES[name].build())
-
-
-def tensors(output: Any) -> list[Tensor]:
-    """The floating-point tensors of a module's output."""
-    if isinstance(output, Tensor):
-        return [output] if output.is_floating_point() else []
-    found = output.values() if isinstance(output, dict) else output
-    parts = [] if found is None or isinstance(found, (bool, int, str)) else list(found)
-    return [tensor for part in parts for tensor in tensors(part)]
 
 
 def outputs(name: str, model: nn.Module) -> list[Tensor]:
@@ -94,17 +63,6 @@ def gradients(model: nn.Module, parts: list[Tensor]) -> dict[str, Tensor]:
         for name, parameter in model.named_parameters()
         if parameter.grad is not None
     }
-
-
-def assert_close(got: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
-    assert got.shape == expected.shape
-    assert got.dtype == expected.dtype
-    if torch.equal(got, expected):  # infinities too
-        return
-    finite = expected.isfinite()
-    assert torch.equal(finite, got.isfinite())
-    worst = (got - expected)[finite].abs().max() / expected[finite].abs().max()
-    assert worst <= tolerance, float(worst)
 
 
 @pytest.mark.parametrize("name", detectors.FAMILIES)
@@ -139,53 +97,6 @@ def test_a_family_computes_what_it_computed(name: str) -> None:
     assert restore(model) == 0
     for again, theirs in zip(outputs(name, model), expected, strict=True):
         assert torch.equal(again, theirs)
-
-
-@pytest.mark.parametrize("name", detectors.LEFT_ALONE)
-def test_where_it_does_not_pay_nothing_is_replaced(name: str) -> None:
-    model = detectors.left_alone(name)
-    kinds = {id(module): type(module) for module in model.modules()}
-    assert any("DeformableAttention" in kind.__name__ for kind in kinds.values())
-    assert accelerate(model) == 0
-    assert {id(module): type(module) for module in model.modules()} == kinds
-
-
-class Recorded:
-    """A family's first attention and the arguments with which its model calls it."""
-
-    def __init__(self, name: str) -> None:
-        model = built(name)
-        holders = [module for module in model.modules() if hasattr(module, "sampling_offsets")]
-        self.module = holders[0]
-        self.calls: list[tuple[Any, Any]] = []
-        handle = self.module.register_forward_pre_hook(
-            lambda _module, given, named: self.calls.append((given, named)), with_kwargs=True
-        )
-        with torch.no_grad():
-            model(**detectors.FAMILIES[name].inputs())
-        handle.remove()
-
-    def __call__(self, module: nn.Module) -> Tensor:
-        given, named = self.calls[0]
-        output = module(*given, **named)
-        return output if isinstance(output, Tensor) else output[0]
-
-
-def authors_arguments(coordinates: int, *, shared: bool = False) -> tuple[Tensor, ...]:
-    """Arguments of ``MSDeformAttn``: two images, three levels, 9 queries."""
-    generator = torch.Generator().manual_seed(3)
-    shapes = torch.tensor([[8, 6], [4, 3], [2, 2]])
-    areas = shapes.prod(1)
-    pixels = int(areas.sum())
-    size = (1, 9, 1, coordinates) if shared else (2, 9, 3, coordinates)
-    return (
-        torch.randn(2, 9, 64, generator=generator),
-        torch.rand(size, generator=generator),
-        torch.randn(2, pixels, 64, generator=generator),
-        shapes,
-        areas.cumsum(0) - areas,
-        torch.rand(2, pixels, generator=generator) > 0.8,
-    )
 
 
 def case(name: str) -> tuple[nn.Module, Call]:
@@ -337,147 +248,3 @@ def test_levels_that_do_not_fit_are_refused() -> None:
     named = {**named, "spatial_shapes_list": [(2, 2)] * 3}
     with pytest.raises(ValueError, match="the levels have 12 pixels"):
         recorded.module(*given, **named)
-
-
-def changed(original: ModuleType, *changes: tuple[str, str]) -> ModuleType:
-    """A copy of a module with its text changed."""
-    text = inspect.getsource(original)
-    for old, new in changes:
-        assert old in text, old
-        text = text.replace(old, new)
-    name = f"{original.__name__}_copy"
-    spec = importlib.util.spec_from_loader(name, loader=None)
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    module.__package__ = original.__name__.rpartition(".")[0]
-    module.__file__ = getattr(original, "__file__", None)
-    sys.modules[name] = module
-    try:
-        exec(compile(text, name, "exec"), vars(module))  # noqa: S102
-    finally:
-        del sys.modules[name]
-    return module
-
-
-OUTER, INNER = "DeformableDetrMultiscaleDeformableAttention", "MultiScaleDeformableAttention"
-
-
-@pytest.mark.parametrize(
-    ("change", "count"),
-    [
-        (("import math", "import math"), 1),
-        ((OUTER, "OtherAttention"), 0),
-        ((INNER, "OtherInner"), 0),
-        (("self.n_points", "self.points"), 0),
-        (("self.im2col_step = 64", "self.im2col_step = 64; self.offset_scale = 0.5"), 0),
-        (("        im2col_step: int,\n", "        im2col_step: int,\n        more=None,\n"), 0),
-        (("encoder_attention_mask=None,", "encoder_mask=None,"), 0),
-        (("align_corners=False", "align_corners=True"), 0),
-        (('mode="bilinear"', 'mode="nearest"'), 0),
-        (('padding_mode="zeros"', 'padding_mode="border"'), 0),
-        (("batch_size, _, num_heads, hidden_dim = value.shape", "raise RuntimeError"), 0),
-    ],
-)
-def test_a_changed_copy_of_deformable_detr_stays_as_it_is(
-    change: tuple[str, str], count: int
-) -> None:
-    module = changed(modeling_deformable_detr, change)
-    name = change[1] if change[0] == OUTER else OUTER
-    config = transformers.DeformableDetrConfig(d_model=32, num_feature_levels=3)
-    attention = getattr(module, name)(config, num_heads=4, n_points=4)
-    assert accelerate(nn.Sequential(attention)) == count
-
-
-@pytest.mark.parametrize(
-    ("change", "count"),
-    [
-        (("import math", "import math"), 1),
-        (("Mask2FormerPixelDecoderEncoderMultiscale", "PixelDecoderEncoderMultiscale"), 0),
-        (("masked_fill(attention_mask[", "masked_fill(~attention_mask["), 0),
-        (
-            ("self.sampling_offsets(hidden_states)", "self.sampling_offsets(hidden_states).tanh()"),
-            0,
-        ),
-        (("* reference_points[:, :, None, :, None, 2:] * 0.5", "* 0.5"), 0),
-        (("self.n_heads", "self.heads"), 0),
-        (
-            (
-                "reference_points=None,\n        spatial_shapes_list",
-                "points=None, spatial_shapes_list",
-            ),
-            0,
-        ),
-    ],
-)
-def test_a_changed_copy_of_mask2former_stays_as_it_is(change: tuple[str, str], count: int) -> None:
-    module = changed(modeling_mask2former, change)
-    name = "Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention".replace(*change)
-    assert accelerate(getattr(module, name)(32, num_heads=4, n_levels=3, n_points=4)) == count
-
-
-@pytest.mark.parametrize(
-    ("change", "count"),
-    [
-        (("import torch\n", "import torch\n"), 1),
-        (("MSDeformAttn(", "MSDeformableAttention("), 0),
-        (("self.ratio = ratio", "self.ratio = ratio; self.use_4D_normalizer = True"), 0),
-        (("input_padding_mask: Tensor | None = None,", "mask: Tensor | None = None, more=0,"), 0),
-        ((" * 0.5", ""), 0),
-        (("value.masked_fill(", "value.masked_fill(~"), 0),
-        (("self.output_proj(sampled", "query + self.output_proj(sampled"), 0),
-        (
-            (
-                "total = value.new_zeros",
-                "raise RuntimeError('not compiled')\n    total = value.new_zeros",
-            ),
-            0,
-        ),
-    ],
-)
-def test_a_changed_copy_of_the_authors_attention_stays_as_it_is(
-    change: tuple[str, str], count: int
-) -> None:
-    module = changed(authors, change)
-    name = "MSDeformableAttention" if change[1].startswith("MSDeformable") else "MSDeformAttn"
-    assert accelerate(getattr(module, name)()) == count
-
-
-def test_layers_of_other_sizes_parts_and_bound_forwards_stay() -> None:
-    wide = MSDeformAttn()
-    wide.value_proj = nn.Linear(64, 128)
-    more = MSDeformAttn()
-    more.register_buffer("scale", torch.ones(1))
-    bound = MSDeformAttn()
-    bound.forward = bound.forward  # type: ignore[method-assign]  # as hooks of other libraries do
-    assert accelerate(nn.ModuleList([wide, more, bound])) == 0
-    inner = Recorded("Deformable DETR").module
-    inner.attn.forward = inner.attn.forward  # type: ignore[union-attr]
-    assert accelerate(inner) == 0
-
-
-def test_an_attention_in_two_places_counts_once() -> None:
-    module = MSDeformAttn()
-    holder = Recorded("Deformable DETR").module
-    twin = copy.deepcopy(holder)
-    twin.attn = holder.attn
-    model = nn.ModuleList([module, nn.Sequential(module), holder, twin])
-    assert accelerate(model) == 2
-    assert restore(model) == 2
-    assert type(module) is MSDeformAttn
-
-
-def test_an_older_class_in_a_pickle_is_read_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The pickle of a replaced module, read where the class has another signature."""
-    module = MSDeformAttn()
-    accelerate(module)
-    stored = pickle.dumps(module)
-
-    class Changed(MSDeformAttn):
-        def forward(self, query: Tensor) -> Tensor:  # type: ignore[override]
-            return query + 1
-
-    Changed.__name__ = "MSDeformAttn"
-    monkeypatch.setattr(authors, "MSDeformAttn", Changed)
-    read = pickle.loads(stored)
-    assert type(read) is Changed
-    assert torch.equal(read(torch.ones(2)), torch.full((2,), 2.0))

@@ -97,7 +97,7 @@ def test_published_and_measured_results_stay_apart(
     verified: tuple[Path, Path], tmp_path: Path
 ) -> None:
     def of_the_row(content: dict[str, Any]) -> None:
-        content["model"] = ROW
+        content["model"] = content["identity"]["model"] = ROW
         for kind in ("box", "mask"):
             content["comparisons"][kind]["published"] = 46.0
         content["verdict"] = "confirmed"
@@ -121,7 +121,7 @@ def test_published_and_measured_results_stay_apart(
 
 def test_markup_in_a_report_stays_text(verified: tuple[Path, Path], tmp_path: Path) -> None:
     def hostile(content: dict[str, Any]) -> None:
-        content["model"] = ROW
+        content["model"] = content["identity"]["model"] = ROW
         content["reason"] = "<script>alert(1)</script>\n\n# x"
         content["identity"]["versions"]["torch"] = "1\n---\n<b>"
 

@@ -1,6 +1,5 @@
 """A small evaluation that the tests of the reports share."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,8 +14,8 @@ from vitadapter_zoo.evaluation.verdict import Verification, judge
 
 
 @pytest.fixture(scope="session")
-def scene(standin_model: Callable[[str], MaskRCNN], tmp_path_factory: Any) -> Scene:
-    model = scenes.small(standin_model(NAME))
+def scene(small: MaskRCNN, tmp_path_factory: Any) -> Scene:
+    model = small
     root = scenes.write_coco(tmp_path_factory.mktemp("coco"), model, 3)
     data = read_dataset(*coco_paths(root))
     evaluator = Evaluator(model, data.category_ids(model.categories))

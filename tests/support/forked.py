@@ -48,7 +48,12 @@ class Worker:
     folder: Path
     workers: "Workers"
 
+    def is_running(self) -> bool:
+        """Whether it has not ended yet."""
+        return bool(self.workers.ask({"poll": self.pid}))
+
     def wait(self) -> Done:
+        """Wait for its end."""
         status = self.workers.ask({"wait": self.pid})
         texts = [(self.folder / name).read_text() for name in ("stdout", "stderr")]
         return Done(status, *texts)
@@ -66,6 +71,7 @@ class Workers:
             text=True,
             # A forked process cannot use the threads that OpenBLAS started before.
             env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+            preexec_fn=heed_interrupts,
         )
         self._started = 0
 
@@ -82,8 +88,18 @@ class Workers:
         *arguments: str,
         cwd: Path | None = None,
         environment: Mapping[str, str] | None = None,
+        session: bool = False,
     ) -> Worker:
-        """Start a process that runs code, with the caller's environment and what is given."""
+        """Start a process that runs code, with the caller's environment and what is given.
+
+        Args:
+            code: Python, run as a script.
+            *arguments: of the script.
+            cwd: its current folder; the caller's by default.
+            environment: variables beside the caller's; folders in ``PYTHONPATH`` come first in
+                the search for modules that are not imported yet.
+            session: whether it leads a session, and a process group, of its own.
+        """
         self._started += 1
         folder = Path(self._folder.name) / str(self._started)
         folder.mkdir()
@@ -95,6 +111,7 @@ class Workers:
             "environment": {**os.environ, **(environment or {})},
             "cwd": str(cwd or Path.cwd()),
             "folder": str(folder),
+            "session": session,
         }
         return Worker(self.ask(request), folder, self)
 
@@ -135,16 +152,22 @@ def _work(request: dict[str, Any]) -> int:
         file = os.open(Path(request["folder"]) / name, os.O_WRONLY)
         os.dup2(file, number)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    if request["session"]:
+        os.setsid()
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["cwd"])
     sys.argv = ["-c", *request["arguments"]]
-    sys.path.insert(0, str(Path(__file__).parent))
+    path = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    sys.path[:0] = [*(folder for folder in path if folder), str(Path(__file__).parent)]
     status = 0
     try:
         exec(compile(request["code"], "<worker>", "exec"), {"__name__": "__main__"})  # noqa: S102
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except KeyboardInterrupt:  # ends a process by the signal, as Python does
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
     except BaseException:
         traceback.print_exc()
         status = 1
@@ -154,10 +177,18 @@ def _work(request: dict[str, Any]) -> int:
 
 
 def _serve(requests: IO[str]) -> None:
+    ended: dict[int, int] = {}
     for line in requests:
         request = json.loads(line)
-        if "wait" in request:
-            answer = os.waitstatus_to_exitcode(os.waitpid(request["wait"], 0)[1])
+        if "wait" in request or "poll" in request:
+            pid, options = (
+                (request["wait"], 0) if "wait" in request else (request["poll"], os.WNOHANG)
+            )
+            if pid not in ended:
+                found, status = os.waitpid(pid, options)
+                if found:
+                    ended[pid] = os.waitstatus_to_exitcode(status)
+            answer = ended[pid] if "wait" in request else int(pid not in ended)
         else:
             answer = os.fork()
             if not answer:

@@ -6,6 +6,8 @@ the original on weights that both can generate. NEP 19 guarantees that numpy.ran
 """
 
 import json
+import os
+import tempfile
 import zlib
 from pathlib import Path
 
@@ -57,7 +59,29 @@ def tensor(name: str, shape: list[int]) -> Tensor:
 
 
 def state_dict(row: str) -> dict[str, Tensor]:
-    """Return stand-in weights for every parameter of a row."""
+    """Return stand-in weights for every parameter of a row.
+
+    The folder ``STANDIN_WEIGHTS`` in the environment, where there is one, keeps them for the other
+    processes of a test run. Changes of the returned tensors do not reach the file.
+    """
+    folder = os.environ.get("STANDIN_WEIGHTS")
+    if not folder:
+        return _generate(row)
+    path = Path(folder) / f"{row}.pt"
+    if not path.exists():
+        whole(path, _generate(row))
+    tensors: dict[str, Tensor] = torch.load(path, mmap=True, weights_only=True)
+    return tensors
+
+
+def whole(path: Path, content: object) -> None:
+    """Save with ``torch.save`` so that other processes see the whole file or none."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        torch.save(content, Path(folder) / path.name)
+        (Path(folder) / path.name).replace(path)
+
+
+def _generate(row: str) -> dict[str, Tensor]:
     return {name: tensor(name, shape) for name, shape in contract(row).items()}
 
 

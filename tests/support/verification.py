@@ -1,6 +1,5 @@
 """What the tests of verifications share."""
 
-import sys
 from pathlib import Path
 
 from click.testing import CliRunner, Result
@@ -9,7 +8,6 @@ from vitadapter_zoo import Verification
 from vitadapter_zoo.cli import main
 from vitadapter_zoo.evaluation.scoring import FIGURES
 
-COMMAND = [sys.executable, "-m", "vitadapter_zoo.cli", "verify"]
 PICTURES = 6
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vitadapter_zoo import CheckpointError, DownloadError, get_row
 from vitadapter_zoo.models import build
-from vitadapter_zoo.training.start import initialize, starting_model
+from vitadapter_zoo.training.start import carry_over, initialize, starting_model
 from vitadapter_zoo.weights.pretraining import read_pretraining
 
 DEIT = "deit_tiny_patch16_224-a1311bcf.pth"
@@ -189,3 +189,29 @@ def test_damaged_arrays_are_refused(tmp_path: Path) -> None:
     np.savez(path, **{"embedding/kernel": np.array([{}], dtype=object)}, allow_pickle=True)
     with pytest.raises(CheckpointError, match="Object arrays cannot be loaded"):
         read_pretraining(network, str(path))
+
+
+def test_heads_follow_the_names_of_the_classes() -> None:
+    row = get_row("adapter-n-emoji")
+    old, new = build(row, ("cat", "dog", "horse")), build(row, ("emu", "horse", "cat"))
+    initialize(old, 1)
+    initialize(new, 2)
+    assert carry_over(old, new, "old") == (
+        "weights of old; heads kept for horse, cat; fresh heads for emu"
+    )
+    drawn = new.state_dict()["roi_head.bbox_head.fc_cls.weight"][0]
+    assert float(drawn.std()) == pytest.approx(0.01, rel=0.3)
+    heads = "roi_head.bbox_head.fc_cls.weight", "roi_head.mask_head.conv_logits.bias"
+    for name in heads:
+        a, b = old.state_dict()[name], new.state_dict()[name]
+        assert torch.equal(b[1], a[2])
+        assert torch.equal(b[2], a[0])
+    name = "roi_head.bbox_head.fc_reg.weight"
+    assert torch.equal(new.state_dict()[name][4:8], old.state_dict()[name][8:12])
+    name = "roi_head.bbox_head.fc_cls.bias"
+    assert torch.equal(new.state_dict()[name][-1], old.state_dict()[name][-1])
+    name = "backbone.spm.fc1.weight"
+    assert torch.equal(new.state_dict()[name], old.state_dict()[name])
+    other = build(get_row("adapter-t-deit-3x"))
+    with pytest.raises(CheckpointError, match="another network than adapter-n"):
+        carry_over(other, new, "adapter-t-deit-3x")

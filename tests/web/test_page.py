@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import requests
+from forked import run
 from PIL import Image
 
 from vitadapter_zoo import get_row
@@ -199,8 +200,7 @@ def test_the_page_in_a_browser(server: Server, proxy: Proxy, tmp_path: Path) -> 
 def test_a_port_that_is_taken_is_an_error() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        command = [sys.executable, "-m", "vitadapter_zoo.cli", "serve", "--port", port]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = run("serve", "--port", port)
     assert done.returncode == 2
     assert f"cannot listen on 127.0.0.1 port {port}" in done.stderr
     assert "Traceback" not in done.stderr

@@ -9,7 +9,7 @@ import pytest
 import scenes
 
 import vitadapter_zoo
-from vitadapter_zoo import MaskRCNN, ZooError
+from vitadapter_zoo import ZooError
 from vitadapter_zoo.evaluation.dataset import Image
 from vitadapter_zoo.evaluation.run import PREDICTIONS, Run
 
@@ -43,10 +43,8 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         cluster.shutdown()
 
 
-def test_a_node_killed_in_mid_run_changes_no_digit(
-    cluster: Any, tiny: MaskRCNN, tmp_path: Path
-) -> None:
-    small = scenes.small(tiny)
+def test_a_node_killed_in_mid_run_changes_no_digit(cluster: Any, tmp_path: Path) -> None:
+    small = scenes.narrow()
     folder = vitadapter_zoo.save_pretrained(small, tmp_path / "model")
     coco = scenes.write_coco(tmp_path / "coco", small, PICTURES)
     alone = vitadapter_zoo.verify(folder, coco, threads=1, run=tmp_path / "alone")
@@ -70,8 +68,8 @@ def test_a_node_killed_in_mid_run_changes_no_digit(
     assert (run / PREDICTIONS).read_bytes().count(b"\n") == PICTURES
 
 
-def test_no_cluster_and_no_room_are_one_error(cluster: Any, tiny: MaskRCNN, tmp_path: Path) -> None:
-    small = scenes.small(tiny)
+def test_no_cluster_and_no_room_are_one_error(cluster: Any, tmp_path: Path) -> None:
+    small = scenes.narrow()
     folder = vitadapter_zoo.save_pretrained(small, tmp_path / "model")
     coco = scenes.write_coco(tmp_path / "coco", small, 1)
     with pytest.raises(ZooError, match=r"cannot join the Ray cluster '127\.0\.0\.1:1'"):

@@ -1,18 +1,19 @@
+"""Verification by several processes, and what happens when some of them die."""
+
 import json
 import multiprocessing
 import os
-import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 import scenes
-from forked import heed_interrupts
+from forked import COMMAND, workers
 
 import vitadapter_zoo
 from vitadapter_zoo import DatasetError, ImageError, MaskRCNN, Verification, ZooError
@@ -21,20 +22,36 @@ from vitadapter_zoo.evaluation.options import Options
 from vitadapter_zoo.evaluation.run import PREDICTIONS, ImageResult, Run
 from vitadapter_zoo.evaluation.workers.pool import Events, Pool, Spec
 from vitadapter_zoo.evaluation.workers.processes import ProcessWorker
+from vitadapter_zoo.models import build
 
 PICTURES = 14
-Watch = Callable[[Run, Sequence[Image]], None]
 
 
 @pytest.fixture(scope="module")
-def coco(small: MaskRCNN, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return scenes.write_coco(tmp_path_factory.mktemp("coco"), small, PICTURES)
+def quick(detector: MaskRCNN) -> MaskRCNN:
+    """The trained detector on smaller images; tests must not change it."""
+    model = build(replace(detector.row, input_size=(160, 128)), detector.categories)
+    model.load_state_dict(detector.state_dict())
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def folder(quick: MaskRCNN, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The detector saved; tests must not change it."""
+    return vitadapter_zoo.save_pretrained(quick, tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return scenes.validation_images(tmp_path_factory.mktemp("coco"), PICTURES)
 
 
 @pytest.fixture(scope="module")
 def alone(folder: Path, coco: Path, tmp_path_factory: pytest.TempPathFactory) -> Verification:
     """What one process finds."""
-    return vitadapter_zoo.verify(folder, coco, threads=1, run=tmp_path_factory.mktemp("run"))
+    found = vitadapter_zoo.verify(folder, coco, threads=1, run=tmp_path_factory.mktemp("run"))
+    assert found.box.ap > 0.1
+    return found
 
 
 def check_same(found: Verification, alone: Verification, run: Path) -> None:
@@ -45,46 +62,44 @@ def check_same(found: Verification, alone: Verification, run: Path) -> None:
     assert (run / PREDICTIONS).read_bytes().count(b"\n") == PICTURES
 
 
-def after(count: int, act: Callable[[], object]) -> Watch:
-    """Act once, when so many results are there."""
-
-    def watch(run: Run, images: Sequence[Image]) -> None:
-        if len(run.results) == count:
-            act()
-
-    return watch
-
-
 def the_workers() -> list[BaseProcess]:
     return list(multiprocessing.active_children())
 
 
-def signal_one(number: signal.Signals) -> None:
-    pid = the_workers()[0].pid
-    assert pid is not None
+def signal_one(number: signal.Signals) -> int:
+    """Send a signal to the worker that was started first; its process id."""
+    pid = min(pid for worker in the_workers() if (pid := worker.pid) is not None)
     os.kill(pid, number)
+    return pid
 
 
 def test_two_processes_give_the_digits_of_one(
-    small: MaskRCNN, coco: Path, alone: Verification, tmp_path: Path
+    quick: MaskRCNN, coco: Path, alone: Verification, tmp_path: Path
 ) -> None:
     counts: list[int] = []
 
     def count(run: Run, images: Sequence[Image]) -> None:
         counts.append(len(the_workers()))
 
-    found = vitadapter_zoo.verify(small, coco, workers=2, threads=1, run=tmp_path, watch=count)
+    found = vitadapter_zoo.verify(quick, coco, workers=2, threads=1, run=tmp_path, watch=count)
     assert max(counts) == found.details["workers"] == 2
     check_same(found, alone, tmp_path)
     assert not the_workers()
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_worker_that_dies_or_hangs_loses_no_image_and_none_is_counted_twice(
-    number: signal.Signals, folder: Path, coco: Path, alone: Verification, tmp_path: Path
+def test_a_worker_that_dies_and_one_that_hangs_lose_no_image_and_none_is_counted_twice(
+    folder: Path, coco: Path, alone: Verification, tmp_path: Path
 ) -> None:
-    disturb = after(3, lambda: signal_one(number))
+    signals = {3: signal.SIGKILL, 6: signal.SIGSTOP}
+    sent: list[int] = []
+
+    def disturb(run: Run, images: Sequence[Image]) -> None:
+        number = signals.pop(len(run.results), None)
+        if number is not None:
+            sent.append(signal_one(number))
+
     found = vitadapter_zoo.verify(folder, coco, workers=2, threads=1, run=tmp_path, watch=disturb)
+    assert len(set(sent)) == 2
     check_same(found, alone, tmp_path)
     assert not the_workers()
 
@@ -95,7 +110,7 @@ def spec_for(folder: Path, coco: Path) -> Spec:
 
 
 def test_an_image_that_ends_three_workers_is_named(folder: Path, coco: Path) -> None:
-    images = read_dataset(*coco_paths(coco)).images
+    images = read_dataset(*coco_paths(coco)).images[:6]
     spec, deadly, kept = spec_for(folder, coco), images[1], list[ImageResult]()
 
     class Fragile(ProcessWorker):
@@ -115,7 +130,7 @@ def test_an_image_that_ends_three_workers_is_named(folder: Path, coco: Path) -> 
 
 
 def test_a_second_answer_does_not_count(folder: Path, coco: Path) -> None:
-    images = read_dataset(*coco_paths(coco)).images
+    images = read_dataset(*coco_paths(coco)).images[:5]
     spec, kept = spec_for(folder, coco), list[ImageResult]()
 
     class Twice(ProcessWorker):
@@ -143,22 +158,21 @@ def test_workers_that_cannot_be_started_are_one_error(folder: Path, coco: Path) 
     assert len(started) == 4  # two at first, and two more until three had died
 
 
-def test_bad_images_are_told_or_left_out(folder: Path, coco: Path, tmp_path: Path) -> None:
-    shutil.copytree(coco, tmp_path / "coco")
-    bad = sorted((tmp_path / "coco/val2017").iterdir())[2]
-    bad.write_bytes(bad.read_bytes()[:200])
+def test_bad_images_are_told_or_left_out(folder: Path, tmp_path: Path) -> None:
+    coco = scenes.validation_images(tmp_path / "coco", 5)
+    bad = read_dataset(*coco_paths(coco)).images[2]
+    bad.path.write_bytes(bad.path.read_bytes()[:200])
 
     def run(skip: bool) -> Verification:
         return vitadapter_zoo.verify(
-            folder, tmp_path / "coco", workers=2, threads=1, run=tmp_path / "run",
-            skip_bad_images=skip,
-        )  # fmt: skip
+            folder, coco, workers=2, threads=1, run=tmp_path / "run", skip_bad_images=skip
+        )
 
-    with pytest.raises(ImageError, match=bad.name):
+    with pytest.raises(ImageError, match=bad.path.name):
         run(skip=False)
     found = run(skip=True)
-    assert list(found.skipped) == [int(bad.stem)]
-    assert found.evaluated == PICTURES - 1
+    assert list(found.skipped) == [bad.image_id]
+    assert found.evaluated == 4
 
 
 def test_what_keeps_a_worker_from_loading_reaches_the_caller(
@@ -190,7 +204,7 @@ def wait_until(true: Callable[[], bool], seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end
-        time.sleep(0.05)
+        time.sleep(0.01)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the workers through /proc")
@@ -199,25 +213,23 @@ def test_workers_end_with_the_command_and_the_run_continues(
     number: signal.Signals, folder: Path, coco: Path, alone: Verification, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "vitadapter_zoo.cli", "verify", str(folder), "--coco"]
-    options = [str(coco), "--workers", "2", "--threads", "1", "--run", str(run)]
-    process = subprocess.Popen(
-        [*command, *options], stderr=subprocess.PIPE, text=True, start_new_session=True,
-        preexec_fn=heed_interrupts,
-    )  # fmt: skip
+    options = ["--coco", str(coco), "--workers", "2", "--threads", "1", "--run", str(run)]
+    process = workers().start(COMMAND, "verify", str(folder), *options, session=True)
     stored = run / PREDICTIONS
-    wait_until(lambda: stored.exists() and b"\n" in stored.read_bytes())
+    # An interrupt takes back the result that is being written, so one more than is needed.
+    wait_until(lambda: stored.exists() and stored.read_bytes().count(b"\n") > 1)
     family = children(process.pid)
     if number == signal.SIGINT:
         os.killpg(process.pid, number)  # as a terminal does: to the workers too
     else:
-        process.kill()
+        os.kill(process.pid, number)
     wait_until(lambda: not any(is_alive(pid) for pid in family), 60)
-    _, errors = process.communicate(timeout=60)
+    wait_until(lambda: not process.is_running(), 60)
+    done = process.wait()
     assert len(family) >= 2
     if number == signal.SIGINT:
-        assert process.returncode == 130
-        assert "Traceback" not in errors
+        assert done.returncode == 130
+        assert "Traceback" not in done.stderr
     before = (run / PREDICTIONS).read_bytes().count(b"\n")
     found = vitadapter_zoo.verify(folder, coco, threads=1, run=run)
     assert found.details["images_before"] >= before - 1 > -1
@@ -230,19 +242,18 @@ def test_a_run_keeps_to_its_number_of_threads(folder: Path, coco: Path, tmp_path
         vitadapter_zoo.verify(folder, coco, limit=1, threads=2, run=tmp_path)
 
 
-def test_what_makes_no_sense_is_refused(small: MaskRCNN, coco: Path, tmp_path: Path) -> None:
+def test_what_makes_no_sense_is_refused(quick: MaskRCNN, coco: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at least 1"):
-        vitadapter_zoo.verify(small, coco, workers=0)
+        vitadapter_zoo.verify(quick, coco, workers=0)
     with pytest.raises(ValueError, match="save_pretrained"):
-        vitadapter_zoo.verify(small, coco, ray="auto")
+        vitadapter_zoo.verify(quick, coco, ray="auto")
     with pytest.raises(ValueError, match="leave checkpoint, device and dtype out"):
-        vitadapter_zoo.verify(small, coco, checkpoint=tmp_path, workers=2)
+        vitadapter_zoo.verify(quick, coco, checkpoint=tmp_path, workers=2)
 
 
 def test_without_ray_the_remedy_is_told(folder: Path, coco: Path) -> None:
-    without = "import sys; sys.modules['ray'] = None; from vitadapter_zoo.cli import main; main()"
-    command = [sys.executable, "-c", without, "verify", str(folder), "--coco", str(coco)]
-    done = subprocess.run([*command, "--ray", "auto"], capture_output=True, text=True)
+    without = f"import sys\nsys.modules['ray'] = None\n{COMMAND}"
+    done = workers().run(without, "verify", str(folder), "--coco", str(coco), "--ray", "auto")
     assert done.returncode == 2
     assert "pip install 'vitadapter-zoo[ray]'" in done.stderr
     assert "Traceback" not in done.stderr
