@@ -42,7 +42,7 @@ Examples:
     show_default=True,
     help="Refuse larger files.",
 )
-@click.option("--device", help="cpu, cuda, cuda:1, ...  [default: cuda where there is one]")
+@click.option("--device", help="cpu, cuda, cuda:1, ...  [default: cuda if available]")
 def serve(
     models: Sequence[str], host: str, port: int, max_megabytes: int, device: str | None
 ) -> None:
