@@ -253,7 +253,7 @@ def damaged(kind: str, path: Path, good: Path) -> str:
         "wrong shape": r"1 of another shape:\n    backbone\.level_embed \(file \[4, 192\], model",
         "wrong kind": r"1 of another kind:\n    backbone\.level_embed \(file torch\.int32",
         "old release": r"release v0\.1\.2",
-        "not tensors": "'epoch' is no tensor",
+        "not tensors": "'epoch' is not a tensor",
         "a list": "holds no state_dict",
     }
     if kind == "truncated":

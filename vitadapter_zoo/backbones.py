@@ -132,10 +132,10 @@ def _of_timm(
 
 
 def _cached(name: str) -> str:
-    """The file of timm's weights in huggingface_hub's cache.
+    """Return the file of timm's weights in huggingface_hub's cache.
 
     Raises:
-        DownloadError: it is not there.
+        DownloadError: the cache does not have it.
     """
     from huggingface_hub import constants, try_to_load_from_cache
 

@@ -119,7 +119,7 @@ def test_a_second_pickle_in_the_zip_is_refused(tmp_path: Path, zoo_home: Path) -
     torch.save(standins.state_dict(NAME), source)
     hidden = {"constants.pkl": pickle.dumps(RunsCode(proof))}
     rewritten(source, path, lambda data: data, members=hidden)
-    refused(path, r"constants\.pkl', which is no part of a checkpoint.*Nothing in it was run")
+    refused(path, r"constants\.pkl', which is not part of a checkpoint.*Nothing in it was run")
     assert not proof.exists()
     assert left_behind(zoo_home) == []
 

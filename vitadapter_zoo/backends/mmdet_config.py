@@ -34,10 +34,10 @@ Config = dict[str, Any]
 
 
 def mmdet_config(row: Row, categories: tuple[str, ...] | None = None) -> Config:
-    """The configuration with which mmdet's tools test and train a row, for ``mmcv.Config(...)``.
+    """Build the configuration for testing and training a row in mmdet, for ``mmcv.Config(...)``.
 
     Args:
-        row: of the catalog.
+        row: a row of the catalog.
         categories: names of the classes, in the order of the outputs; the row's by default.
 
     Returns:
@@ -63,7 +63,7 @@ def mmdet_config(row: Row, categories: tuple[str, ...] | None = None) -> Config:
 
 
 def as_python(config: Config) -> str:
-    """The text of a configuration file, which ``mmcv.Config.fromfile`` reads."""
+    """Format the text of a configuration file for ``mmcv.Config.fromfile``."""
     settings = [
         f"{name} = {pformat(value, width=96, sort_dicts=False)}" for name, value in config.items()
     ]

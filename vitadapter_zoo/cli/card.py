@@ -1,4 +1,4 @@
-"""``card``: print or write model cards, with measured figures where a report is given."""
+"""``card``: print or write model cards, with measured figures if a report is given."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def card(
 
 
 def _card(found: Found, measured: Measured | None) -> ModelCard:
-    """The card of the catalog, or the folder's own with what its author wrote."""
+    """Return the catalog's card of a row, or a folder's card with its author's changes."""
     from huggingface_hub import ModelCard
 
     from vitadapter_zoo.publishing import cards
@@ -115,7 +115,7 @@ def _write(text: ModelCard, target: Path, measured: Measured | None, report_name
 
 
 def _measured(path: Path, found: Found) -> Measured:
-    """The report's figures.
+    """Read the report's figures.
 
     Raises:
         ZooError: they are of other weights.
