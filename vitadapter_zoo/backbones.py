@@ -75,21 +75,16 @@ def backbone(
         raise ConfigError("pretrained=True takes no checkpoint: leave one of them out")
     published = checkpoint is None if pretrained is None else pretrained
     common = {"cache_dir": cache_dir, "offline": offline, "progress": progress}
-    if _is_detector(name):
-        if adapter != PAPER or windows is not False or frozen is not None or drop_path is not None:
-            raise ConfigError(
-                f"{quoted(os.fspath(name), 200)} has a backbone of its own: adapter, windows, "
-                "frozen and drop_path are for timm's models"
-            )
-        network = _of_detector(name, checkpoint, published, common)
-    else:
-        network = _of_timm(
-            str(name),
-            checkpoint,
-            published,
-            common,
-            {"adapter": adapter, "windows": windows, "frozen": frozen, "drop_path": drop_path},
+    options = {"adapter": adapter, "windows": windows, "frozen": frozen, "drop_path": drop_path}
+    if not _is_detector(name):
+        network = _of_timm(str(name), checkpoint, published, common, options)
+    elif adapter != PAPER or windows is not False or (frozen, drop_path) != (None, None):
+        raise ConfigError(
+            f"{quoted(os.fspath(name), 200)} has a backbone of its own: adapter, windows, "
+            "frozen and drop_path are for timm's models"
         )
+    else:
+        network = _of_detector(name, checkpoint, published, common)
     network.select(out_indices)  # type: ignore[operator]
     return network.eval()
 

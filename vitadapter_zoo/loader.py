@@ -118,38 +118,29 @@ def load(
         raise ConfigError(f"backend={quoted(backend)}: it must be one of 'native' and 'mmdet'")
     if backend == "mmdet":
         from vitadapter_zoo.backends.mmdet import from_native  # fails before a long download
-
-        return from_native(
-            load(
-                name,
-                checkpoint=checkpoint,
-                classes=classes,
-                pretrained=pretrained,
-                device=device,
-                dtype=dtype,
-                cache_dir=cache_dir,
-                offline=offline,
-                progress=progress,
-                allow_nonfinite=allow_nonfinite,
-            )
-        )
     wanted = None if classes is None else _distinct(classes)
     _check_combination(name, checkpoint, pretrained)
     found = find(name, cache_dir=cache_dir, offline=offline, progress=progress)
-    if not pretrained:
-        with torch.inference_mode(False), torch.device(device):
-            model = build(found.row, wanted or found.categories)
-        return model.to(device=device, dtype=dtype).eval()
     # Tensors made in inference mode cannot be trained.
-    with torch.inference_mode(False), torch.device("cpu"):
-        loaded, origin = _weights(found, checkpoint, cache_dir, offline, progress, allow_nonfinite)
-        model = _assembled(found, loaded, origin, checkpoint is not None, wanted, allow_nonfinite)
-        if dtype is None and found.place is not None:
-            dtype = getattr(torch, found.dtype)
-        model.to(device=device, dtype=dtype)
-    if dtype in (torch.float16, torch.bfloat16) and not allow_nonfinite:
-        check_finite(model.state_dict(), f"{origin}, converted to {dtype},")
-    return model.eval()
+    with torch.inference_mode(False):
+        if pretrained:
+            with torch.device("cpu"):
+                loaded, origin = _weights(
+                    found, checkpoint, cache_dir, offline, progress, allow_nonfinite
+                )
+                is_own = checkpoint is not None
+                model = _assembled(found, loaded, origin, is_own, wanted, allow_nonfinite)
+                if dtype is None and found.place is not None:
+                    dtype = getattr(torch, found.dtype)
+                model.to(device=device, dtype=dtype)
+            if dtype in (torch.float16, torch.bfloat16) and not allow_nonfinite:
+                check_finite(model.state_dict(), f"{origin}, converted to {dtype},")
+        else:
+            with torch.device(device):
+                model = build(found.row, wanted or found.categories)
+            model.to(device=device, dtype=dtype)
+    model.eval()
+    return from_native(model) if backend == "mmdet" else model
 
 
 def _check_combination(

@@ -67,21 +67,15 @@ def obtain(
     if isinstance(source, Url) and without_network:
         raise presence.offline_error(row, source, place)
     with place.locked():
-        if not _is_current(
-            place, row, source, without_network
-        ):  # perhaps another process converted it
-            if isinstance(source, LocalFile):
-                digest = atomic.sha256(source.path)
-                place.write(
-                    _convert(
-                        row, source, place, source.path, digest, allow_nonfinite=allow_nonfinite
-                    )
-                )
-            else:
-                _from_url(
-                    row, source, place, lines, accept_change=accept_change,
-                    allow_nonfinite=allow_nonfinite,
-                )  # fmt: skip
+        if _is_current(place, row, source, without_network):
+            pass  # another process has converted it
+        elif isinstance(source, LocalFile):
+            _from_file(row, source, place, allow_nonfinite=allow_nonfinite)
+        else:
+            _from_url(
+                row, source, place, lines, accept_change=accept_change,
+                allow_nonfinite=allow_nonfinite,
+            )  # fmt: skip
     return [place.weights]
 
 
@@ -192,6 +186,11 @@ def _from_hub(
             )
         )  # fmt: skip
     return [place.weights]
+
+
+def _from_file(row: Row, source: LocalFile, place: cache.Entry, *, allow_nonfinite: bool) -> None:
+    digest = atomic.sha256(source.path)
+    place.write(_convert(row, source, place, source.path, digest, allow_nonfinite=allow_nonfinite))
 
 
 def _from_url(

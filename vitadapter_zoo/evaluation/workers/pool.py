@@ -1,7 +1,8 @@
 """A pool of workers that evaluate images; no result is lost if a worker dies or is slow.
 
 ``processes`` starts workers on this machine, ``ray_cluster`` on the nodes of a cluster. All workers
-put their messages into one queue. Assigning images and handling failures is here, once for both.
+put their messages into one queue. These two modules notice that a worker has died and report it
+with a `WorkerExit`; assigning images and handling failures is here, once for both.
 """
 
 from __future__ import annotations
@@ -245,7 +246,7 @@ class Pool:
         differing = _differences(self._facts, facts)
         if differing:
             warnings.warn(
-                f"{worker.name} is left out, its results would have other digits: {differing}",
+                f"{worker.name} is left out: its results would have other digits: {differing}",
                 stacklevel=2,
             )
             worker.stop()
@@ -257,7 +258,7 @@ class Pool:
         self._failed_starts = 0
 
     def _on_worker_exit(self, worker: Worker, state: _WorkerState, reason: str) -> None:
-        """Give the images of a worker that ended to other workers."""
+        """Handle the end of a worker, expected or not: its images go to other workers."""
         worker.stop()
         del self._workers[worker]
         self._last_reason = f"{worker.name}: {reason}"
