@@ -1,3 +1,5 @@
+"""`load`: every source of weights, strict errors, and what the loaded detector is."""
+
 import contextlib
 import json
 import pickle
@@ -238,7 +240,7 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path: Path, zoo_home: Path, kind
 
 
 def damaged(kind: str, path: Path, good: Path) -> str:
-    """Write a bad file of that kind; return what its error must say."""
+    """Write a bad file of that kind; return the text that its error must contain."""
     data = good.read_bytes()
     state = standins.state_dict(NAME)
     messages = {

@@ -1,3 +1,5 @@
+"""Converting checkpoints: round trips, hostile files, and the cache of the results."""
+
 import hashlib
 import os
 import pickle
@@ -155,7 +157,7 @@ def test_a_view_that_pretends_to_be_large_is_refused(tmp_path: Path) -> None:
 
 
 class TakesMemory:
-    """A pickle that takes two gigabytes with what weights_only lets it call."""
+    """A pickle that allocates two gigabytes through functions that weights_only allows."""
 
     def __init__(self, how: str) -> None:
         self.how = how

@@ -1,4 +1,4 @@
-"""Torch files from strangers and from other habits, read without running them."""
+"""Torch files from unknown sources and other tools, read without running their code."""
 
 import argparse
 import collections
@@ -41,7 +41,7 @@ def zip_with(pickled: bytes, path: Path, storages: dict[str, bytes] | None = Non
 
 
 def read_within_limits(path: Path) -> str:
-    """The error of reading the file; nothing where it is read. Time and memory are bounded."""
+    """Return the error of reading the file, or no text; time and memory are limited."""
     forget_the_peak()
     before, start = resident("VmRSS"), time.process_time()
     message = ""
