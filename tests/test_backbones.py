@@ -139,7 +139,7 @@ def test_timm_knows_the_backbones() -> None:
 
 
 class WithPyramid(nn.Module):
-    """What torchvision's detectors take as a backbone."""
+    """A backbone in the form that torchvision's detectors accept."""
 
     def __init__(self, body: nn.Module) -> None:
         super().__init__()

@@ -1,3 +1,5 @@
+"""The catalog: the published tables, and finding rows."""
+
 import pytest
 
 from vitadapter_zoo import UnknownModelError, get_row, list_models

@@ -1,4 +1,4 @@
-"""Detectors with classes of one's own: from COCO's weights, from mmdet's files, and back."""
+"""Detectors with other classes: from COCO's weights, from mmdet's files, and back."""
 
 import json
 import logging
@@ -23,7 +23,7 @@ OWN = ("spark plug", "cat", "person")
 
 @pytest.fixture(scope="module")
 def own_weights() -> dict[str, Tensor]:
-    """A detector of three classes, as training gives it."""
+    """A detector with three classes, as training saves it."""
     weights = for_classes(standins.state_dict(NAME), COCO_CLASSES, OWN)
     return {name: value.contiguous() for name, value in weights.items()}
 

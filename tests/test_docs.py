@@ -20,7 +20,7 @@ NOTEBOOKS = sorted(path.name for path in (DOCS / "notebooks").glob("*.ipynb"))
 
 @pytest.mark.parametrize("page", PAGES)
 def test_blocks_of_a_page_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In order, in one folder with a photo."""
+    """All blocks of a page run in order, in one folder with a photo."""
     shutil.copy(standins.PHOTO, tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {"__name__": "docs"}

@@ -39,7 +39,7 @@ LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
 
 
 def modules() -> dict[str, Path]:
-    """The package's modules by their names; a folder is its ``__init__``."""
+    """Return the package's modules by name; a folder is its ``__init__``."""
     found = {}
     for path in PACKAGE.rglob("*.py"):
         parts = [ROOT, *path.relative_to(PACKAGE).with_suffix("").parts]
@@ -48,7 +48,7 @@ def modules() -> dict[str, Path]:
 
 
 class Running(ast.NodeTransformer):
-    """Leaves out what only type checkers read."""
+    """Removes code that only type checkers read."""
 
     def visit_If(self, node: ast.If) -> ast.AST | None:
         is_typing = isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
@@ -56,7 +56,7 @@ class Running(ast.NodeTransformer):
 
 
 def imported(path: Path, known: dict[str, Path], *, typing: bool) -> set[str]:
-    """The package's modules that a file imports, at its top or inside of a function."""
+    """Return the package's modules that a file imports, at its top or inside a function."""
     names = set()
     tree: ast.AST = ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree if typing else Running().visit(tree)):
@@ -89,7 +89,7 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
 
 
 def printed_names() -> list[str]:
-    """Names below the package in the README and on the site that a program can write."""
+    """Return the package's names that the README and the site print."""
     pages = [PACKAGE.parent / "README.md", *(PACKAGE.parent / "docs").glob("*.md")]
     text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
     found = re.findall(r"(?<![\w/])vitadapter_zoo((?:\.[A-Za-z_]\w*)+)", text)
@@ -97,7 +97,7 @@ def printed_names() -> list[str]:
 
 
 def test_every_public_name_is_there_after_a_bare_import() -> None:
-    """Those of ``__all__``, and those that the README and the site show."""
+    """The names in ``__all__``, and those that the README and the site print."""
     names = printed_names()
     assert {"zoo.load", "zoo.evaluation.read_dataset", "zoo.reports.write"} <= set(names)
     # Two need more: mmdet, and what the site imports in the line above.

@@ -1,3 +1,5 @@
+"""`load`: every source of weights, strict errors, and what the loaded detector is."""
+
 import contextlib
 import json
 import pickle
@@ -238,7 +240,7 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path: Path, zoo_home: Path, kind
 
 
 def damaged(kind: str, path: Path, good: Path) -> str:
-    """Write a bad file of that kind; return what its error must say."""
+    """Write a bad file of that kind; return the text that its error must contain."""
     data = good.read_bytes()
     state = standins.state_dict(NAME)
     messages = {
@@ -253,7 +255,7 @@ def damaged(kind: str, path: Path, good: Path) -> str:
         "wrong shape": r"1 of another shape:\n    backbone\.level_embed \(file \[4, 192\], model",
         "wrong kind": r"1 of another kind:\n    backbone\.level_embed \(file torch\.int32",
         "old release": r"release v0\.1\.2",
-        "not tensors": "'epoch' is no tensor",
+        "not tensors": "'epoch' is not a tensor",
         "a list": "holds no state_dict",
     }
     if kind == "truncated":

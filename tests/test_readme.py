@@ -42,7 +42,7 @@ def test_links_lead_to_files() -> None:
 def test_block_runs(
     block: documents.Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The published weights would be downloaded, so the detector in the package stands for them."""
+    """The detector in the package replaces the published weights, which would be downloaded."""
     assert block.reason is None
     shutil.copy(standins.PHOTO, tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)

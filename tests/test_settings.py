@@ -1,3 +1,5 @@
+"""Paths that users give: home folders, and paths that no file can have."""
+
 from pathlib import Path
 
 import pytest

@@ -1,3 +1,5 @@
+"""Untrusted text and JSON: escaped, shortened, and refused with one kind of error."""
+
 from pathlib import Path
 
 import pytest

@@ -1,4 +1,4 @@
-"""``python -m vitadapter_zoo``: the command where its script is not on the path."""
+"""``python -m vitadapter_zoo``: the command, for when its script is not on the PATH."""
 
 from vitadapter_zoo.cli import main
 

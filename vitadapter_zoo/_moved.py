@@ -20,7 +20,7 @@ PACKAGE = __name__.rpartition(".")[0]
 
 
 def moved(name: str, *, stacklevel: int = 2) -> ModuleType:
-    """The module that was ``vitadapter_zoo.<name>``, with a warning that names the new one.
+    """Import the module that was ``vitadapter_zoo.<name>``, and warn with its new name.
 
     Args:
         name: a key of ``MOVED``.
@@ -28,7 +28,7 @@ def moved(name: str, *, stacklevel: int = 2) -> ModuleType:
     """
     old, new = f"{PACKAGE}.{name}", f"{PACKAGE}.{MOVED[name]}"
     warnings.warn(
-        f"{old} has moved: import {new} instead; the old name goes in the next release",
+        f"{old} has moved: import {new} instead; the old name is removed in the next release",
         DeprecationWarning,
         stacklevel=stacklevel + 1,
     )
@@ -53,6 +53,6 @@ class _Finder(MetaPathFinder, Loader):
 
 
 def install() -> None:
-    """Let the old names be imported; a second call changes nothing."""
+    """Make the old names importable. A second call has no effect."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.append(_Finder())

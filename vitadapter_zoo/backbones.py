@@ -37,7 +37,7 @@ def backbone(
     offline: bool | None = None,
     progress: bool = True,
 ) -> nn.Module:
-    """Give a backbone alone, in evaluation mode.
+    """Return a backbone without neck and heads, in evaluation mode.
 
     ``forward`` maps images ``[N, 3, H, W]`` (sides multiples of 32, normalised as for the
     pretraining) to a list of maps ``[N, dim, H / s, W / s]``, s = 4, 8, 16, 32. ``feature_info``
@@ -51,10 +51,10 @@ def backbone(
             ``"dinov3"`` (DINOv3's own, without injectors).
         checkpoint: a file of the weights. For a timm model: the trunk's, or trunk and adapter
             together, under timm's names or the authors'.
-        pretrained: the published weights of the row, or timm's of the trunk (the adapter is
-            fresh); True by default without a ``checkpoint``.
+        pretrained: use the published weights of the row, or timm's for the trunk (the adapter's
+            are random); True by default without a ``checkpoint``.
         out_indices: the maps to return, 0 (stride 4) to 3 (stride 32), ascending.
-        windows: windowed blocks in a timm trunk, see ``ViTAdapter.from_timm``.
+        windows: use windowed blocks in a timm trunk, see ``ViTAdapter.from_timm``.
         frozen: a timm trunk without gradients, in evaluation mode; True by default for
             ``"dinov3"``, False for ``"paper"``.
         drop_path: stochastic-depth rate of a timm model's adapter, and of its trunk unless that is
@@ -64,10 +64,10 @@ def backbone(
         progress: as for ``load``.
 
     Raises:
-        UnknownModelError: neither name; the message offers the nearest.
-        ConfigError: a timm model that is no plain vision transformer, a setting that does not fit,
+        UnknownModelError: neither the catalog nor timm has the name; the message suggests others.
+        ConfigError: the timm model is not a plain vision transformer, a setting does not fit,
             or ``pretrained=True`` with a ``checkpoint``.
-        CheckpointError: the file is damaged or unsafe, or its weights are others.
+        CheckpointError: the file is damaged or unsafe, or its weights do not fit the network.
         DownloadError: weights cannot be fetched.
     """
     check_adapter(adapter)
@@ -75,21 +75,16 @@ def backbone(
         raise ConfigError("pretrained=True takes no checkpoint: leave one of them out")
     published = checkpoint is None if pretrained is None else pretrained
     common = {"cache_dir": cache_dir, "offline": offline, "progress": progress}
-    if _is_detector(name):
-        if adapter != PAPER or windows is not False or frozen is not None or drop_path is not None:
-            raise ConfigError(
-                f"{quoted(os.fspath(name), 200)} has a backbone of its own: adapter, windows, "
-                "frozen and drop_path are for timm's models"
-            )
-        network = _of_detector(name, checkpoint, published, common)
-    else:
-        network = _of_timm(
-            str(name),
-            checkpoint,
-            published,
-            common,
-            {"adapter": adapter, "windows": windows, "frozen": frozen, "drop_path": drop_path},
+    options = {"adapter": adapter, "windows": windows, "frozen": frozen, "drop_path": drop_path}
+    if not _is_detector(name):
+        network = _of_timm(str(name), checkpoint, published, common, options)
+    elif adapter != PAPER or windows is not False or (frozen, drop_path) != (None, None):
+        raise ConfigError(
+            f"{quoted(os.fspath(name), 200)} has a backbone of its own: adapter, windows, "
+            "frozen and drop_path are for timm's models"
         )
+    else:
+        network = _of_detector(name, checkpoint, published, common)
     network.select(out_indices)  # type: ignore[operator]
     return network.eval()
 
@@ -132,10 +127,10 @@ def _of_timm(
 
 
 def _cached(name: str) -> str:
-    """The file of timm's weights in huggingface_hub's cache.
+    """Return the file of timm's weights in huggingface_hub's cache.
 
     Raises:
-        DownloadError: it is not there.
+        DownloadError: the cache does not have it.
     """
     from huggingface_hub import constants, try_to_load_from_cache
 
@@ -154,13 +149,13 @@ def _cached(name: str) -> str:
 
 
 def register_timm() -> list[str]:
-    """Register the rows' backbones with timm; again does nothing more.
+    """Register the rows' backbones with timm. A second call has no effect.
 
     ``timm.create_model("adapter_s_deit_3x", features_only=True, pretrained=True)`` then gives the
     backbone of ``adapter-s-deit-3x``, in training mode as timm's models are.
 
     Returns:
-        The names that timm knows now.
+        The names under which timm knows them.
     """
     registered = []
     for name in list_models():

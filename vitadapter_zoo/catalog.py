@@ -54,7 +54,7 @@ DINOV2_L = ("DINOv2-L", f"{_DINOV2}/dinov2_vitl14/dinov2_vitl14_pretrain.pth")
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One published checkpoint with everything the tables say of it.
+    """One published checkpoint, with everything that the published tables say about it.
 
     Attributes:
         name: the load name, as in ``vitadapter_zoo.load(name)``.
@@ -68,7 +68,7 @@ class Row:
         parameters: published number of parameters in millions, rounded as printed.
         config: the original config file's name.
         checkpoint_url: where the weights are published.
-        log_url: the training log, where there is one.
+        log_url: the training log; None if none is published.
         input_size: (longest, shortest) side of the resized image in pixels.
         mean: RGB mean of the input normalisation, 0..255.
         std: RGB standard deviation of the input normalisation, 0..255.
@@ -79,8 +79,8 @@ class Row:
         classes: names of the classes that the weights know, in the order of the outputs.
         data: data set that the figures were measured on, as a folder within this package in COCO's
             layout; None for COCO's val2017, which is not in it.
-        sha256: of the published file, where it is known.
-        file_bytes: size of the published file, where it is known.
+        sha256: of the published file; None if unknown.
+        file_bytes: size of the published file; None if unknown.
         notes: what a user of the row should know.
     """
 
@@ -125,12 +125,12 @@ class Row:
 
     @property
     def made_here(self) -> bool:
-        """Whether this package trained the weights and carries them, rather than others."""
+        """Whether the weights were trained for this package and are included in it."""
         return self.checkpoint_url.startswith(PACKAGED)
 
     @property
     def data_files(self) -> tuple[Path, Path] | None:
-        """Annotation file and image folder of ``data``; None where it is not in this package."""
+        """Annotation file and image folder of ``data``; None if they are not in this package."""
         if self.data is None:
             return None
         folder = PACKAGE / self.data
@@ -154,12 +154,12 @@ class Row:
 
     @property
     def box_gain(self) -> float | None:
-        """Box AP above the plain ViT's, in points; None where there is no plain row to compare."""
+        """Box AP minus the plain ViT's, in points; None if the catalog has no such row."""
         return round(self.box_ap - self.plain.box_ap, 1) if self.plain else None
 
     @property
     def mask_gain(self) -> float | None:
-        """Mask AP above the plain ViT's, in points; None where there is no plain row to compare."""
+        """Mask AP minus the plain ViT's, in points; None if the catalog has no such row."""
         return round(self.mask_ap - self.plain.mask_ap, 1) if self.plain else None
 
 
@@ -304,7 +304,7 @@ def list_models(
     fpn: bool | None = None,
     table: int | None = None,
 ) -> list[str]:
-    """Load names in the order of the tables, all or those that fit every criterion.
+    """List load names in the order of the tables: all, or those that meet every criterion.
 
     DINOv2's rows follow the two tables of the paper; what was made here comes last.
 
@@ -351,10 +351,10 @@ def _fits(name: str, patterns: Sequence[str]) -> bool:
 
 
 def get_row(name: str) -> Row:
-    """The catalog's row of that load name.
+    """Return the row of a load name.
 
     Raises:
-        UnknownModelError: no such row; the message offers the nearest names.
+        UnknownModelError: no such row; the message suggests similar names.
     """
     rows = {row.name: row for row in (*PUBLISHED, *MADE_HERE)}
     if name in rows:

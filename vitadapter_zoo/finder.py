@@ -1,4 +1,4 @@
-"""From the name that a user gives to the detector that it stands for, without its weights.
+"""Find the detector that a user's name means, without reading its weights.
 
 Every command and function that takes a model name looks it up here, so that all of them take the
 same names. Nothing here needs torch.
@@ -23,7 +23,7 @@ class Found:
 
     Attributes:
         name: what the user called it.
-        row: its row, with the folder's own image settings where it is a folder.
+        row: its row; for a folder, with the folder's own image settings.
         categories: names of its classes, in the order of the outputs.
         dtype: name of the floating-point type that its weights are loaded with.
         place: its folder or its repository on the Hub; None for a name of the catalog.
@@ -43,7 +43,7 @@ def find(
     offline: bool | None = None,
     progress: bool = True,
 ) -> Found:
-    """Look up whatever ``load`` takes as a name.
+    """Look up any name that ``load`` accepts.
 
     For a folder its two JSON files are read; for a repository of the Hub they are downloaded. The
     weights are not touched.
@@ -56,7 +56,7 @@ def find(
         progress: as for ``load``.
 
     Raises:
-        UnknownModelError: no such name; the message offers the nearest.
+        UnknownModelError: no such name; the message suggests similar names.
         CheckpointError: the folder is not one of a detector, or the name is a file's.
         DownloadError: the repository cannot be reached.
     """
@@ -77,14 +77,14 @@ def find(
 
 
 def place_of(name: str | os.PathLike[str]) -> Path | HubFile | None:
-    """The folder or repository that a name stands for; None for a name of the catalog.
+    """Return the folder or repository that a name means; None for a name of the catalog.
 
     Raises:
         CheckpointError: the name is a file's.
     """
     text = os.fspath(name)
     if text in list_models():
-        return None  # even where a folder has that name; ./NAME is the folder
+        return None  # even if a folder has that name; ./NAME means the folder
     if not isinstance(name, str) or settings.expanded(text).is_dir():
         return settings.expanded(text).absolute()
     if "/" in text or text.startswith(("hf_hub:", "hf-hub:")):
@@ -99,10 +99,10 @@ def place_of(name: str | os.PathLike[str]) -> Path | HubFile | None:
 
 
 def cached_bytes(row: Row, *, cache_dir: settings.Home = None) -> int | None:
-    """Size of a row's converted published weights in the cache.
+    """Return the size of a row's converted published weights in the cache.
 
     Returns:
-        Bytes; None where they are not in the cache, or are in the package.
+        Bytes; None if they are not in the cache, or are in the package.
     """
     source = parse(row.checkpoint_url)
     if isinstance(source, LocalFile):

@@ -77,8 +77,8 @@ def load(
 ) -> MaskRCNN | nn.Module:
     """Load a detector in evaluation mode.
 
-    The first call downloads the row's published file, converts it to safetensors and stores that
-    in the cache; later calls map the converted file into memory.
+    The first call downloads the row's published file, converts it to safetensors and stores the
+    result in the cache; later calls map the converted file into memory.
 
     Args:
         name: load name, see ``vitadapter_zoo.list_models()``; or a folder that ``save_pretrained``
@@ -87,25 +87,25 @@ def load(
         checkpoint: a local ``.pth``, ``.pth.tar`` or ``.safetensors`` file, an http(s) URL, or a
             file on the Hub: ``hf://user/repo[@revision][/file]`` or ``user/repo``; the row's own
             source by default. Local files are never altered.
-        classes: names of the classes that the detector shall have. A checkpoint of your own with
-            as many classes gets these names. Otherwise the heads keep the classes of the same
-            name, and the others are fresh, to be trained. By default the classes are the
-            checkpoint's: COCO's, a folder's, or those that mmdet wrote into the file.
-        pretrained: False gives fresh weights (training from scratch) and reads no file.
-        device: where the parameters are stored.
+        classes: names of the detector's classes. A checkpoint of your own with the same number of
+            classes gets these names. Otherwise the heads keep the weights of classes with the
+            same name; the other classes get random weights, to be trained. By default the
+            classes are the checkpoint's: COCO's, a folder's, or those that mmdet stored in it.
+        pretrained: False initialises random weights, for training from scratch, and reads no file.
+        device: the parameters' device.
         dtype: floating-point type of the weights; float32, as stored, by default.
         cache_dir: where converted weights are stored; ``$VITADAPTER_ZOO_HOME`` or the platform's
             cache directory by default.
         offline: True never uses the network; the error says what is missing. By default the
             environment variable ``VITADAPTER_ZOO_OFFLINE`` decides.
-        progress: False shows no progress bar on a terminal either.
+        progress: show progress bars on a terminal.
         allow_nonfinite: accept weights that are NaN or infinite.
         backend: ``"mmdet"`` gives a ``mmdet.models.MaskRCNN`` with the same weights, for
             ``mmdet.apis.inference_detector`` and mmdet's tools; see
             ``vitadapter_zoo.backends.mmdet``.
 
     Raises:
-        UnknownModelError: no such name; the message offers the nearest.
+        UnknownModelError: no such name; the message suggests similar names.
         DownloadError: the file cannot be fetched, or is not the published one.
         CheckpointError: the file is damaged, unsafe, not a checkpoint of this model, or holds
             weights that are not finite.
@@ -118,38 +118,29 @@ def load(
         raise ConfigError(f"backend={quoted(backend)}: it must be one of 'native' and 'mmdet'")
     if backend == "mmdet":
         from vitadapter_zoo.backends.mmdet import from_native  # fails before a long download
-
-        return from_native(
-            load(
-                name,
-                checkpoint=checkpoint,
-                classes=classes,
-                pretrained=pretrained,
-                device=device,
-                dtype=dtype,
-                cache_dir=cache_dir,
-                offline=offline,
-                progress=progress,
-                allow_nonfinite=allow_nonfinite,
-            )
-        )
     wanted = None if classes is None else _distinct(classes)
     _check_combination(name, checkpoint, pretrained)
     found = find(name, cache_dir=cache_dir, offline=offline, progress=progress)
-    if not pretrained:
-        with torch.inference_mode(False), torch.device(device):
-            model = build(found.row, wanted or found.categories)
-        return model.to(device=device, dtype=dtype).eval()
-    # Weights that are made in inference mode could not be trained.
-    with torch.inference_mode(False), torch.device("cpu"):
-        loaded, origin = _weights(found, checkpoint, cache_dir, offline, progress, allow_nonfinite)
-        model = _assembled(found, loaded, origin, checkpoint is not None, wanted, allow_nonfinite)
-        if dtype is None and found.place is not None:
-            dtype = getattr(torch, found.dtype)
-        model.to(device=device, dtype=dtype)
-    if dtype in (torch.float16, torch.bfloat16) and not allow_nonfinite:
-        check_finite(model.state_dict(), f"{origin}, converted to {dtype},")
-    return model.eval()
+    # Tensors made in inference mode cannot be trained.
+    with torch.inference_mode(False):
+        if pretrained:
+            with torch.device("cpu"):
+                loaded, origin = _weights(
+                    found, checkpoint, cache_dir, offline, progress, allow_nonfinite
+                )
+                is_own = checkpoint is not None
+                model = _assembled(found, loaded, origin, is_own, wanted, allow_nonfinite)
+                if dtype is None and found.place is not None:
+                    dtype = getattr(torch, found.dtype)
+                model.to(device=device, dtype=dtype)
+            if dtype in (torch.float16, torch.bfloat16) and not allow_nonfinite:
+                check_finite(model.state_dict(), f"{origin}, converted to {dtype},")
+        else:
+            with torch.device(device):
+                model = build(found.row, wanted or found.categories)
+            model.to(device=device, dtype=dtype)
+    model.eval()
+    return from_native(model) if backend == "mmdet" else model
 
 
 def _check_combination(
@@ -165,10 +156,10 @@ def _check_combination(
 
 
 def _distinct(classes: Sequence[str]) -> tuple[str, ...]:
-    """The class names as a tuple.
+    """Check class names and return them as a tuple.
 
     Raises:
-        ConfigError: none, a single text, something that is no text, or the same name twice.
+        ConfigError: no names, a single string, a value that is not a string, or a name twice.
     """
     if isinstance(classes, str) or not classes or len(classes) > MOST_CLASSES:
         raise ConfigError(f"classes must be a list of 1 to {MOST_CLASSES:,} names")
@@ -191,7 +182,7 @@ def _weights(
     progress: bool,
     allow_nonfinite: bool,
 ) -> tuple[containers.Checkpoint, str]:
-    """The checkpoint behind a name, and what errors call it."""
+    """Read the checkpoint of a name; return it with its name for error messages."""
     if found.place is not None:
         from vitadapter_zoo.publishing.pretrained import fetch_folder, weights_files
 
@@ -219,7 +210,7 @@ def _assembled(
     wanted: tuple[str, ...] | None,
     allow_nonfinite: bool,
 ) -> MaskRCNN:
-    """The network with the weights, and with the classes that are wanted."""
+    """Build the network with the weights, and with the requested classes."""
     has = found.categories if found.place is not None else convert.class_names(loaded, found.row)
     if is_own and wanted is not None and len(wanted) == (has if isinstance(has, int) else len(has)):
         has = wanted

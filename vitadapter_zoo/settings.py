@@ -17,7 +17,7 @@ LONGEST_PATH, LONGEST_NAME = 4095, 255
 
 
 def expanded(path: str | os.PathLike[str]) -> Path:
-    """The path with a leading ``~`` or ``~user`` replaced by that user's home folder.
+    """Expand a leading ``~`` or ``~user`` to that user's home folder.
 
     A shell leaves ``~`` in place in ``--out=~/x``, in quotes and in environment variables. Every
     path that a user can give passes through this function once, where it enters the package.
@@ -50,7 +50,7 @@ def expanded(path: str | os.PathLike[str]) -> Path:
 
 
 def home(cache_dir: Home = None) -> Path:
-    """The cache folder: the argument, else ``$VITADAPTER_ZOO_HOME``, else the platform's."""
+    """Return the cache folder: the argument, else ``$VITADAPTER_ZOO_HOME``, else the platform's."""
     chosen = cache_dir or os.environ.get("VITADAPTER_ZOO_HOME")
     if not chosen:
         import platformdirs
@@ -60,14 +60,14 @@ def home(cache_dir: Home = None) -> Path:
 
 
 def is_offline(offline: bool | None = None) -> bool:
-    """The argument, else whether ``VITADAPTER_ZOO_OFFLINE`` is 1, true, yes or on."""
+    """Return the argument, else whether ``VITADAPTER_ZOO_OFFLINE`` is 1, true, yes or on."""
     if offline is not None:
         return offline
     return os.environ.get("VITADAPTER_ZOO_OFFLINE", "").lower() in ("1", "true", "yes", "on")
 
 
 def operator() -> str:
-    """The value of ``VITADAPTER_ZOO_OP``: ``compiled``, ``reference`` or empty.
+    """Return the value of ``VITADAPTER_ZOO_OP``: ``compiled``, ``reference`` or empty.
 
     Raises:
         ZooError: the variable has another value.
@@ -79,7 +79,7 @@ def operator() -> str:
 
 
 def build_for_cuda() -> bool | None:
-    """Whether ``VITADAPTER_ZOO_CUDA`` asks for a CUDA build; None if it is not set.
+    """Return whether ``VITADAPTER_ZOO_CUDA`` requests a CUDA build; None if it is not set.
 
     Raises:
         ZooError: the variable is neither 0 nor 1.

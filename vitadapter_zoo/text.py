@@ -1,4 +1,4 @@
-"""Text and JSON from outside: shown safely, and parsed with one kind of error."""
+"""Untrusted text and JSON: shown safely, and parsed with one kind of error."""
 
 import json
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ PATH = 300  # characters of a path or URL that a message keeps
 
 
 def shown(text: object, limit: int = 80) -> str:
-    r"""Foreign text as a message may print it: on one line, escaped and shortened.
+    r"""Prepare untrusted text for a message: on one line, escaped and shortened.
 
     Names of tensors, classes and files come from other people's files. Control characters, line
     breaks, terminal escapes, characters that change the direction of writing and lone surrogates
@@ -36,7 +36,7 @@ def shown(text: object, limit: int = 80) -> str:
 
 
 def visible(text: str, limit: int = 2000) -> str:
-    """Foreign text for a page: as it is, but for what cannot be seen, which is escaped.
+    """Prepare untrusted text for a page: invisible characters are escaped.
 
     Unlike `shown` it keeps backslashes, so that a command line can be copied.
 
@@ -117,7 +117,7 @@ def number_in(
     kind: type[ZooError],
     whole: bool = False,
 ) -> float:
-    """A number among foreign settings, with its range checked.
+    """Read a number from untrusted settings and check its range.
 
     Args:
         settings: parsed JSON.
@@ -143,12 +143,12 @@ def number_in(
 def range_error(
     where: str, key: str, value: object, expected: str, kind: type[ZooError]
 ) -> ZooError:
-    """The one error for a setting that is out of its range."""
+    """Create the error for a setting that is out of its range."""
     return kind(f"{where}: {key} is {shown(repr_of(value))}; it must be {expected}")
 
 
 def repr_of(value: object) -> str:
-    """The start of a value's JSON-like text; nested values are never written out whole."""
+    """Return the start of a value as JSON-like text; nested values are abbreviated."""
     if isinstance(value, (dict, list, tuple)):
         kind = {dict: "an object", list: "a list", tuple: "a list"}[type(value)]
         return f"{kind} of {len(value)}"

@@ -1,3 +1,5 @@
+"""The comparison of two implementations: equal results agree, and every difference is found."""
+
 import torch
 
 from vitadapter_zoo import Detections

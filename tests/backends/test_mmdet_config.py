@@ -19,7 +19,7 @@ COMMAND = str(Path(sys.executable).parent / "vitadapter-zoo")
 
 
 def printed(name: str) -> dict[str, Any]:
-    """The settings that the command prints, read as the Python file that they are."""
+    """Parse the Python file that the command prints."""
     text = subprocess.run([COMMAND, "config", name], capture_output=True, text=True, check=True)
     assignments = [node for node in ast.parse(text.stdout).body if isinstance(node, ast.Assign)]
     return {str(node.targets[0].id): ast.literal_eval(node.value) for node in assignments}  # type: ignore[attr-defined]

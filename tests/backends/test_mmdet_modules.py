@@ -23,7 +23,7 @@ TINY: dict[str, Any] = {"embed_dim": 96, "depth": 4, "num_heads": 3}
 
 
 def backbone(row: str, **changes: Any) -> Any:
-    """The row's backbone from its configuration, with other arguments where they are given."""
+    """Build the row's backbone from its configuration, with some arguments changed."""
     arguments = {**mmdet_config(get_row(row))["model"]["backbone"], **changes}
     return getattr(modules, arguments.pop("type"))(**arguments)
 
@@ -138,7 +138,7 @@ def test_training_arguments_of_the_adapter_have_an_effect() -> None:
 
 
 def pretraining(path: Path, network: nn.Module, **extra: Tensor) -> dict[str, Tensor]:
-    """A DeiT-like file: the trunk under "model", beside parts of a classifier."""
+    """Write a DeiT-like file: the trunk under "model", with parts of a classifier."""
     trunk = {
         name: torch.randn(value.shape)
         for name, value in network.state_dict().items()

@@ -1,3 +1,5 @@
+"""The command line: `list` and `info`, shell completion, and commands that import no torch."""
+
 import csv
 import io
 import json
@@ -99,7 +101,7 @@ def test_python_m(module: str) -> None:
 
 
 def completed(words: str, shell: str) -> str:
-    """What the command answers to a shell that completes the last of the words."""
+    """Return the completions of the last word that the command offers to a shell."""
     environment = {
         **os.environ,
         "_VITADAPTER_ZOO_COMPLETE": f"{shell}_complete",
@@ -151,7 +153,7 @@ def test_every_shell_gets_the_names_in_its_own_form() -> None:
 def test_without_a_network_a_command_fails_before_it_imports_torch(
     arguments: list[str], reason: str, tmp_path: Path
 ) -> None:
-    """Importing torch would take longer than the second that such an error may take."""
+    """The error has to come within a second; importing torch takes longer."""
     main = "from vitadapter_zoo.cli import main; main()"
     code = f"import sys; sys.argv[1:] = {['predict', 'x.jpg', *arguments]!r}; {main}"
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}

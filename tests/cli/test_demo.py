@@ -72,7 +72,7 @@ def test_demo_names_a_folder_that_it_cannot_write_to(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_bfloat16_stays_within_half_a_point_of_the_row() -> None:
-    """The row's figures are those of float32, which `verify` confirms to 0.1."""
+    """The row's figures were measured in float32; `verify` confirms them to 0.1."""
     found = vitadapter_zoo.verify(ROW.name, dtype=torch.bfloat16, progress=False)
     for comparison in found.comparisons:
         assert comparison.difference is not None

@@ -18,7 +18,7 @@ PROGRAM = [sys.executable, "-m", "vitadapter_zoo.cli"]
 
 
 def broken(module: str, name: str, error: str, *arguments: str) -> Done:
-    """The command in a process where one of its functions raises what nobody expected."""
+    """Run a command in a process in which one of its functions raises an unexpected error."""
     code = BROKEN.format(module=module, name=name, error=error) + COMMAND
     return workers().run(code, *arguments)
 
@@ -110,7 +110,7 @@ def test_a_path_or_name_that_nothing_can_have_is_one_line(
 
 
 def test_a_file_that_may_not_be_used_is_named_without_a_call_for_a_report() -> None:
-    """Also where nothing of ours foresees it: the system's reason, and what to do."""
+    """Errors that no code of ours expects also give the system's reason and advice."""
     for error, reason in (
         ("PermissionError(13, 'Permission denied', 'a\x1b[2Jb')", r"a\x1b[2Jb: Permission denied"),
         ("OSError(40, 'Too many levels of symbolic links', b'loop')", "loop: Too many levels"),

@@ -1,4 +1,4 @@
-"""``predict`` on the command line: what it writes, and what it never writes over."""
+"""``predict`` on the command line: its outputs, and that it never overwrites an input."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def pictures(tmp_path: Path) -> Path:
 
 
 def lines(*arguments: str, cwd: Path | None = None) -> list[dict[str, Any]]:
-    """What ``predict --json`` prints."""
+    """Run ``predict --json`` and return its lines."""
     done = run("predict", *arguments, "--json", cwd=cwd)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]

@@ -75,7 +75,7 @@ def test_draw_refuses_another_image() -> None:
 
 
 def large(count: int, size: tuple[int, int]) -> Detections:
-    """As the network gives them: masks of boxes all over an image of that size."""
+    """Make network output: random boxes and masks in an image of that size."""
     generator = torch.Generator().manual_seed(0)
     height, width = size
     extent = torch.tensor([width, height])

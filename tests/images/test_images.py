@@ -1,3 +1,5 @@
+"""Images: decoding, resizing and normalising as in the published evaluation."""
+
 import io
 from pathlib import Path
 

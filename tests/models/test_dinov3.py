@@ -1,4 +1,4 @@
-"""DINOv3's adapter beside what its authors' code computed, and the files that it is loaded from."""
+"""DINOv3's adapter against outputs of its authors' code, and the files that it is loaded from."""
 
 import json
 import logging

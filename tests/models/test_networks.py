@@ -1,3 +1,5 @@
+"""The networks: names, shapes and results of the original, and compilation."""
+
 import copy
 from collections.abc import Callable
 from dataclasses import replace

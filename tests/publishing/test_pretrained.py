@@ -1,3 +1,5 @@
+"""Saved detectors and their cards, in folders and on a stand-in of the Hub."""
+
 import json
 from collections.abc import Callable
 from pathlib import Path

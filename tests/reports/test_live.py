@@ -16,7 +16,7 @@ from vitadapter_zoo.reports import live
 
 
 def watched(scene: Scene, directory: Path, shown: bool) -> str:
-    """What a terminal shows when the second and third image are finished."""
+    """Return what a terminal shows when the second and third image are finished."""
     leader, follower = pty.openpty()
     first, *others = scene.results
     run = Run(directory)
@@ -37,9 +37,7 @@ def watched(scene: Scene, directory: Path, shown: bool) -> str:
     return output
 
 
-def test_the_line_counts_images_and_says_what_was_there_already(
-    scene: Scene, tmp_path: Path
-) -> None:
+def test_the_line_counts_images_and_names_earlier_results(scene: Scene, tmp_path: Path) -> None:
     output = watched(scene, tmp_path / "run", True)
     assert "1 of 3 images were evaluated in an earlier call" in output
     assert "3/3" in output
@@ -49,7 +47,7 @@ def test_the_line_counts_images_and_says_what_was_there_already(
         assert watch is None  # pytest's stderr is no terminal
 
 
-def test_the_running_ap_is_scored_seldom(scene: Scene) -> None:
+def test_the_running_ap_is_computed_rarely(scene: Scene) -> None:
     run = Run(Path(), {result.image_id: result for result in scene.results[:2]})
     annotations = Annotations(scene.data)
     expected = annotations.score(annotations.tabulate(scene.results[:2]), "mask").ap

@@ -34,7 +34,7 @@ def test_the_index_sorts_by_every_column(found: Verification, tmp_path: Path) ->
 
 
 def add_to_cache(row_name: str, path: Path) -> None:
-    """Weights as if they had been downloaded from where the catalog says."""
+    """Store weights in the cache as if they had been downloaded from the catalog's source."""
     row = get_row(row_name)
     source = str(resolve.published(row))
     place = cache.entry(row.name, source)

@@ -28,7 +28,7 @@ TRAINED = "adapter-n-emoji"
 EXTERNAL = re.compile(r"^(?!#)(?!data:)")
 
 
-def test_verify_writes_a_report_that_says_what_it_rests_on_and_score_agrees(tmp_path: Path) -> None:
+def test_verify_writes_a_report_with_its_identity_and_score_agrees(tmp_path: Path) -> None:
     """With the trained detector of the package."""
     root = scenes.validation_images(tmp_path / "coco", 3)
     save_pretrained(load(TRAINED), tmp_path / "model")
@@ -161,8 +161,8 @@ def test_hostile_names_stay_text(scene: Scene, tmp_path: Path) -> None:
     assert "cannot read the image" in page.text
 
 
-def test_what_cannot_be_seen_is_escaped_in_the_page(scene: Scene, tmp_path: Path) -> None:
-    """Control characters, terminal escapes and changes of direction; also in the pictures."""
+def test_invisible_characters_are_escaped_in_the_page(scene: Scene, tmp_path: Path) -> None:
+    """Control characters, terminal escapes and direction changes, in text and pictures."""
     content = json.loads(scene.data.annotations.read_text())
     for category in content["categories"]:
         category["name"] += "\x1b[2J\n\u202e\x00" + "x" * 5000
@@ -200,7 +200,7 @@ report.write(found, folder)
 def test_a_killed_writer_leaves_whole_files(
     scene: Scene, found: Verification, tmp_path: Path
 ) -> None:
-    """The system kills a process at the byte that is over its limit."""
+    """The system kills each process when it writes past its file size limit."""
     (tmp_path / "none.json").write_text("[]")
     report.write(found, tmp_path / "old")
     old = {path.name: path.read_bytes() for path in (tmp_path / "old").iterdir()}
@@ -226,7 +226,7 @@ def test_a_killed_writer_leaves_whole_files(
         assert {path.name for path in (tmp_path / name).iterdir()} == set(old)
 
 
-def test_a_report_that_cannot_be_written_is_told_first(tmp_path: Path) -> None:
+def test_a_report_that_cannot_be_written_is_an_error_at_the_start(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     result = invoke(
         "verify", NAME, "--coco", str(tmp_path / "none"), "--report", str(tmp_path / "file" / "out")
@@ -240,7 +240,7 @@ def test_a_report_that_cannot_be_written_is_told_first(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("link", [False, True])
 def test_a_report_never_replaces_what_is_scored(link: bool, tmp_path: Path) -> None:
-    """Results in a folder of an earlier report, annotations that are called like a report."""
+    """The inputs: results in the folder of an earlier report, annotations named report.json."""
     folder = tmp_path / "report"
     folder.mkdir()
     results, annotations = folder / "detections.json", tmp_path / "report.json"
@@ -261,7 +261,7 @@ def test_a_report_never_replaces_what_is_scored(link: bool, tmp_path: Path) -> N
     assert (results.read_text(), annotations.read_text()) == ("[]", "{}")
 
 
-def test_the_folder_of_a_report_may_be_text_in_the_home_folder(
+def test_the_folder_of_a_report_may_be_in_the_home_folder(
     found: Verification, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -15,7 +15,7 @@ NAME = "adapter-t-deit-3x"
 
 @dataclass
 class Page(HTMLParser):
-    """What a page holds: addresses, values by id, and text by element."""
+    """The content of a page: URLs, values by id, tags and text."""
 
     addresses: list[str] = field(default_factory=list)
     values: dict[str, float] = field(default_factory=dict)
@@ -46,7 +46,7 @@ def parse(path: Path) -> Page:
 
 @dataclass(frozen=True)
 class Scene:
-    """A data set of three images with what the small detector finds in them."""
+    """A data set of three images, and the small detector's results for them."""
 
     root: Path
     data: Dataset
@@ -55,7 +55,7 @@ class Scene:
 
 
 def as_found(scene: Scene) -> list[ImageResult]:
-    """Detections that are the annotations themselves, each once, with sure scores."""
+    """Make detections from the annotations, one per object, with score 0.9."""
     results = []
     for image in scene.data.images:
         objects = [one for one in scene.data.objects if one.image_id == image.image_id]
@@ -73,7 +73,7 @@ def as_found(scene: Scene) -> list[ImageResult]:
 
 
 def without(result: ImageResult, count: int) -> ImageResult:
-    """The result with the scores of the last ones too low to count."""
+    """Lower the scores of the last detections, so that they do not count."""
     kept = len(result.scores) - count
     return replace(result, scores=[0.9] * kept + [0.1] * count)
 

@@ -29,7 +29,7 @@ SECONDS = 120_000  # milliseconds that a slow machine may take for one step
 
 
 class Proxy:
-    """Notes every connection that a program opens through it, and refuses it."""
+    """A proxy that records and refuses every connection."""
 
     def __init__(self) -> None:
         self.requests: list[bytes] = []
@@ -82,7 +82,7 @@ def server(tmp_path: Path, proxy: Proxy) -> Iterator[Server]:
 
 
 def upload(page: Any, path: Path) -> None:
-    """Put another file in place of the one that is there."""
+    """Replace the uploaded file by another one."""
     if page.get_by_label("Clear").count():
         page.get_by_label("Clear").first.click()
         page.get_by_text("Drop a picture, or").wait_for(timeout=SECONDS)
@@ -90,7 +90,7 @@ def upload(page: Any, path: Path) -> None:
 
 
 def rows(page: Any, number: int) -> list[list[str]]:
-    """The table, when it has that many lines."""
+    """Return the table as soon as it has that many lines."""
     page.wait_for_function(
         f"document.querySelectorAll('.zoo-table tbody tr').length === {number}", timeout=SECONDS
     )

@@ -1,3 +1,5 @@
+"""Converting checkpoints: round trips, hostile files, and the cache of the results."""
+
 import hashlib
 import os
 import pickle
@@ -119,7 +121,7 @@ def test_a_second_pickle_in_the_zip_is_refused(tmp_path: Path, zoo_home: Path) -
     torch.save(standins.state_dict(NAME), source)
     hidden = {"constants.pkl": pickle.dumps(RunsCode(proof))}
     rewritten(source, path, lambda data: data, members=hidden)
-    refused(path, r"constants\.pkl', which is no part of a checkpoint.*Nothing in it was run")
+    refused(path, r"constants\.pkl', which is not part of a checkpoint.*Nothing in it was run")
     assert not proof.exists()
     assert left_behind(zoo_home) == []
 
@@ -155,7 +157,7 @@ def test_a_view_that_pretends_to_be_large_is_refused(tmp_path: Path) -> None:
 
 
 class TakesMemory:
-    """A pickle that takes two gigabytes with what weights_only lets it call."""
+    """A pickle that allocates two gigabytes through functions that weights_only allows."""
 
     def __init__(self, how: str) -> None:
         self.how = how

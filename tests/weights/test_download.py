@@ -1,3 +1,5 @@
+"""Downloads into the cache: good and bad answers, retries, several files at once."""
+
 import contextlib
 import ssl
 import subprocess
@@ -122,7 +124,7 @@ def as_github(files: dict[str, bytes], folder: Path) -> Iterator[tuple[dict[str,
         protocol_version = "HTTP/1.1"
 
         def log_message(self, format: str, *args: object) -> None:  # noqa: A002
-            """Say nothing."""
+            """Log nothing."""
 
         def do_CONNECT(self) -> None:
             log.append(f"CONNECT {self.path}")

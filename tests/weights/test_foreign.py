@@ -1,4 +1,4 @@
-"""Files from strangers through ``load`` and ``convert``: one error each, names shown safely."""
+"""Untrusted files through ``load`` and ``convert``: one error each, names shown safely."""
 
 from pathlib import Path
 from typing import Any

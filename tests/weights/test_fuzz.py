@@ -65,7 +65,7 @@ def states(draw: st.DrawFn) -> dict[str, Tensor]:
 
 @st.composite
 def contents(draw: st.DrawFn) -> Any:
-    """What people save: a bare state dict, or one among metadata and an optimizer."""
+    """A checkpoint: a bare state dict, or one with metadata and an optimizer."""
     state = draw(states())
     if draw(st.booleans()):
         return state
@@ -95,7 +95,7 @@ def changed(draw: st.DrawFn, data: bytes) -> bytes:
 
 
 def oracle(path: Path) -> dict[str, Tensor] | None:
-    """The state dict as torch reads it; None where it refuses or finds none."""
+    """Read the state dict with torch; None if it refuses the file or finds no state dict."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

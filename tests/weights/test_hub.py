@@ -38,7 +38,7 @@ class Hub:
         return lines
 
     def run(self, code: str, **environment: str) -> str:
-        """Run code as a user would; its output, or the error that it ended with."""
+        """Run code in a process of its own; return its output, or its last error."""
         body = "\n".join(f"    {line}" for line in code.strip().splitlines())
         script = f"{PRELUDE}try:\n{body}\nexcept zoo.ZooError as error:\n    print('ERROR', error)"
         given = {**self.environment, **environment}

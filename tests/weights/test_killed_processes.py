@@ -50,7 +50,7 @@ print("done")
 
 
 def complete_is_right(url_or_path: str) -> None:
-    """What counts as complete is complete, and a source without a published hash has its first."""
+    """Check that complete entries are intact, and that unpublished hashes are recorded."""
     for item in cache.listing():
         if item.provenance:
             assert item.entry.is_intact(item.provenance)
@@ -58,7 +58,7 @@ def complete_is_right(url_or_path: str) -> None:
 
 
 def next_start_is_right(url_or_path: str, home: Path) -> None:
-    """The next start ends with the right weights and nothing else."""
+    """Check that the next load gives the right weights and leaves no other files."""
     assert same_weights(vitadapter_zoo.load(NAME, checkpoint=url_or_path), NAME)
     complete_is_right(url_or_path)
     names = left_behind(home)
@@ -66,7 +66,7 @@ def next_start_is_right(url_or_path: str, home: Path) -> None:
 
 
 def kill_rounds(rounds: int, home: Path, url_or_path: str) -> int:
-    """Kill a downloading or converting process at random moments; count those that were hit."""
+    """Kill downloading or converting processes at random moments; count those still running."""
     rng = random.Random(0)
     hit = 0
     began = time.monotonic()
@@ -78,7 +78,7 @@ def kill_rounds(rounds: int, home: Path, url_or_path: str) -> int:
         time.sleep(rng.uniform(0, whole))
         hit += killed(worker)
         complete_is_right(url_or_path)
-        if round_ % 3 == 2:  # let one finish, and begin anew
+        if round_ % 3 == 2:  # let one finish, and start with an empty cache
             next_start_is_right(url_or_path, home)
             cache.prune(everything=True)
     next_start_is_right(url_or_path, home)
@@ -86,7 +86,7 @@ def kill_rounds(rounds: int, home: Path, url_or_path: str) -> int:
 
 
 def killed(worker: Worker) -> bool:
-    """Kill it; whether it had not ended by then."""
+    """Kill the process; return whether it was still running."""
     os.kill(worker.pid, signal.SIGKILL)
     return worker.wait().stdout == ""
 

@@ -1,4 +1,4 @@
-"""Torch files from strangers and from other habits, read without running them."""
+"""Torch files from unknown sources and other tools, read without running their code."""
 
 import argparse
 import collections
@@ -41,7 +41,7 @@ def zip_with(pickled: bytes, path: Path, storages: dict[str, bytes] | None = Non
 
 
 def read_within_limits(path: Path) -> str:
-    """The error of reading the file; nothing where it is read. Time and memory are bounded."""
+    """Return the error of reading the file, or no text; time and memory are limited."""
     forget_the_peak()
     before, start = resident("VmRSS"), time.process_time()
     message = ""
@@ -233,7 +233,7 @@ def test_no_pickle_takes_more_than_its_file_and_an_allowance(kind: str, tmp_path
     path = zip_with(GREEDY[kind](), tmp_path / "greedy.pth", {"0": bytes(4)})
     message = read_within_limits(path)
     assert "refused" in message or "damaged" in message or "holds no state_dict" in message \
-        or "is no tensor" in message  # fmt: skip
+        or "is not a tensor" in message  # fmt: skip
 
 
 @pytest.mark.parametrize("how", ["state", "build"])
@@ -323,7 +323,7 @@ def test_the_advice_fits_the_file(legacy: bool, tmp_path: Path) -> None:
 
 def test_two_values_for_one_name_and_names_that_are_hostile(tmp_path: Path) -> None:
     pickled = b"\x80\x02}(" + (b"X\x01\x00\x00\x00a" + b"N") * 2 + b"u."
-    assert "'a' is no tensor" in read_within_limits(zip_with(pickled, tmp_path / "a.pth"))
+    assert "'a' is not a tensor" in read_within_limits(zip_with(pickled, tmp_path / "a.pth"))
     path = saved({"\x1b[2J" + "n" * 1_000_000: 3, **STATE}, tmp_path / "b.pth")
     message = read_within_limits(path)
     assert r"'\x1b[2Jnnn" in message

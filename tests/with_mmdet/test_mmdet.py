@@ -1,3 +1,5 @@
+"""The mmdet backend, in an environment with mmdet 2.x."""
+
 import json
 import os
 import subprocess

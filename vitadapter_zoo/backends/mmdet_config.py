@@ -34,10 +34,10 @@ Config = dict[str, Any]
 
 
 def mmdet_config(row: Row, categories: tuple[str, ...] | None = None) -> Config:
-    """The configuration with which mmdet's tools test and train a row, for ``mmcv.Config(...)``.
+    """Build the configuration for testing and training a row in mmdet, for ``mmcv.Config(...)``.
 
     Args:
-        row: of the catalog.
+        row: a row of the catalog.
         categories: names of the classes, in the order of the outputs; the row's by default.
 
     Returns:
@@ -63,7 +63,7 @@ def mmdet_config(row: Row, categories: tuple[str, ...] | None = None) -> Config:
 
 
 def as_python(config: Config) -> str:
-    """The text of a configuration file, which ``mmcv.Config.fromfile`` reads."""
+    """Format the text of a configuration file for ``mmcv.Config.fromfile``."""
     settings = [
         f"{name} = {pformat(value, width=96, sort_dicts=False)}" for name, value in config.items()
     ]
@@ -96,30 +96,7 @@ def _model(row: Row, classes: int) -> Config:
             "loss_cls": {"type": "CrossEntropyLoss", "use_sigmoid": True, "loss_weight": 1.0},
             "loss_bbox": {"type": "L1Loss", "loss_weight": 1.0},
         },
-        "roi_head": {
-            "type": "StandardRoIHead",
-            "bbox_roi_extractor": _roi_extractor(7, size),
-            "bbox_head": {
-                "type": "Shared2FCBBoxHead",
-                "in_channels": size.neck_width,
-                "fc_out_channels": size.box_width,
-                "roi_feat_size": 7,
-                "num_classes": classes,
-                "bbox_coder": _coder(heads.BOX_STDS),
-                "reg_class_agnostic": False,
-                "loss_cls": {"type": "CrossEntropyLoss", "use_sigmoid": False, "loss_weight": 1.0},
-                "loss_bbox": {"type": "L1Loss", "loss_weight": 1.0},
-            },
-            "mask_roi_extractor": _roi_extractor(14, size),
-            "mask_head": {
-                "type": "FCNMaskHead",
-                "num_convs": size.mask_convs,
-                "in_channels": size.neck_width,
-                "conv_out_channels": size.neck_width,
-                "num_classes": classes,
-                "loss_mask": {"type": "CrossEntropyLoss", "use_mask": True, "loss_weight": 1.0},
-            },
-        },
+        "roi_head": _roi_head(size, classes),
         "train_cfg": {
             "rpn": {
                 **_sampling(0.7, 0.3, 0.3, count=256, positive=0.5, with_truth=False),
@@ -139,6 +116,33 @@ def _model(row: Row, classes: int) -> Config:
                 "max_per_img": heads.MAX_DETECTIONS,
                 "mask_thr_binary": MASK_THRESHOLD,
             },
+        },
+    }
+
+
+def _roi_head(size: Size, classes: int) -> Config:
+    return {
+        "type": "StandardRoIHead",
+        "bbox_roi_extractor": _roi_extractor(7, size),
+        "bbox_head": {
+            "type": "Shared2FCBBoxHead",
+            "in_channels": size.neck_width,
+            "fc_out_channels": size.box_width,
+            "roi_feat_size": 7,
+            "num_classes": classes,
+            "bbox_coder": _coder(heads.BOX_STDS),
+            "reg_class_agnostic": False,
+            "loss_cls": {"type": "CrossEntropyLoss", "use_sigmoid": False, "loss_weight": 1.0},
+            "loss_bbox": {"type": "L1Loss", "loss_weight": 1.0},
+        },
+        "mask_roi_extractor": _roi_extractor(14, size),
+        "mask_head": {
+            "type": "FCNMaskHead",
+            "num_convs": size.mask_convs,
+            "in_channels": size.neck_width,
+            "conv_out_channels": size.neck_width,
+            "num_classes": classes,
+            "loss_mask": {"type": "CrossEntropyLoss", "use_mask": True, "loss_weight": 1.0},
         },
     }
 

@@ -1,4 +1,4 @@
-"""``card``: print or write model cards, with measured figures where a report is given."""
+"""``card``: print or write model cards, with measured figures if a report is given."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def card(
 
 
 def _card(found: Found, measured: Measured | None) -> ModelCard:
-    """The card of the catalog, or the folder's own with what its author wrote."""
+    """Return the catalog's card of a row, or a folder's card with its author's changes."""
     from huggingface_hub import ModelCard
 
     from vitadapter_zoo.publishing import cards
@@ -99,7 +99,7 @@ def _card(found: Found, measured: Measured | None) -> ModelCard:
 
 
 def _report_name(found: Found) -> str:
-    """The reduced report's file beside the card."""
+    """Return the path of the reduced report next to the card."""
     from vitadapter_zoo.publishing.measured import REPORT
 
     return REPORT if found.place is not None else f"{found.row.name}.{REPORT}"
@@ -115,7 +115,7 @@ def _write(text: ModelCard, target: Path, measured: Measured | None, report_name
 
 
 def _measured(path: Path, found: Found) -> Measured:
-    """The report's figures.
+    """Read the report's figures.
 
     Raises:
         ZooError: they are of other weights.

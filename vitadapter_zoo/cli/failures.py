@@ -57,7 +57,7 @@ def add_debug_option(command: click.Command) -> None:
 def failure(
     error: BaseException, context: click.Context
 ) -> click.ClickException | click.exceptions.Exit:
-    """What ends a command that raised an exception; with ``--debug`` the traceback is printed."""
+    """Convert an exception into the error to print; ``--debug`` prints the traceback first."""
     if context.meta.get(_DEBUG):
         traceback.print_exception(error)
     if isinstance(error, ZooError):
@@ -80,7 +80,7 @@ def is_of_output(error: OSError) -> bool:
 
 
 def output_failure(error: OSError) -> click.ClickException | click.exceptions.Exit:
-    """What ends a command whose output cannot be written; silent where nobody reads it."""
+    """Convert a failure to print; it is silent if the reader closed the pipe."""
     if error.errno == errno.EPIPE:
         return click.exceptions.Exit(READER_GONE)
     return CommandFailure(
@@ -90,7 +90,7 @@ def output_failure(error: OSError) -> click.ClickException | click.exceptions.Ex
 
 
 def describe(error: BaseException) -> str:
-    """Type and message of an exception, on one line, without control characters."""
+    """Return type and message of an exception on one line, without control characters."""
     text = " ".join(str(error).split())
     text = "".join(letter if letter.isprintable() else f"\\x{ord(letter):02x}" for letter in text)
     if len(text) > LONGEST_REASON:
@@ -99,7 +99,7 @@ def describe(error: BaseException) -> str:
 
 
 def status_of(end: SystemExit) -> int:
-    """The exit status for a SystemExit, which no command of ours raises.
+    """Return the exit status for a SystemExit, which our commands do not raise themselves.
 
     A library's own 1 does not mean that a checkpoint is refuted.
     """
@@ -113,7 +113,7 @@ def status_of(end: SystemExit) -> int:
 
 
 def finish_output(status: int) -> int:
-    """Write what is buffered; the exit status, which is another one where that fails."""
+    """Flush the output; return the exit status, which changes if flushing fails."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -127,13 +127,13 @@ def finish_output(status: int) -> int:
 
 
 def status_after(end: click.ClickException | click.exceptions.Exit) -> int:
-    """Print the error if there is one; the exit status."""
+    """Print the error, if any; return the exit status."""
     if isinstance(end, click.ClickException):
         show(end)
     return end.exit_code
 
 
 def show(error: click.ClickException) -> None:
-    """Print an error. Where stderr cannot be written either, the exit status has to do."""
+    """Print an error; if stderr cannot be written either, only the exit status tells."""
     with contextlib.suppress(OSError):
         error.show()

@@ -26,7 +26,7 @@ UNITS = {"h": 3600, "d": 86400, "w": 604800}
 
 
 def chosen_names(names: tuple[str, ...], everything: bool) -> list[str]:
-    """The names given, or all of the catalog; one of the two must be asked for."""
+    """Return the given names, or all names of the catalog; exactly one must be requested."""
     if bool(names) == everything:
         raise click.UsageError("name the models, or give --all")
     return list_models() if everything else list(names)
@@ -100,7 +100,7 @@ def download(
 
 
 def _whole_folder(found: Found, lines: Callable[[str], Report], offline: bool) -> list[Path]:
-    """The weights of a saved detector, downloaded where it is a repository of the Hub."""
+    """Return the weights of a saved detector; a repository of the Hub is downloaded."""
     from vitadapter_zoo.publishing.pretrained import fetch_folder, weights_files
 
     place = found.place
@@ -159,7 +159,7 @@ def cache_verify() -> None:
 )
 @click.option("--all", "everything", is_flag=True, help="Remove everything.")
 def cache_prune(older_than: str | None, everything: bool) -> None:
-    """Remove unfinished and damaged files, and complete ones where asked to."""
+    """Remove unfinished and damaged files, and complete ones on request."""
     seconds = None
     if older_than:
         found = re.fullmatch(r"(\d+)([hdw])", older_than)
@@ -256,7 +256,7 @@ def convert(
 def _sources(
     text: str, found: Found, offline: bool, quiet: bool, allow_nonfinite: bool
 ) -> tuple[list[Path], str]:
-    """The weights files behind SRC on this machine, and what errors call them."""
+    """Return the local weights files of SRC, and their name for error messages."""
     from vitadapter_zoo.publishing.pretrained import weights_files
     from vitadapter_zoo.weights import resolve
     from vitadapter_zoo.weights.progress import bars

@@ -72,16 +72,16 @@ ADVICE = {
 def model_names(
     ctx: click.Context, param: click.Parameter, incomplete: str
 ) -> list[CompletionItem]:
-    """For the shell's completion: load names, and folders."""
+    """Complete a name in the shell: load names, else folders."""
     names = [CompletionItem(name) for name in list_models() if name.startswith(incomplete)]
     return names or [CompletionItem(incomplete, type="dir")]
 
 
 def check_presence(name: str, checkpoint: str | None, offline: bool) -> None:
-    """Fail at once, before torch is imported, where weights need a network that is away.
+    """Fail before torch is imported if the weights need a network that is not there.
 
     Raises:
-        OfflineError: neither here nor to be had.
+        OfflineError: the weights are not on this machine and cannot be downloaded.
     """
     if name in list_models():
         row = get_row(name)
@@ -138,7 +138,7 @@ Examples:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON with every field.")
 @click.option("--offline", is_flag=True, help="Never use the network.")
 def info(name: str, as_json: bool, offline: bool) -> None:
-    """Show what is known of the model NAME: a load name, a folder, or user/repo on the Hub."""
+    """Describe the model NAME: a load name, a folder, or user/repo on the Hub."""
     found = find(name, offline=offline or None)
     if as_json:
         click.echo(json.dumps(_record_of(found), indent=2))
@@ -174,7 +174,7 @@ def _described(found: Found) -> list[str]:
 
 
 def _facts(facts: dict[str, str]) -> list[str]:
-    """Lines of a name and a text; long texts go on in the same column."""
+    """Format lines of a name and a text; long texts wrap in their column."""
     lines = []
     for key, value in facts.items():
         wrapped = _wrapped(value) or [""]
@@ -184,12 +184,12 @@ def _facts(facts: dict[str, str]) -> list[str]:
 
 
 def _wrapped(text: str) -> list[str]:
-    """Lines for the terminal; addresses are never broken."""
+    """Wrap text for the terminal without breaking URLs."""
     return textwrap.wrap(text, NARROW - INDENT, break_long_words=False, break_on_hyphens=False)
 
 
 def _published(row: Row) -> list[str]:
-    """What is known of a row of the catalog beyond its network."""
+    """Return the facts about a row that do not concern its network."""
     gains = [
         "" if gain is None else f" (+{gain:.1f} over the plain ViT)"
         for gain in (row.box_gain, row.mask_gain)
@@ -236,7 +236,7 @@ def _classes(categories: Sequence[str]) -> str:
 
 
 def _size_of(place: object) -> str:
-    """Of the weights in a local folder."""
+    """Return the facts about the weights in a local folder."""
     if not isinstance(place, Path):
         return ""
     size = sum(path.stat().st_size for path in place.glob("*.safetensors"))
@@ -269,7 +269,7 @@ def _record(row: Row) -> dict[str, Any]:
 
 
 def _print_csv(records: list[dict[str, Any]]) -> None:
-    """Comma-separated values with a header; lists are written as JSON."""
+    """Format comma-separated values with a header; lists are written as JSON."""
     writer = csv.DictWriter(sys.stdout, fieldnames=list(records[0]), lineterminator="\n")
     writer.writeheader()
     for record in records:
@@ -346,7 +346,9 @@ def _print_table(console: Console, rows: list[Row], title: str, caption: str) ->
         )
     console.print(table)
     if any(row.made_here for row in rows):
-        click.echo("adapter-n-emoji is for demonstrations, its figures are of its own images.")
+        click.echo(
+            "adapter-n-emoji is for demonstrations; its figures are measured on its own images."
+        )
 
 
 def _with_gain(value: float, gain: float | None) -> str:

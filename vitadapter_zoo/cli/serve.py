@@ -42,11 +42,11 @@ Examples:
     show_default=True,
     help="Refuse larger files.",
 )
-@click.option("--device", help="cpu, cuda, cuda:1, ...  [default: cuda where there is one]")
+@click.option("--device", help="cpu, cuda, cuda:1, ...  [default: cuda if available]")
 def serve(
     models: Sequence[str], host: str, port: int, max_megabytes: int, device: str | None
 ) -> None:
-    """Serve a web page that detects objects in the pictures that are dropped on it.
+    """Serve a web page that detects objects in pictures.
 
     Ctrl-C stops it. Pictures are kept in a temporary folder, which is removed at the end.
     """

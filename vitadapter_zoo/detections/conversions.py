@@ -52,10 +52,10 @@ def to_supervision(found: Detections, *, with_masks: bool) -> supervision.Detect
 
 
 def check_names(found: supervision.Detections, categories: tuple[str, ...]) -> None:
-    """Refuse categories that contradict the ``class_name`` that the detections carry.
+    """Refuse categories that contradict the ``class_name`` of the detections.
 
     Raises:
-        ZooError: a class has another name.
+        ZooError: a class has another name in ``categories``.
     """
     names = found.data.get("class_name")
     if names is None or found.class_id is None:
@@ -72,7 +72,7 @@ def check_names(found: supervision.Detections, categories: tuple[str, ...]) -> N
 def from_supervision(
     found: supervision.Detections, classes: int, size: tuple[int, int] | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Boxes, scores, labels and masks, see ``Detections.from_supervision``.
+    """Return boxes, scores, labels and masks; see ``Detections.from_supervision``.
 
     Raises:
         ZooError: there are no masks, scores or classes, or a class id of ``classes`` or more.

@@ -34,7 +34,7 @@ def draw(
     masks: Masks | None,
     alpha: float,
 ) -> Image.Image:
-    """Draw masks, then boxes, then texts on the canvas, which is changed.
+    """Draw masks, then boxes, then texts on the canvas, in place.
 
     Args:
         canvas: uint8 RGB ``[H, W, 3]``.
@@ -70,7 +70,7 @@ def draw(
 
 
 def regions(boxes: Tensor, size: tuple[int, int]) -> list[tuple[slice, slice]]:
-    """Rows and columns of each box on an image of ``size`` (height, width), at least one pixel."""
+    """Return the rows and columns inside each box, at least one pixel, for an image size."""
     height, width = size
     found = []
     for x1, y1, x2, y2 in boxes.tolist():
@@ -82,7 +82,7 @@ def regions(boxes: Tensor, size: tuple[int, int]) -> list[tuple[slice, slice]]:
 
 
 def instance_colors(labels: Sequence[int]) -> list[RGB]:
-    """One colour for each detection: the hue tells the class, the shade the instance."""
+    """One colour per detection: the hue depends on the class, the shade on the instance."""
     seen: dict[int, int] = {}
     colors = []
     for label in labels:
@@ -109,7 +109,7 @@ def _blend(
 
 
 def _drawable(boxes: Tensor) -> list[tuple[int, int, int, int]]:
-    """The first and last pixels of each box; at least one pixel, which a box may not have."""
+    """Return each box's first and last pixels; boxes without a pixel get one."""
     corners = boxes.round().long().tolist()
     return [(x1, y1, max(x2 - 1, x1), max(y2 - 1, y1)) for x1, y1, x2, y2 in corners]
 
@@ -121,7 +121,7 @@ def _write(
     color: RGB,
     font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
 ) -> None:
-    """A label on a ground of its colour: above the box's upper left corner, or inside of it."""
+    """Draw a label on a coloured ground above the box's upper left corner, or inside it."""
     left, top, right, bottom = pen.textbbox((0, 0), text, font=font)
     margin = max(round((bottom - top) * 0.2), 1)
     width, height = right - left + 2 * margin, bottom - top + 2 * margin

@@ -22,7 +22,7 @@ MASK_THRESHOLD = 0.5  # smallest probability that belongs to the object
 
 @dataclass(frozen=True)
 class MaskMaps:
-    """Masks as probabilities, each stretched over its box.
+    """Mask probabilities, each relative to its box.
 
     Attributes:
         probabilities: float32 ``[N, 28, 28]`` in 0..1.
@@ -45,14 +45,14 @@ def size_of(masks: Masks) -> tuple[int, int]:
 
 
 def take(masks: Masks, chosen: Tensor) -> Masks:
-    """The masks with these indices, int64 ``[K]``."""
+    """Select the masks with these indices, int64 ``[K]``."""
     if isinstance(masks, MaskMaps):
         return MaskMaps(masks.probabilities[chosen], masks.boxes[chosen], masks.size)
     return masks[chosen]
 
 
 def resized(masks: Masks, size: tuple[int, int]) -> Masks:
-    """The masks for an image that is resized to ``size`` (height, width) in pixels."""
+    """Convert masks to an image resized to ``size`` (height, width) in pixels."""
     if isinstance(masks, MaskMaps):
         boxes = masks.boxes * scales(masks.size, size)
         return MaskMaps(masks.probabilities, boxes, size)
@@ -63,19 +63,19 @@ def resized(masks: Masks, size: tuple[int, int]) -> Masks:
 
 
 def scales(old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Float32 ``[4]``: factors for boxes (x1, y1, x2, y2) between two (height, width)."""
+    """Return the factors, float32 ``[4]``, that scale boxes from one image size to another."""
     return torch.tensor([new[1] / old[1], new[0] / old[0]] * 2, device="cpu")
 
 
 def dense(masks: Masks) -> Tensor:
-    """Bool ``[N, H, W]``, N bytes for each pixel of the image."""
+    """Paste the masks into the image: bool ``[N, H, W]``, N bytes per pixel."""
     if isinstance(masks, MaskMaps):
         return paste_masks(masks.probabilities, masks.boxes, masks.size, MASK_THRESHOLD)
     return masks
 
 
 def strips(masks: Masks) -> Iterator[tuple[int, slice, slice, Tensor]]:
-    """The masks piece by piece, see `vitadapter_zoo.ops.masks.paste_strips`."""
+    """Yield the masks in pieces; see `vitadapter_zoo.ops.masks.paste_strips`."""
     if isinstance(masks, MaskMaps):
         yield from paste_strips(masks.probabilities, masks.boxes, masks.size, MASK_THRESHOLD)
         return
@@ -93,7 +93,7 @@ def strips(masks: Masks) -> Iterator[tuple[int, slice, slice, Tensor]]:
 
 
 def areas(masks: Masks) -> list[int]:
-    """How many pixels each mask has."""
+    """Return the number of pixels of each mask."""
     counts = [0] * len(masks.boxes if isinstance(masks, MaskMaps) else masks)
     for index, _, _, inside in strips(masks):
         counts[index] += int(inside.sum())
@@ -101,7 +101,7 @@ def areas(masks: Masks) -> list[int]:
 
 
 def run_lengths(masks: Masks) -> list[str]:
-    """The masks as counts of COCO's compressed RLE."""
+    """Encode the masks as the counts of COCO's compressed RLE."""
     if isinstance(masks, MaskMaps):
         return paste_rle(masks.probabilities, masks.boxes, masks.size, MASK_THRESHOLD)
     from hotcoco import mask as coco_mask

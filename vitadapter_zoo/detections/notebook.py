@@ -1,4 +1,4 @@
-"""Detections as a prompt or a notebook shows them: two lines, a picture, a table."""
+"""How a Python prompt or a notebook shows detections: two lines, a picture, a table."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NAME = 40  # characters of a class's name
 
 
 def text(found: Detections) -> str:
-    """Two lines: how many of which class, and the best of them."""
+    """Return two lines: the count of each class, and the best detections."""
     height, width = found.size
     counts = Counter(found.class_names)
     named = [f"{number} {shown(name, NAME)}" for name, number in counts.most_common(NAMED)]
@@ -38,7 +38,7 @@ def text(found: Detections) -> str:
 
 
 def png(found: Detections) -> bytes | None:
-    """The drawn picture, at most 800 pixels wide and high; None where the image is not known."""
+    """Return the drawn picture, at most 800 pixels wide and high; None if the image is unknown."""
     if found.image is None:
         return None
     try:
@@ -52,7 +52,7 @@ def png(found: Detections) -> bytes | None:
 
 
 def page(found: Detections) -> str | None:
-    """The picture and a table of the best detections; None where the image is not known."""
+    """Return the picture and a table of the best detections; None if the image is unknown."""
     picture = png(found)
     if picture is None:
         return None

@@ -1,4 +1,4 @@
-"""Files that commands write beside the user's own: never over an input, never half of one."""
+"""Output files of the commands: an input is never overwritten, no file is left half-written."""
 
 import os
 import unicodedata
@@ -14,7 +14,7 @@ from vitadapter_zoo.text import PATH, shown
 
 
 def checked(path: str | os.PathLike[str], inputs: Iterable[Any]) -> Path:
-    """The path, with ``~`` expanded, where something may be written.
+    """Expand ``~`` in an output path, and check that it can be written.
 
     Args:
         path: of the file to write.
@@ -51,7 +51,7 @@ def refuse_inputs(targets: Iterable[Path], inputs: Iterable[Any]) -> None:
 
 
 def same_file(one: Path, other: str | os.PathLike[str]) -> bool:
-    """Whether writing ``one`` would replace ``other``, whatever the two are called.
+    """Whether both paths name the same file, so that writing ``one`` replaces ``other``.
 
     Links are followed, hard links recognised. Names that differ in letter case only count as the
     same, because on many file systems they are.
@@ -68,12 +68,12 @@ def same_file(one: Path, other: str | os.PathLike[str]) -> bool:
 
 
 def key(path: Path) -> str:
-    """The same text for all paths that may name one file."""
+    """Return the same text for all paths that may name one file."""
     return unicodedata.normalize("NFC", os.path.realpath(path)).casefold()
 
 
 def free_name(wanted: Path, taken: set[str], inputs: Iterable[Any]) -> Path:
-    """``wanted``, or with a number in its name where an input or another output has that name.
+    """Return ``wanted``, with a number in its name if an input or output already has that name.
 
     Args:
         wanted: the path; its folder need not exist.
@@ -90,7 +90,7 @@ def free_name(wanted: Path, taken: set[str], inputs: Iterable[Any]) -> Path:
 
 
 def write(target: Path, content: bytes) -> None:
-    """Write a file whole or not at all.
+    """Write a complete file, or none.
 
     Raises:
         ZooError: the system refuses.
@@ -110,10 +110,10 @@ def write(target: Path, content: bytes) -> None:
 
 
 def write_picture(target: Path, picture: Image.Image) -> None:
-    """Write a picture in the format of the name's ending.
+    """Write a picture in the format of the file name's ending.
 
     Raises:
-        ZooError: there is no such format, or the system refuses.
+        ZooError: the format is unknown, or the file cannot be written.
     """
     import io
 

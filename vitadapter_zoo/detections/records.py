@@ -63,7 +63,7 @@ def records(found: Detections) -> list[dict[str, Any]]:
 def category_ids(
     categories: tuple[str, ...], given: Sequence[int] | Mapping[str, int] | None
 ) -> Sequence[int]:
-    """The data set's id of each class, see ``Detections.to_coco``.
+    """Return the data set's id of each class; see ``Detections.to_coco``.
 
     Raises:
         ZooError: the classes are not COCO's 80 and no ids are given, or a class has no id.
@@ -86,6 +86,6 @@ def category_ids(
 
 
 def xywh(boxes: Tensor) -> list[list[float]]:
-    """Boxes (x1, y1, x2, y2) as COCO's ``[x, y, width, height]``."""
+    """Convert boxes (x1, y1, x2, y2) to COCO's ``[x, y, width, height]``."""
     x1, y1, x2, y2 = boxes.detach().cpu().unbind(1)
     return cast("list[list[float]]", torch.stack([x1, y1, x2 - x1, y2 - y1], dim=1).tolist())

@@ -48,7 +48,7 @@ class Object:
         category_id: of its class.
         box: ``[x, y, width, height]`` in image pixels.
         area: in pixels, as the annotation file says; it decides between small, medium and large.
-        is_crowd: whether it stands for many objects, which may be found and need not be.
+        is_crowd: whether it marks a group of objects, which is ignored if it is not found.
         mask: compressed RLE counts, of the image's size.
     """
 
@@ -63,7 +63,7 @@ class Object:
 
 @dataclass(frozen=True)
 class Content:
-    """What an annotation file holds.
+    """The content of an annotation file.
 
     Attributes:
         images: in the order of their ids.
@@ -77,7 +77,7 @@ class Content:
 
 
 def parse(content: Any, path: Path, folder: Path) -> Content:
-    """Check parsed JSON and take from it what is scored.
+    """Check parsed JSON and extract the parts that are scored.
 
     Args:
         content: of the file.
@@ -120,7 +120,7 @@ def parse(content: Any, path: Path, folder: Path) -> Content:
 def without_super_categories(
     categories: list[dict[str, Any]], annotations: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """The categories without those that only group others, as Roboflow writes them.
+    """Return the categories without those that only group others, as Roboflow writes them.
 
     A category is left out if no object belongs to it and another category names it as its
     super-category.

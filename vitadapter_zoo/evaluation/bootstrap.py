@@ -1,4 +1,4 @@
-"""Bootstrap intervals: where the AP of a whole data set lies, estimated from a random part of it.
+"""Bootstrap intervals: the AP of a whole data set, estimated from a random part of it.
 
 AP is not a mean over images. On a part it is biased upwards, because interpolated precision takes a
 maximum, which profits from chance; and classes that do not occur in the part do not count. This
@@ -52,7 +52,7 @@ def average_precision(matches: Sequence[Matches], weights: Floats) -> Floats:
         weights: ``[B, I]``, whole numbers from 0.
 
     Returns:
-        float64 ``[B]``, 0..1; NaN where no class has an object.
+        float64 ``[B]``, 0..1; NaN if no class has an object.
     """
     by_class = np.stack([_class_ap(one, weights) for one in matches])
     measured = ~np.isnan(by_class)

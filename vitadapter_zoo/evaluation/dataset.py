@@ -53,13 +53,13 @@ class Dataset:
         return counts == VAL2017 and names == set(COCO_CLASSES)
 
     def is_measured(self, row: Row) -> bool:
-        """Whether the row's figures are of this data set."""
+        """Whether the row's published figures were measured on this data set."""
         if row.data_files is None:
             return self.is_val2017
         return self.sha256 == hashlib.sha256(row.data_files[0].read_bytes()).hexdigest()
 
     def category_ids(self, classes: Sequence[str]) -> tuple[Id, ...]:
-        """The category id of each of a model's classes, in the model's order.
+        """Return the category id of each class of a model, in the model's order.
 
         Raises:
             DatasetError: the file's classes are not the model's.
@@ -79,7 +79,7 @@ class Dataset:
 
 
 def row_dataset(row: Row) -> Dataset:
-    """The data set that the row's figures are of, where this package carries it.
+    """Read the data set of the row's published figures, if it is in this package.
 
     Raises:
         DatasetError: the figures are of COCO's val2017, which is not in the package.
@@ -93,7 +93,7 @@ def row_dataset(row: Row) -> Dataset:
 
 
 def coco_paths(directory: Path) -> tuple[Path, Path]:
-    """Annotation file and image folder of val2017 in COCO's usual layout.
+    """Return annotation file and image folder of val2017 in COCO's usual layout.
 
     Raises:
         DatasetError: they are missing; the message lists what the folder has instead.
@@ -152,12 +152,12 @@ def read_dataset(annotations: Path, images: Path, *, ignore_exif: bool = False) 
 
 
 def check_images(images: Sequence[Image]) -> list[Image]:
-    """The images whose files are missing."""
+    """Return the images whose files are missing."""
     return [image for image in images if not image.path.is_file()]
 
 
 def sampling_order(dataset: Dataset, seed: int) -> list[Image]:
-    """All images, in an order whose first n images are a stratified random sample for every n.
+    """Order the images so that, for every n, the first n are a stratified random sample.
 
     Each image belongs to the stratum of its rarest class, so that rare classes are represented;
     images without objects are a stratum of their own. Within a stratum of s images the places

@@ -114,7 +114,7 @@ class Evaluator:
 
 
 def _other_size(encoded: bytes, found: tuple[int, int], annotated: tuple[int, int]) -> str:
-    """Why an image's (height, width) is not the annotated one."""
+    """Explain why an image's (height, width) differs from the annotated one."""
     sizes = (
         f"it has {found[1]} x {found[0]} pixels, the annotations say "
         f"{annotated[1]} x {annotated[0]}"
@@ -150,7 +150,7 @@ class MmdetEvaluator(Evaluator):
 
 
 def read(image: Image) -> Task:
-    """The image with its file's bytes."""
+    """Read the bytes of the image's file."""
     try:
         return Task(image, image.path.read_bytes())
     except OSError as error:

@@ -12,7 +12,7 @@ _DIGITS = re.compile(r"(\d{1,4000})")
 
 
 def read(value: Any) -> Id | None:
-    """An id as it stands in a JSON file; None where the value cannot be one.
+    """Convert a JSON value to an id; None if it cannot be one.
 
     A float without a fraction counts as the integer, because some writers have only floats.
     """
@@ -24,7 +24,7 @@ def read(value: Any) -> Id | None:
 
 
 def order(key: Id) -> tuple[Any, ...]:
-    """Sort key: numbers by value, and after them text, with the numbers in it by value too.
+    """Sort key: numbers by value, then texts, in which digits are also compared by value.
 
     The order decides between detections of equal scores, so that it has to be that of
     pycocotools for numbers, and the same for the same numbers written as text.

@@ -12,7 +12,7 @@ from vitadapter_zoo.models import MaskRCNN
 def load_detector(
     model: str | os.PathLike[str] | MaskRCNN, options: Options
 ) -> tuple[MaskRCNN, str]:
-    """The detector and its name.
+    """Return the detector and its name.
 
     Raises:
         ZooError: what ``load`` raises.

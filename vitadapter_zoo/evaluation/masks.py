@@ -27,7 +27,7 @@ class MaskError(ValueError):
 
 
 def compressed(segmentation: Any, size: tuple[int, int]) -> bytes:
-    """The compressed RLE counts of a COCO segmentation, whichever of its three forms it has.
+    """Convert a COCO segmentation, in any of its three forms, to compressed RLE counts.
 
     Args:
         segmentation: a list of polygons ``[x1, y1, x2, y2, ...]`` in image pixels, or an RLE
@@ -100,7 +100,7 @@ def check_size(rle: dict[str, Any], size: tuple[int, int]) -> None:
 
 
 def check_total(total: int, size: tuple[int, int]) -> None:
-    """Refuse an RLE whose counts are not as many pixels as the image has.
+    """Refuse an RLE whose counts do not add up to the pixels of the image.
 
     Raises:
         MaskError: so it is.
@@ -114,7 +114,7 @@ def check_total(total: int, size: tuple[int, int]) -> None:
 
 
 def totals(masks: Sequence[bytes]) -> npt.NDArray[np.int64]:
-    """How many pixels each compressed RLE describes; -1 where its text is no RLE.
+    """Count the pixels that each compressed RLE describes; -1 if its text is not an RLE.
 
     Args:
         masks: compressed counts.
@@ -161,7 +161,7 @@ def _totals(masks: Sequence[bytes]) -> npt.NDArray[np.int64]:
 def _undo_differences(
     numbers: npt.NDArray[np.int64], owner: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.int64]:
-    """Counts from what is stored: in each mask, from the fourth on, less the one two before."""
+    """Undo the delta coding: the fourth and later counts are relative to the one two before."""
     first = np.flatnonzero(np.diff(owner, prepend=-1))
     place = np.arange(len(numbers)) - np.repeat(first, np.diff(first, append=len(numbers)))
     chain = 3 * owner + np.where(place == 0, 0, 1 + place % 2)

@@ -8,14 +8,14 @@ LARGEST = 1e9  # pixels from the origin, beyond which a coordinate is a mistake
 
 
 def number(value: Any, low: float, high: float) -> float | None:
-    """A number of a JSON file; None where it is none, not finite, or outside of low..high."""
+    """Return a JSON value as a number; None if it is not a finite number in low..high."""
     if type(value) not in (int, float) or not low <= value <= high:
         return None
     return float(value)
 
 
 def coordinates(values: Any) -> list[float] | None:
-    """A list of places in an image in pixels; None where the value is no such list."""
+    """Return a list of pixel coordinates; None if the value is not such a list."""
     if not isinstance(values, list):
         return None
     found = [number(value, -LARGEST, LARGEST) for value in values]
@@ -24,7 +24,7 @@ def coordinates(values: Any) -> list[float] | None:
 
 
 def box(values: Any) -> list[float] | None:
-    """A box ``[x, y, width, height]`` in pixels; None where the value is no such list."""
+    """Return a box ``[x, y, width, height]`` in pixels; None if the value is not a box."""
     found = coordinates(values)
     if found is None or len(found) != 4 or min(found[2:]) < 0:
         return None

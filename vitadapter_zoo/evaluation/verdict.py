@@ -27,13 +27,13 @@ FEWEST_TO_REFUTE = (
 
 @dataclass(frozen=True)
 class Comparison:
-    """One AP beside the published or expected one, in points (0..100).
+    """A measured AP and the published or expected one, in points (0..100).
 
     Attributes:
         kind: box or mask.
-        published: the published or expected value, to 0.1; None where there is none for these data.
+        published: the published or expected value, to 0.1; None if there is none for these data.
         measured: on the images evaluated, -1 where nothing is annotated.
-        interval: of the whole data set's AP (0..1), where a random part was evaluated.
+        interval: of the whole data set's AP (0..1), if a random part was evaluated.
         refuting: the wider interval; a part refutes values outside of it.
     """
 
@@ -45,7 +45,7 @@ class Comparison:
 
     @property
     def difference(self) -> float | None:
-        """Measured minus published, both to 0.1; None where one of them is absent."""
+        """Measured minus published, both to 0.1; None if one of them is missing."""
         if self.published is None or self.measured == NOTHING:
             return None
         return round(round(self.measured, 1) - self.published, 1)
@@ -113,7 +113,7 @@ def judge(
     """Score results and compare them with the published box and mask AP.
 
     Values that round to within 0.1 of the published ones over the whole data set confirm them. A
-    random part never confirms. A part of 50 images or more refutes where a published value lies
+    random part never confirms. A part of 50 images or more refutes if a published value lies
     outside the 99% interval of the whole set's AP by more than that tolerance, whatever AP the
     classes have that do not occur in the part.
 
@@ -161,7 +161,7 @@ def judge(
 def _annotated_and_unseen(
     data: Dataset, scored: Sequence[ImageResult]
 ) -> tuple[int, tuple[str, ...]]:
-    """The number of classes with objects, and the names of those in no evaluated image."""
+    """Count the classes with objects, and name those that no evaluated image shows."""
     seen = {one.image_id for one in scored}
     annotated: set[Id] = set()
     present: set[Id] = set()
@@ -180,7 +180,7 @@ def _compare(
     estimate_whole: bool,
     seed: int,
 ) -> tuple[Scores, Scores, tuple[Comparison, Comparison]]:
-    """The figures of both kinds, and each AP beside its published value."""
+    """Compute the figures of both kinds, and compare each AP with its published value."""
     annotations = Annotations(data)
     table = annotations.tabulate(scored)
     scores: list[Scores] = []
@@ -200,7 +200,7 @@ def _compare(
 
 @dataclass(frozen=True)
 class _Coverage:
-    """Images evaluated, in all, and left out; the share of the annotated classes not seen."""
+    """How many images were evaluated, exist and were left out; the share of unseen classes."""
 
     evaluated: int
     total: int

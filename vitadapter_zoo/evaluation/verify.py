@@ -79,53 +79,54 @@ def verify(
     data set, precision or version is refused.
 
     Args:
-        model: load name, folder or repository as for ``load``, or a loaded detector, fine-tuned on
-            other classes for instance.
-        dataset: COCO's folder (``annotations/instances_val2017.json`` and ``val2017/``), or what
-            ``vitadapter_zoo.evaluation.dataset.read_dataset`` gives for any data in COCO's format;
-            may be left out for the row made here, whose data set is in the package.
+        model: load name, folder or repository as for ``load``, or a loaded detector, for example
+            one fine-tuned on other classes.
+        dataset: COCO's folder (``annotations/instances_val2017.json`` and ``val2017/``), or the
+            result of ``vitadapter_zoo.evaluation.dataset.read_dataset`` for any data in COCO's
+            format. Not needed for ``adapter-n-emoji``, whose data set is in the package.
         checkpoint: as for ``load``.
         limit: number of images to evaluate, a stratified random sample.
-        max_minutes: start no further image after this time; the images are taken in the order of
-            a stratified random sample.
-        seed: of the sample and the bootstrap.
-        expected: box and mask AP in points (0..100) to compare with, on all of ``dataset``; by
-            default the catalog's values where ``dataset`` is what they belong to.
+        max_minutes: start no more images after this time; the order of the images is that of a
+            stratified random sample.
+        seed: for the sample and the bootstrap.
+        expected: box and mask AP in points (0..100) to compare with, measured on all of
+            ``dataset``; by default the catalog's values, if they belong to ``dataset``.
         skip_bad_images: leave out images that are missing or cannot be decoded instead of
             raising an error; the verdict is then inconclusive.
-        device: where the network runs; the CPU by default. A loaded detector stays on its device.
-        dtype: floating-point type of the weights; float32 by default, a loaded detector's own.
+        device: the network's device; the CPU by default. A loaded detector stays on its own.
+        dtype: floating-point type of the weights; float32 by default. A loaded detector keeps its
+            own.
         backend: ``"mmdet"`` evaluates the same weights inside mmdet, through its own test pipeline.
-        workers: number of worker processes; by default there are none and this process computes,
-            and with ``ray`` there is one for each GPU, or each node, of the cluster. On ``cuda``
-            they take the devices in turn.
+        workers: number of worker processes. By default this process computes alone; with ``ray``
+            the default is one worker per GPU, or per node, of the cluster. On ``cuda`` the
+            devices are distributed over the workers.
         ray: ``"auto"`` or the address of a Ray cluster that runs the workers; needs
             ``vitadapter-zoo[ray]``.
-        threads: of torch, for each worker, on the CPU; by default torch's own number in this
-            process, and the cores shared out among workers. The last bits of the results depend
-            on it, and on nothing else of how the work is divided: a run keeps to one number.
-        run: the run directory; by default one in the cache that belongs to the checkpoint, the
-            data set, the precision, the processor and the versions.
+        threads: torch's CPU threads per worker; by default torch's own number in this process, or
+            an equal share of the cores for each worker. The last bits of the results depend on
+            it, so a run must keep the same number. They do not depend on the number of workers.
+        run: the run directory; by default one in the cache, named by the checkpoint, the data set,
+            the precision, the processor and the versions.
         cache_dir: as for ``load``.
         offline: as for ``load``.
         progress: as for ``load``.
         allow_nonfinite: as for ``load``.
-        allow_tf32: let a float32 detector use TF32 on CUDA, which is a run of its own; a loaded
-            detector has an attribute of this name.
-        batch_size: how many images of one padded size the network computes together, in this
-            process. A number above 1 is a run of its own, because the last bits depend on it.
+        allow_tf32: let a float32 detector use TF32 on CUDA, in a run of its own. A loaded detector
+            has an attribute of this name.
+        batch_size: images of the same padded size per forward pass, in this process. The last bits
+            of the results depend on it, so each number has its own run.
         watch: called after each image with the run and the list of all images to evaluate.
 
     Raises:
-        DatasetError: the data set is absent or wrong, or its classes are not the model's.
+        DatasetError: the data set is missing or invalid, or its classes are not the model's.
         ImageError: an image is missing, damaged, or of another size than annotated.
-        ZooError: the run directory cannot be written to, or belongs to another run; and what
-            ``load`` raises.
+        ZooError: the run directory cannot be written to, or belongs to another run; also the
+            errors of ``load``.
         ValueError: ``limit``, ``max_minutes``, ``workers``, ``threads`` or ``batch_size`` too
-            small; ``checkpoint``, ``device``, ``dtype`` or ``allow_tf32`` beside a loaded
-            detector, or one in training mode, or one with ``ray``; ``backend="mmdet"`` or
-            ``batch_size`` above 1 with workers; or no such ``backend``.
-        BackendError: mmdet is asked for and is missing or broken.
+            small; ``checkpoint``, ``device``, ``dtype`` or ``allow_tf32`` with a loaded
+            detector; a loaded detector in training mode or with ``ray``; ``backend="mmdet"`` or
+            ``batch_size`` above 1 with workers; or an unknown ``backend``.
+        BackendError: mmdet is requested, but missing or broken.
     """
     options = Options(
         checkpoint=checkpoint,
@@ -157,7 +158,7 @@ def run_verification(
     options: Options,
     watch: Watch | None = None,
 ) -> Verification:
-    """The same as ``verify``, with the options in one object."""
+    """Do the work of ``verify``, with the options in one object."""
     started = time.monotonic()
     data = _row_data(model) if dataset is None else _opened(dataset)
     images = list(data.images)
@@ -213,10 +214,10 @@ def run_verification(
 
 
 def _row_data(model: str | os.PathLike[str] | MaskRCNN) -> Dataset:
-    """The data set of a row that is named, or of a loaded detector's row.
+    """Read the data set that belongs to a row: a named one, or a loaded detector's.
 
     Raises:
-        DatasetError: a folder or repository, or a row whose data are not in the package.
+        DatasetError: the model is a folder or repository, or its data are not in the package.
     """
     if not isinstance(model, (str, os.PathLike)):
         return datasets.row_dataset(model.row)
@@ -291,7 +292,7 @@ def _evaluate(
     skip_bad_images: bool,
     watch: Watch | None,
 ) -> None:
-    """Evaluate the images that the run has no result for."""
+    """Evaluate the images for which the run has no result."""
 
     def keep(result: ImageResult) -> None:
         if result.skipped and not skip_bad_images:
@@ -307,7 +308,7 @@ def _evaluate(
 
 
 def _todo(images: Sequence[Image], run: Run) -> Iterator[Image]:
-    """The images without a result; images that were left out before are tried again."""
+    """Yield the images without a result; images that were left out are tried again."""
     for image in images:
         known = run.results.get(image.image_id)
         if known is None or known.skipped:
@@ -315,7 +316,7 @@ def _todo(images: Sequence[Image], run: Run) -> Iterator[Image]:
 
 
 def _digest_of_images(results: Sequence[ImageResult]) -> str:
-    """One hash over all image files that were evaluated."""
+    """Compute one hash over all evaluated image files."""
     digest = hashlib.sha256()
     for result in sorted(results, key=lambda one: ids.order(one.image_id)):
         digest.update(f"{result.image_id} {result.image_sha256}\n".encode())

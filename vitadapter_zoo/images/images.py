@@ -29,7 +29,7 @@ TIMEOUT = (10, 30)  # seconds to connect, and without any data
 
 @dataclass(frozen=True)
 class NetworkInput:
-    """One image prepared for the network, and what maps its boxes back to the image's pixels.
+    """One image prepared for the network, and the scales that map boxes back to its pixels.
 
     Attributes:
         tensor: float32 ``[1, 3, H, W]``, normalised RGB, zero-padded at the bottom and right to
@@ -82,7 +82,7 @@ def read_image(image: ImageInput) -> RGB:
 
 
 def is_url(image: object) -> bool:
-    """Whether it is an http or https URL."""
+    """Return whether it is an http or https URL."""
     return isinstance(image, str) and image.lower().startswith(("http://", "https://"))
 
 
@@ -109,12 +109,12 @@ def _download(url: str) -> bytes:
             f"cannot fetch the image {name}: {_reason(error)}; check the address and the connection"
         ) from error
     if len(content) > LARGEST_DOWNLOAD:
-        raise ImageError(f"{name} has more than {LARGEST_DOWNLOAD >> 20} MB: it is no photo")
+        raise ImageError(f"{name} has more than {LARGEST_DOWNLOAD >> 20} MB, too large for a photo")
     return bytes(content)
 
 
 def _reason(error: BaseException) -> str:
-    """The system's reason where there is one: the library's own text repeats the whole address."""
+    """Return the system's reason if there is one; the library's text repeats the whole URL."""
     inner: BaseException | None = error
     while inner is not None:
         if isinstance(inner, OSError) and inner.strerror:
@@ -202,7 +202,7 @@ def _from_tensor(tensor: Tensor) -> RGB:
 
 
 def resized_size(height: int, width: int, input_size: tuple[int, int]) -> tuple[int, int]:
-    """The (height, width) that an image is resized to, its aspect ratio kept.
+    """Compute the (height, width) that an image is resized to, with its aspect ratio kept.
 
     ``input_size`` is (longest, shortest): the image is made as large as fits both limits.
     """

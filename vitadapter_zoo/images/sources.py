@@ -32,7 +32,7 @@ class Video:
     Attributes:
         source: path, URL or camera index.
         shown_per_second: how many of the frames that are given belong to a second, so that a copy
-            of them runs at the same speed; 0 where the source does not say.
+            of them runs at the same speed; 0 if the source does not say.
     """
 
     source: str | int
@@ -57,7 +57,7 @@ class Item:
 
 
 def expand(source: Source | Iterable[Source]) -> list[Source]:
-    """The sources with folders and patterns replaced by their pictures.
+    """Replace folders and patterns by their pictures.
 
     Args:
         source: an image in any of the forms of `read_image`, a folder (its pictures, in the order
@@ -71,7 +71,7 @@ def expand(source: Source | Iterable[Source]) -> list[Source]:
 
 
 def expand_lazily(source: Source | Iterable[Source]) -> Iterator[Source]:
-    """The same one after the other: of an iterator no more is taken than is asked for."""
+    """Expand sources lazily: an iterator is read only as far as requested."""
     is_file = hasattr(source, "read")  # which would be iterated over by lines
     if isinstance(source, (list, tuple, Iterator)) and not is_file:
         for given in source:
@@ -108,7 +108,7 @@ def _expand_one(source: Source) -> list[Source]:
 
 
 def is_video(source: Any) -> bool:
-    """Whether it is a camera's index, a network stream, or named like a video file."""
+    """Return whether it is a camera's index, a network stream, or named like a video file."""
     if isinstance(source, (int, np.integer)) and not isinstance(source, bool):
         return True
     if not isinstance(source, (str, os.PathLike)):
@@ -121,7 +121,7 @@ def is_video(source: Any) -> bool:
 def items(
     sources: Iterable[Source], *, stride: int = 1, max_frames: int | None = None
 ) -> Iterator[Item]:
-    """The images one after the other; of a video one frame is in memory at a time.
+    """Yield the images in order; only one frame of a video is in memory at a time.
 
     Args:
         sources: from `expand` or `expand_lazily`.

@@ -1,4 +1,4 @@
-"""Write a video frame by frame; it appears under its name when it is whole."""
+"""Write a video frame by frame; the file gets its name when it is complete."""
 
 import os
 from pathlib import Path
@@ -10,17 +10,17 @@ from PIL import Image
 from vitadapter_zoo.errors import ZooError
 from vitadapter_zoo.text import shown
 
-FRAMES_PER_SECOND = 25.0  # where the source does not say
+FRAMES_PER_SECOND = 25.0  # if the source does not say
 CODEC = "mp4v"  # MPEG-4 part 2, which every build of OpenCV encodes
 
 
 class VideoFile:
-    """An MP4 file in the making.
+    """An MP4 file that is being written.
 
     Args:
-        target: where it goes; a file there is replaced.
+        target: the output file; an existing file is replaced.
         name: what it shows, for messages.
-        frames_per_second: 0 where that is not known.
+        frames_per_second: 0 if unknown.
     """
 
     def __init__(self, target: Path, name: str, frames_per_second: float) -> None:
@@ -30,13 +30,13 @@ class VideoFile:
         self.frames_with_objects = 0
         self.objects = 0
         self._rate = frames_per_second or FRAMES_PER_SECOND
-        # OpenCV tells the format by the ending.
+        # OpenCV chooses the format by the ending.
         self._partial = target.with_name(f".{target.stem}.{os.getpid()}.part.mp4")
         self._writer: cv2.VideoWriter | None = None
         self._size = (0, 0)
 
     def write(self, frame: Image.Image, objects: int) -> None:
-        """Append a frame with so many detections.
+        """Append a frame, and count its detections.
 
         Raises:
             ZooError: the file cannot be written, or the frame has another size than the first.
@@ -44,7 +44,7 @@ class VideoFile:
         if self._writer is None:
             self._open(frame.size)
         if frame.size != self._size:
-            raise ZooError(f"the frames of {self.name} change their size: cut the video there")
+            raise ZooError(f"the frames of {self.name} change their size: split the video there")
         assert self._writer is not None  # noqa: S101  opened above
         self._writer.write(cv2.cvtColor(np.asarray(frame), cv2.COLOR_RGB2BGR))
         self.frames += 1
@@ -52,7 +52,7 @@ class VideoFile:
         self.frames_with_objects += objects > 0
 
     def finish(self) -> None:
-        """Give the file its name.
+        """Finish the file and move it to its name.
 
         Raises:
             ZooError: the file cannot be written.
@@ -73,7 +73,7 @@ class VideoFile:
             ) from error
 
     def discard(self) -> None:
-        """Remove what was written."""
+        """Remove the incomplete file."""
         if self._writer is not None:
             self._writer.release()
             self._writer = None

@@ -1,4 +1,4 @@
-"""An adapter around a timm model that is known by its name."""
+"""Build an adapter around a timm model, given the model's name."""
 
 import difflib
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ ADAPTERS = (PAPER, DINOV3)
 
 
 def timm_name(name: str) -> str:
-    """The name that timm knows, without the Hub's ``timm/``."""
+    """Return timm's name of the model, without the Hub's ``timm/``."""
     return name.removeprefix("timm/")
 
 
@@ -43,7 +43,7 @@ def create_trunk(name: str, *, pretrained: bool, drop_path: float = 0.0, **setti
         settings: further arguments of timm's class.
 
     Raises:
-        UnknownModelError: timm has no such name; the message offers the nearest.
+        UnknownModelError: timm has no such name; the message suggests similar names.
         ConfigError: a kind of network that an adapter does not fit, or no such setting.
         DownloadError: the weights cannot be fetched.
     """
@@ -125,7 +125,7 @@ def surround(
 
 
 def normalisation(trunk: Trunk) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation of the trunk's pretraining images, RGB, 0..255."""
+    """Return mean and deviation of the trunk's pretraining images, RGB, 0..255."""
     settings = trunk.pretrained_cfg
     mean, std = settings["mean"], settings["std"]
     return tuple(255 * value for value in mean), tuple(255 * value for value in std)

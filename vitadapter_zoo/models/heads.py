@@ -53,7 +53,7 @@ class BoxDetections(NamedTuple):
 
 @dataclass(frozen=True)
 class Pending:
-    """What is known when the device has computed it: the caller asks once, at the end.
+    """Results on the device that the host needs: the caller waits for them once, at the end.
 
     Attributes:
         finite: bool scalars; False if values are NaN or infinite.
@@ -291,7 +291,7 @@ def _candidates(
 
 
 def not_finite() -> ZooError:
-    """The error about a network that computes NaN or infinite values."""
+    """Create the error for a network that computes NaN or infinite values."""
     return ZooError(
         "the network computes NaN or infinite values: its weights are damaged, or too large "
         "for its dtype; load it again, or with dtype=torch.float32"
@@ -299,7 +299,7 @@ def not_finite() -> ZooError:
 
 
 def check_finite(values: Tensor) -> None:
-    """Refuse what would end as an empty result without a word.
+    """Refuse NaN and infinite values, which would otherwise give an empty result without an error.
 
     Raises:
         ZooError: a value is NaN or infinite.

@@ -1,4 +1,4 @@
-"""Fresh weights as the original draws them."""
+"""Initial random weights, drawn from the original's distributions."""
 
 import math
 
@@ -28,7 +28,7 @@ def _draw_layer(module: nn.Module) -> None:
 
 
 def _draw_sampling(module: nn.Module) -> None:
-    """Deformable DETR (arXiv:2010.04159): heads look in directions of their own, evenly."""
+    """Initialise as Deformable DETR (arXiv:2010.04159) does: a sampling direction per head."""
     if not isinstance(module, MSDeformAttn):
         return
     angles = torch.arange(module.heads) * (2 * math.pi / module.heads)

@@ -278,7 +278,7 @@ class MaskRCNN(nn.Module):
         stride: int = 1,
         max_frames: int | None = None,
     ) -> Iterator[Detections]:
-        """Detect objects in images one after the other, in bounded memory.
+        """Detect objects in a stream of images, in bounded memory.
 
         Args:
             source: what `predict` takes, or the index of a camera, which goes on until the
@@ -352,7 +352,7 @@ def downloaded(
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode within the block; afterwards each module has its own mode again."""
+    """Use evaluation mode within the block, then restore the mode of each module."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
@@ -366,7 +366,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def _batches(
     prepared: Iterator[tuple[Item, NetworkInput]], batch_size: int
 ) -> Iterator[list[tuple[Item, NetworkInput]]]:
-    """Neighbours of one shape, at most ``batch_size`` together."""
+    """Group consecutive items of the same shape, at most ``batch_size`` per group."""
     batch: list[tuple[Item, NetworkInput]] = []
     for item, inputs in prepared:
         shape = inputs.tensor.shape

@@ -1,4 +1,4 @@
-"""Whether float32 is float32, whatever another library has set for the whole process."""
+"""Keep float32 computations in float32, whatever other libraries have set for the process."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -8,7 +8,7 @@ import torch
 
 @contextmanager
 def float32_by_default() -> Iterator[None]:
-    """Make tensors without a dtype float32 within the block, as they usually are."""
+    """Make float32 the default dtype within the block."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
@@ -19,7 +19,7 @@ def float32_by_default() -> Iterator[None]:
 
 @contextmanager
 def usual_state() -> Iterator[None]:
-    """PyTorch as it is when a program starts, whatever the program or a library has set since.
+    """Restore PyTorch's initial global settings within the block.
 
     Within the block the default dtype is float32 and the default device the CPU, gradients are on,
     nothing is cast automatically, and float32 products are float32.

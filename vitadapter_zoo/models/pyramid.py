@@ -1,4 +1,4 @@
-"""What all backbones have in common: four maps, described as timm describes features."""
+"""What all backbones share: four output maps, described as timm describes features."""
 
 from collections.abc import Sequence
 
@@ -22,7 +22,7 @@ class Pyramid:
 
     @property
     def feature_info(self) -> FeatureInfo:
-        """Timm's description of the maps: ``channels()`` and ``reduction()`` of those returned."""
+        """Describe the returned maps as timm does: ``channels()`` and ``reduction()``."""
         described = [
             {"num_chs": self.width, "reduction": stride, "module": f"norm{index + 1}"}
             for index, stride in enumerate(STRIDES)
@@ -30,7 +30,7 @@ class Pyramid:
         return FeatureInfo(described, self.out_indices)
 
     def select(self, out_indices: Sequence[int]) -> None:
-        """Let ``forward`` return these maps only.
+        """Make ``forward`` return only these maps.
 
         Args:
             out_indices: indices of the maps, ascending; negative ones count from the coarsest map.

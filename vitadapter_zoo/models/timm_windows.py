@@ -13,7 +13,7 @@ from vitadapter_zoo.models.vit import WINDOW, from_windows, pad_to_windows, to_w
 
 
 def can_be_windowed(block: Any) -> bool:
-    """Whether `run_windowed` computes what the block computes, but for its window."""
+    """Return whether `run_windowed` computes the same as the block, apart from the windows."""
     return type(block) in (Block, EvaBlock) and type(block.attn) in (Attention, EvaAttention)
 
 
@@ -97,7 +97,7 @@ def _windowed_attention(
 
 
 def _projected(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values of ``[N, L, dim]``, each ``[N, heads, L, channels]``."""
+    """Compute queries, keys and values of ``[N, L, dim]``, each ``[N, heads, L, channels]``."""
     if attn.qkv is None:
         parts = attn.q_proj(x), attn.k_proj(x), attn.v_proj(x)
     else:

@@ -22,7 +22,7 @@ Trunk = Any
 
 
 def check_kind(vit: nn.Module, name: str | None = None) -> None:
-    """Refuse networks that an adapter does not fit.
+    """Refuse networks that the adapter does not support.
 
     Args:
         vit: a network.
@@ -42,7 +42,7 @@ def check_kind(vit: nn.Module, name: str | None = None) -> None:
 
 
 def prepare(trunk: Trunk) -> None:
-    """Let a timm model take images of any size in patches of 16 pixels, without its head.
+    """Make a timm model accept images of any size, with 16-pixel patches and without its head.
 
     The model is changed in place. A patch embedding of another size is resampled as timm does
     (FlexiViT, arXiv:2212.08013, section 3.4). The grid of position embeddings stays as it is, and
@@ -68,7 +68,7 @@ def prepare(trunk: Trunk) -> None:
 
 
 def embed(trunk: Trunk, image: Tensor) -> tuple[Tensor, list[Tensor | None]]:
-    """Compute what enters the first block, as timm does.
+    """Compute the input of the first block, as timm does.
 
     Args:
         trunk: after `prepare`.
@@ -92,7 +92,7 @@ def run_block(block: nn.Module, tokens: Tensor, rope: Tensor | None) -> Tensor:
 
 
 class AroundTimm(WithAdapter):
-    """Base of the adapters around a timm model, which becomes the attribute ``backbone``.
+    """Base class of adapters around a timm model, which is the attribute ``backbone``.
 
     Args:
         trunk: a timm model; it is changed in place, see `prepare`.
@@ -113,11 +113,11 @@ class AroundTimm(WithAdapter):
             trunk.eval()
 
     def adapter_layers(self) -> list[nn.Module]:
-        """All layers but the trunk."""
+        """All layers except the trunk."""
         return [module for name, module in self.named_children() if name != "backbone"]
 
     def draw_adapter(self, draw: Callable[[nn.Module], None]) -> None:
-        """Draw the adapter's weights with ``draw``; the trunk's stay as they are."""
+        """Draw the adapter's weights with ``draw``; the trunk's weights do not change."""
         for module in self.adapter_layers():
             draw(module)
 
@@ -143,7 +143,7 @@ def check_image(image: Tensor) -> None:
 
 
 def deform_setting(trunk: Trunk) -> tuple[int, float]:
-    """Heads of the deformable attention and the width of its values, as in the published sizes.
+    """Choose the heads and value width of the deformable attention, as in the published sizes.
 
     The published T and S have 6 heads and values as wide as the tokens, B and L half as wide with
     as many heads as the trunk (arXiv:2205.08534, table 8).

@@ -183,7 +183,7 @@ class TimmViTAdapter(AroundTimm):
 
 
 def _windows(blocks: nn.ModuleList, windows: bool | Sequence[bool]) -> tuple[bool, ...]:
-    """One flag per block.
+    """Return one flag per block.
 
     Raises:
         ConfigError: another number of flags than blocks, or blocks that cannot be windowed.

@@ -43,13 +43,13 @@ CITATION = """@inproceedings{chen2023vitadapter,
 
 
 def card(row: Row) -> ModelCard:
-    """The card of one row: metadata with its published results, and the text."""
+    """Build the card of a row: metadata with its published results, and the text."""
     text = _made_here(row) if row.made_here else _text(row)
     return ModelCard(f"---\n{metadata(row).to_yaml()}\n---\n\n{text}")
 
 
 def metadata(row: Row) -> ModelCardData:
-    """The card's metadata, with one result for boxes and one for masks."""
+    """Build the card's metadata, with one result for boxes and one for masks."""
     results = [
         EvalResult(
             task_type=task,
@@ -81,17 +81,17 @@ def metadata(row: Row) -> ModelCardData:
 
 
 def _configurations(row: Row) -> str:
-    """The address of the folder with the row's original configuration file."""
+    """Return the URL of the folder with the row's original configuration file."""
     return f"{SOURCE}/configs/mask_rcnn" + ("/dinov2" if row.from_dinov2 else "")
 
 
 def _results_of(row: Row) -> str:
-    """The address of the page that publishes the row's figures."""
+    """Return the URL of the page that publishes the row's figures."""
     return _configurations(row) if row.from_dinov2 else SOURCE
 
 
 def saved_card(row: Row, categories: Sequence[str]) -> ModelCard:
-    """The card of a detector that a user saved; it has no results."""
+    """Build the card of a detector that a user saved; it has no results."""
     data = ModelCardData(
         license=row.license.lower(),
         library_name=LIBRARY,
@@ -123,7 +123,7 @@ detections = model.predict("photo.jpg")[0].filter(0.5)
 
 
 def markdown(text: str, limit: int = 60) -> str:
-    """Foreign text for Markdown: one line, shortened, without markup or HTML."""
+    """Escape untrusted text for Markdown: one line, shortened, without markup or HTML."""
     return re.sub(r"([\\`*_{}\[\]()<>#|!&~])", r"\\\1", shown(text, limit).replace("\\", "/"))
 
 

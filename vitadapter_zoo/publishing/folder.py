@@ -1,4 +1,4 @@
-"""The configuration of a saved detector: read, and every setting checked. No torch."""
+"""Read and check the configuration of a saved detector. Imports no torch."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +25,7 @@ FIXED = {"do_resize": True, "do_rescale": False, "do_normalize": True}
 
 @dataclass(frozen=True)
 class Configuration:
-    """What the two JSON files of a saved detector say.
+    """The content of the two JSON files of a saved detector.
 
     Attributes:
         row: the catalog's row, with the input size, mean and deviation of the folder.
@@ -59,7 +59,7 @@ def read_configuration(folder: Path) -> Configuration:
 
 
 def fetch_configuration(source: HubFile, home: Path, report: Report, *, offline: bool) -> Path:
-    """Download the configuration of a published detector; its folder in huggingface_hub's cache.
+    """Download a published detector's configuration; return its folder in huggingface_hub's cache.
 
     Raises:
         DownloadError: absent, not allowed, unreachable, or with other hashes than announced.
@@ -73,7 +73,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         content = read_json(path, LARGEST_CONFIG)
         if not isinstance(content, dict):
-            raise JSONError("it is no JSON object")
+            raise JSONError("it is not a JSON object")
     except JSONError as error:
         raise CheckpointError(
             f"{shown(path, 200)} cannot be read ({error}): the folder is not one that "
@@ -83,7 +83,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _prepared(row: Row, settings: dict[str, Any], where: str) -> Row:
-    """The row with the image settings of the folder."""
+    """Return the row with the image settings of the folder."""
     absent = [key for key in ("size", "image_mean", "image_std") if key not in settings]
     if absent:
         raise CheckpointError(f"{where} is not complete: {absent[0]!r} is missing")
@@ -121,7 +121,7 @@ def _triple(
 
 
 def _categories(labels: object, where: str) -> tuple[str, ...]:
-    """The class names, in the order of their numbers."""
+    """Return the class names, in the order of their numbers."""
     if not isinstance(labels, dict) or not 0 < len(labels) <= MOST_CLASSES:
         raise range_error(where, "id2label", labels,
                           f"an object of 1 to {MOST_CLASSES:,} numbered classes",

@@ -29,7 +29,7 @@ NOTHING = -1.0  # COCO's figure if no object is annotated
 
 @dataclass(frozen=True)
 class Measured:
-    """What a report says of one detector, without paths.
+    """The part of a report that goes into a card: one detector, without paths.
 
     Attributes:
         row: load name of the detector's network.
@@ -68,7 +68,7 @@ class Measured:
     date: str
 
     def record(self) -> dict[str, Any]:
-        """The reduced report, ready for JSON."""
+        """Build the reduced report, ready for JSON."""
         return asdict(self)
 
 
@@ -99,7 +99,7 @@ def read_report(path: Path) -> Measured:
         return _measured(content)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ZooError(
-            f"{shown(path, 300)} is no report.json of `vitadapter-zoo verify --report` "
+            f"{shown(path, 300)} is not a report.json of `vitadapter-zoo verify --report` "
             f"({type(error).__name__}: {shown(error)}); give that file"
         ) from error
 
@@ -141,14 +141,14 @@ def _figures(figures: Mapping[str, Any]) -> dict[str, float]:
 
 def _sha256(value: Any) -> str:
     if not SHA256.fullmatch(str(value)):
-        raise ValueError(f"{quoted(value)} is no sha256")
+        raise ValueError(f"{quoted(value)} is not a sha256")
     return str(value)
 
 
 def add_measured(
     card: ModelCard, measured: Measured, row: Row, *, name: str, source: str = REPORT
 ) -> None:
-    """Put measured figures into a card; those of an earlier report are replaced.
+    """Add measured figures to a card; figures of an earlier report are replaced.
 
     Args:
         card: changed in place.
@@ -173,7 +173,7 @@ def add_measured(
 
 
 def _data_set(measured: Measured, row: Row) -> tuple[str, str]:
-    """Name and Hub type of the data set."""
+    """Return name and Hub type of the data set."""
     if not measured.compared:
         return f"{shown(measured.annotations, 60)}, {measured.images} images", "coco-format"
     return (EMOJI, "emoji") if row.made_here else (DATASET, "coco")
@@ -186,7 +186,7 @@ def _is_ours(result: EvalResult) -> bool:
 def _results(
     kind: str, measured: Measured, data_set: tuple[str, str], source: str
 ) -> list[EvalResult]:
-    """The AP of a kind and its parts, in points (0..100)."""
+    """Return the AP of a kind and its parts, in points (0..100)."""
     version = measured.versions.get("vitadapter-zoo", "")
     return [
         EvalResult(

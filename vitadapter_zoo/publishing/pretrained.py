@@ -125,7 +125,7 @@ def push_to_hub(
 
 
 def weights_files(folder: Path) -> list[Path]:
-    """The weights of a local folder in the Hub's form: one file, or shards.
+    """List the weights files of a local folder in the Hub's form: one file, or shards.
 
     Raises:
         CheckpointError: one of them is missing.
@@ -141,7 +141,7 @@ def weights_files(folder: Path) -> list[Path]:
 
 
 def fetch_folder(source: HubFile, home: Path, report: Report, *, offline: bool) -> Path:
-    """Download a published detector into huggingface_hub's cache; its folder there.
+    """Download a published detector into huggingface_hub's cache; return its folder there.
 
     Raises:
         DownloadError: absent, not allowed, unreachable, or with other hashes than announced.

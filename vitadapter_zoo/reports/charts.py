@@ -12,7 +12,7 @@ _LEFT, _TOP, _RIGHT, _BOTTOM = 44, 10, 10, 38  # around the plot, for ticks and 
 
 
 def curves(series: Mapping[str, Sequence[float]], x_title: str, y_title: str) -> Markup:
-    """A line for each name over 0..1, with a legend.
+    """Draw a line chart over 0..1, one line per name, with a legend.
 
     Args:
         series: by name, values in 0..1 at evenly spaced places from 0 to 1.
@@ -36,7 +36,7 @@ def curves(series: Mapping[str, Sequence[float]], x_title: str, y_title: str) ->
 
 
 def histogram(counts: Sequence[int], x_title: str, y_title: str) -> Markup:
-    """A histogram with bins of equal width over 0..1.
+    """Draw a histogram with bins of equal width over 0..1.
 
     Args:
         counts: of each bin.
@@ -57,7 +57,7 @@ def histogram(counts: Sequence[int], x_title: str, y_title: str) -> Markup:
 
 
 def bars(groups: Mapping[str, Mapping[str, float | None]]) -> Markup:
-    """Horizontal bars of 0..100 with their values; the names of the first group are the legend.
+    """Draw horizontal bars of 0..100 with their values; the first group's names are the legend.
 
     Args:
         groups: by title, then by series name; None if no object is annotated.
@@ -94,7 +94,7 @@ def _y(share: float) -> float:
 
 
 def _axes(x_title: str, y_title: str, highest: float) -> str:
-    """Grid and ticks: 0..1 on the horizontal axis, 0..``highest`` on the vertical axis."""
+    """Draw grid and ticks: 0..1 horizontally, 0..``highest`` vertically."""
     parts = []
     for step in range(6):
         share = step / 5
@@ -115,7 +115,7 @@ def _axes(x_title: str, y_title: str, highest: float) -> str:
 
 
 def _round_above(count: int) -> int:
-    """The smallest of 5, 10, 20, 50, 100, ... that is at least a count."""
+    """Return the smallest of 5, 10, 20, 50, 100, ... that is not below a count."""
     power = 1
     while True:
         for digit in (5, 10, 20):

@@ -75,7 +75,7 @@ class _Line:
         self._began = time.monotonic()
 
     def show(self, run: Run, images: Sequence[Image]) -> None:
-        """Count another image and update the line."""
+        """Count an image and update the line."""
         self._calls += 1
         if self._task is None:
             self._before = sum(image.image_id in run.results for image in images) - 1
@@ -115,7 +115,7 @@ class RunningAP:
         self._not_before = 0.0
 
     def text(self, run: Run, images: Sequence[Image]) -> str:
-        """The last known AP; starts the next scoring if it is due."""
+        """Return the last known AP, and start the next scoring if it is due."""
         if self._pending is not None and self._pending.done():
             self._text, cost = self._pending.result()
             self._pending = None

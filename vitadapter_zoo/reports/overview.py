@@ -60,7 +60,7 @@ def verify_all(
     command: str | None = None,
     rows: Sequence[Row] = PUBLISHED,
 ) -> dict[str, Any]:
-    """Evaluate one row after the other; a row that cannot run does not stop the others.
+    """Evaluate the rows in turn; a row that fails does not stop the others.
 
     Args:
         evaluate: verifies a row.

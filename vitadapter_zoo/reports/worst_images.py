@@ -70,7 +70,7 @@ class Pictures:
 
 
 def worst(found: Verification) -> list[tuple[WorstImage, Pictures | str]]:
-    """The images with the most mistakes, the worst first.
+    """Return the images with the most mistakes, the worst first.
 
     A mistake is an object that no detection of its class with a score of at least 0.3 matches at
     mask IoU 0.5, or such a detection that matches no object. Images with the same number of
@@ -113,7 +113,7 @@ def worst(found: Verification) -> list[tuple[WorstImage, Pictures | str]]:
 
 
 def _inside(path: Path, folder: Path) -> str:
-    """A path as the annotation file has it."""
+    """Return the path as the annotation file writes it."""
     return str(path.relative_to(folder)) if path.is_relative_to(folder) else str(path)
 
 
@@ -201,7 +201,7 @@ def _area(one: _Outline) -> float:
 
 
 def _write_texts(picture: Image.Image, outlines: Sequence[_Outline], scale: float) -> None:
-    """Write a text at the upper left corner of each box, if it does not cover an earlier text."""
+    """Write a text at each box's upper left corner, unless it would cover an earlier text."""
     draw = ImageDraw.Draw(picture)
     font = ImageFont.load_default()
     taken: list[tuple[float, float, float, float]] = []

@@ -1,4 +1,4 @@
-"""The web demo: drop a picture, see what a detector finds in it.
+"""The web demo: a page that shows the objects a detector finds in a picture.
 
 ``vitadapter-zoo serve`` starts it, and ``build`` gives the same app for a Space. It needs the extra
 ``web`` (Gradio).

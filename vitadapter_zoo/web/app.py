@@ -42,7 +42,7 @@ START = "Drop a picture, or try the sample. It does not leave this server."
 
 @dataclass(frozen=True)
 class Result:
-    """What a session keeps between two moves of the slider.
+    """The state of a session between two moves of the slider.
 
     Attributes:
         found: all detections from ``LOWEST`` on.
@@ -58,7 +58,7 @@ class Result:
 def build(
     models: Sequence[str] = (), *, device: str = "cpu", work: Work | None = None
 ) -> gradio.Blocks:
-    """The page; ``launch`` serves it.
+    """Build the page; ``launch`` serves it.
 
     Args:
         models: folders or names beside those in the cache, see `vitadapter_zoo.web.models`.
@@ -114,7 +114,7 @@ def launch(
     port: int = 7860,
     megabytes: int = MEGABYTES,
 ) -> str:
-    """Serve the page in a thread of this process.
+    """Serve the page from a thread of this process.
 
     Args:
         page: what `build` gives; ``page.close()`` ends the server.
@@ -149,14 +149,14 @@ def launch(
 
 
 def temporary_folder() -> tempfile.TemporaryDirectory[str]:
-    """A folder for uploads that is removed at the end; to be called before Gradio is imported."""
+    """Create a temporary folder for uploads; must be called before Gradio is imported."""
     folder = tempfile.TemporaryDirectory(prefix="vitadapter-zoo-", ignore_cleanup_errors=True)
     os.environ["GRADIO_TEMP_DIR"] = folder.name
     return folder
 
 
 def _handlers(gr: Any, offered: Models, work: Work) -> tuple[Handler, Handler]:
-    """What the page calls when the slider moves, and when the picture or the model changes."""
+    """Create the handlers for the slider, and for a new picture or model."""
 
     def show(kept: Result | None, lowest: float) -> tuple[Any, ...]:
         if kept is None:
@@ -185,7 +185,7 @@ def _detected(offered: Models, name: str, path: Path) -> Result:
 
 
 def _read(path: Path) -> RGB:
-    """The picture, unless it has so many pixels that it fills the memory.
+    """Return the picture, unless it has too many pixels for the memory.
 
     Raises:
         ImageError: it has more than ``LARGEST_PIXELS``, or is not a picture.
@@ -211,7 +211,7 @@ def _read(path: Path) -> RGB:
 
 
 def _shown(gr: Any, kept: Result, lowest: float) -> tuple[Any, ...]:
-    """Overlay, table and download of what scored enough."""
+    """Return overlay, table and download of the detections above the slider's score."""
     found = kept.found.filter(lowest)
     own = None if found.categories == COCO_CLASSES else range(1, len(found.categories) + 1)
     results = found.to_coco(_image_id(kept.name), category_ids=own)
@@ -230,12 +230,12 @@ def _said(gr: Any, message: str) -> tuple[Any, ...]:
 
 
 def _image_id(name: str) -> int:
-    """The number that is the file's name, as `predict --coco-json` takes it, else 1."""
+    """Return the number in the file's name, as `predict --coco-json` does, else 1."""
     return int(name) if name.isascii() and name.isdecimal() else 1
 
 
 def _sample(gr: Any) -> str | None:
-    """A copy of the sample picture, because Gradio serves files of its own folder only."""
+    """Copy the sample picture, because Gradio serves only files in its own folder."""
     files = get_row(SAMPLE_MODEL).data_files
     if files is None:
         return None
@@ -249,7 +249,7 @@ def _folder(gr: Any) -> str:
 
 
 def _free_port(host: str, port: int) -> int:
-    """The port, or a free one for 0.
+    """Return the port, or a free one for 0.
 
     Raises:
         ZooError: it is in use, or the host is not an address of this machine.

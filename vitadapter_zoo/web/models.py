@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def available(own: Sequence[str] = ()) -> list[str]:
-    """Names of the models that load without a download.
+    """Return the names of the models that load without a download.
 
     Args:
         own: folders that ``save_pretrained`` or ``train`` wrote, or repositories of the Hub in the
@@ -78,7 +78,7 @@ class Models:
 
 
 class Work:
-    """The requests that are being computed, so that the server can stop between them.
+    """Counts the running requests, so that the server can stop between them.
 
     Python ends the threads of a server when it exits, and a thread that is inside of torch then
     aborts the process.
@@ -91,7 +91,7 @@ class Work:
 
     @contextmanager
     def request(self) -> Iterator[None]:
-        """Surrounds the computation of one request.
+        """Mark the computation of one request as running.
 
         Raises:
             ZooError: the server stops.

@@ -43,7 +43,7 @@ STYLE = """<style>
 
 
 def reduced(rgb: RGB) -> RGB:
-    """The picture with at most ``SIDE`` pixels on its longest side, uint8 RGB ``[H, W, 3]``."""
+    """Shrink the picture to at most ``SIDE`` pixels per side, uint8 RGB ``[H, W, 3]``."""
     height, width = rgb.shape[:2]
     factor = SIDE / max(height, width)
     if factor >= 1:
@@ -53,7 +53,7 @@ def reduced(rgb: RGB) -> RGB:
 
 
 def picture(found: Detections, reduced_image: RGB) -> str:
-    """The picture with masks and boxes; a label appears where a box is hovered or focused.
+    """Return the picture with masks and boxes; a box shows its label when hovered or focused.
 
     Args:
         found: the detections, of any size of the same picture.
@@ -73,7 +73,7 @@ def picture(found: Detections, reduced_image: RGB) -> str:
 
 
 def table(found: Detections) -> str:
-    """The detections as a table, best score first."""
+    """Return the detections as a table, best score first."""
     if not len(found):
         return '<p class="zoo-note">Nothing has this score. Move the slider to the left.</p>'
     lines = [
@@ -96,7 +96,7 @@ def table(found: Detections) -> str:
 
 
 def note(message: str) -> str:
-    """A sentence in place of the picture."""
+    """Return a sentence to show instead of the picture."""
     return f'{STYLE}<p class="zoo-note" role="alert">{html.escape(message)}</p>'
 
 

@@ -89,7 +89,7 @@ class Provenance:
 
 @dataclass(frozen=True)
 class Known:
-    """The content of a download; the first one is recorded where no hash was published.
+    """The content of a download. The first download is recorded if no hash is published.
 
     Attributes:
         source: its URL or ``hf://`` name.

@@ -1,4 +1,4 @@
-"""Read a checkpoint safely: its tensors, its class names and what is known of its training."""
+"""Read a checkpoint safely: its tensors, its class names and its training metadata."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,13 +23,13 @@ STATE_KEYS = ("state_dict", "model_state_dict", "model", "state_dict_ema", "ema_
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The tensors of a file, under the file's own names, and what the file was.
+    """The tensors of a file, under the file's own names, and the file's kind.
 
     Attributes:
         tensors: by name.
         container: torch zip, legacy torch pickle or safetensors.
         metadata: the training framework's plain metadata (versions, epoch).
-        classes: names of the classes in the order of the outputs, where the file has them.
+        classes: names of the classes in the order of the outputs, if the file has them.
     """
 
     tensors: dict[str, Tensor]
@@ -39,7 +39,7 @@ class Checkpoint:
 
 
 def is_safetensors(path: Path) -> bool:
-    """Whether the content is a safetensors file, whatever its name.
+    """Return whether the content is a safetensors file, whatever its name.
 
     Raises:
         CheckpointError: the file cannot be read.
@@ -139,7 +139,7 @@ def _head(path: Path, origin: str) -> bytes:
 
 
 def _state_dict(loaded: object, origin: str) -> dict[str, TensorRecord]:
-    """The tensors' descriptions by name, wherever the training framework put them."""
+    """Find the tensors' descriptions by name, wherever the training framework put them."""
     state = loaded
     for _ in range(3):  # {"model": {"state_dict": ...}}
         inner = [state.get(key) for key in STATE_KEYS] if isinstance(state, Pairs) else []
@@ -157,7 +157,7 @@ def _state_dict(loaded: object, origin: str) -> dict[str, TensorRecord]:
         if type(name) is not str or not isinstance(value, TensorRecord):
             label = quoted(name) if type(name) is str else f"an entry ({type(key).__name__})"
             raise CheckpointError(
-                f"{origin} is not a checkpoint of a network: {label} is no tensor"
+                f"{origin} is not a checkpoint of a network: {label} is not a tensor"
             )
         if name in records:
             raise CheckpointError(f"{origin} holds two values for one name: {quoted(name)}")

@@ -28,7 +28,7 @@ CLASS_BIAS = "roi_head.bbox_head.fc_cls.bias"  # one value for each class and th
 
 @dataclass(frozen=True)
 class Converted:
-    """What a source file was, and what was done to its tensors.
+    """The kind of a source file, and the changes made to its tensors.
 
     Attributes:
         container: torch zip, legacy torch pickle or safetensors.
@@ -137,7 +137,7 @@ def to_mmdet(
 def write_safetensors(
     tensors: Mapping[str, Tensor], target: Path, metadata: dict[str, str]
 ) -> None:
-    """Write one safetensors file in one step.
+    """Write a safetensors file atomically.
 
     Raises:
         ZooError: the target cannot be written.
@@ -156,12 +156,12 @@ def write_safetensors(
 def class_names(
     loaded: Checkpoint, row: Row, classes: Sequence[str] | None = None
 ) -> tuple[str, ...] | int:
-    """The names of the classes of a checkpoint, or their number where the names are not known.
+    """Return the class names of a checkpoint, or their number if the names are unknown.
 
     Args:
         loaded: the checkpoint.
-        row: its row, whose classes are used where the file has no names and as many classes.
-        classes: names to use where their number is the file's.
+        row: its row, whose class names are used if the file has none and as many classes.
+        classes: names to use instead, if their number is the file's.
     """
     bias = next((x for name, x in loaded.tensors.items() if name.endswith(CLASS_BIAS)), None)
     count = bias.shape[0] - 1 if bias is not None and bias.ndim == 1 else len(COCO_CLASSES)
@@ -212,7 +212,7 @@ def _fitted(
     classes: Sequence[str] | None,
     allow_nonfinite: bool,
 ) -> tuple[Checkpoint, Fitted, tuple[str, ...] | None]:
-    """The checkpoint, its tensors for a network with its number of classes, and their names."""
+    """Return the checkpoint, its tensors fitted to its own number of classes, and the names."""
     loaded = checkpoint.read_all(paths, origin)
     names = class_names(loaded, row, classes)
     if classes is not None and names != tuple(classes):
@@ -228,7 +228,7 @@ def _fitted(
 
 
 def placeholders(count: int) -> tuple[str, ...]:
-    """Names for classes whose names are not known."""
+    """Make names for classes whose names are unknown."""
     return tuple(f"class {index}" for index in range(count))
 
 

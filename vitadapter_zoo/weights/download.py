@@ -34,7 +34,7 @@ HASH_IN_NAME = re.compile(r"-(?=\d*[a-f])([0-9a-f]{8,64})\.(?:pth|pt|bin|npz|saf
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """When a failed request is repeated, and when the download fails.
+    """When to repeat a failed request, and when to give up.
 
     Attributes:
         attempts: consecutive failures without a new byte before giving up.
@@ -58,7 +58,7 @@ DEFAULT_RETRY = RetryPolicy()
 
 @dataclass(frozen=True)
 class _RemoteFile:
-    """The file that a part belongs to, as the server announced it."""
+    """The identity of a file as the server announced it."""
 
     url: str
     total: int | None
@@ -67,12 +67,12 @@ class _RemoteFile:
 
     @property
     def validator(self) -> str | None:
-        """The value for If-Range; weak ETags do not identify a file."""
+        """Return the value for If-Range; weak ETags do not identify a file."""
         weak = self.etag is None or self.etag.startswith("W/")
         return self.modified if weak else self.etag
 
     def differs(self, headers: Mapping[str, str]) -> bool:
-        """Whether the response to a Range is of another file: some servers ignore If-Range."""
+        """Return whether a Range response is of another file: some servers ignore If-Range."""
         named = (headers.get("ETag"), headers.get("Last-Modified"))
         known = (self.etag, self.modified)
         return any(
@@ -201,7 +201,7 @@ def _finished(url: str, target: Path, sha256: str | None) -> Known | None:
 
 
 def hash_in_name(url: str) -> str | None:
-    """The first digits of the sha256 in a name like ``deit_tiny-a1311bcf.pth``."""
+    """Return the first digits of the sha256 in a name like ``deit_tiny-a1311bcf.pth``."""
     name = unquote(urlparse(url).path).rpartition("/")[2]
     found = HASH_IN_NAME.search(name)
     return found[1] if found else None
@@ -251,7 +251,7 @@ def _fetch(
 def _attempt(
     session: requests.Session, url: str, part: _Part, report: Report, retry: RetryPolicy
 ) -> None:
-    """One request for the missing bytes."""
+    """Send one request for the missing bytes."""
     known = part.announced
     if known and known.total is not None and part.size == known.total:
         return  # a process died after the last byte
@@ -277,7 +277,7 @@ def _attempt(
 
 
 def _prepare(response: requests.Response, url: str, part: _Part) -> int | None:
-    """Check the response's header and prepare the part; the file's size if known."""
+    """Check the response's header and prepare the part; return the file's size if known."""
     status = response.status_code
     if status in RETRY_STATUSES or status >= 500:
         raise _InterruptedError(
@@ -363,7 +363,7 @@ def _web_page(url: str) -> DownloadError:
 
 
 def _retry_after(response: requests.Response) -> float | None:
-    """Seconds to wait, from either form of Retry-After."""
+    """Return the seconds to wait, from either form of Retry-After."""
     value = response.headers.get("Retry-After", "").strip()
     if value.isdigit():
         return float(value)
@@ -381,6 +381,6 @@ def _innermost(error: BaseException) -> BaseException:
 
 
 def _reason(error: BaseException) -> str:
-    """The message of the innermost cause, which is the most specific one."""
+    """Return the message of the innermost cause, which is the most specific."""
     cause = _innermost(error)
     return shown(str(cause) or type(cause).__name__, 200)

@@ -1,4 +1,4 @@
-"""Heads for other classes: those of the same name keep their weights, the others start afresh."""
+"""Heads for other classes: classes of the same name keep their weights, others get random ones."""
 
 from collections.abc import Mapping, Sequence
 
@@ -17,7 +17,7 @@ CLASS_ROWS: dict[str, tuple[int, bool, float | None]] = {
 def for_classes(
     tensors: Mapping[str, Tensor], old: Sequence[str], new: Sequence[str]
 ) -> dict[str, Tensor]:
-    """The weights of a detector with other classes.
+    """Return the weights of a detector with other classes.
 
     Args:
         tensors: a detector's state dict.

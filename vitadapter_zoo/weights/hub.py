@@ -1,4 +1,4 @@
-"""Files of the Hugging Face Hub: huggingface_hub downloads and caches them, we check hashes."""
+"""Files of the Hugging Face Hub: huggingface_hub downloads and caches them; we check hashes."""
 
 import contextlib
 import hashlib
@@ -84,12 +84,12 @@ def _one_error(source: HubFile) -> Iterator[None]:
 
 
 def is_offline(offline: bool) -> bool:
-    """Whether the network must not be used: our offline mode and huggingface_hub's both count."""
+    """Return whether our offline mode or huggingface_hub's forbids the network."""
     return offline or constants.HF_HUB_OFFLINE
 
 
 def _unreachable() -> str | None:
-    """Why the Hub, or the proxy before it, cannot be reached; None where it can.
+    """Return why the Hub, or the proxy in front of it, cannot be reached; None if it can.
 
     huggingface_hub tries a dead connection five times, for half a minute in all. One attempt to
     open a connection tells a machine without a network at once.
@@ -119,7 +119,7 @@ def announced(source: HubFile) -> Announced:
 
 
 def choose(source: HubFile, preferred: str | None = None, *, offline: bool = False) -> HubFile:
-    """The weights file of a repository, for a name without a file.
+    """Choose the weights file of a repository, for a name without a file.
 
     Safetensors under the Hub's usual names have priority, then the file whose name without its
     suffix is ``preferred``, then the only weights file of the repository.
@@ -196,13 +196,13 @@ def fetch_weights(
 
 
 def commit_of(path: Path) -> str | None:
-    """The commit of a file in huggingface_hub's cache: ``snapshots/<commit>/<file>``."""
+    """Return the commit of a file in huggingface_hub's cache: ``snapshots/<commit>/<file>``."""
     parts = path.parts
     return parts[parts.index("snapshots") + 1] if "snapshots" in parts else None
 
 
 def _cached_names(source: HubFile, reason: str) -> list[str]:
-    """The files of a repository in huggingface_hub's cache.
+    """Return the files of a repository in huggingface_hub's cache.
 
     Raises:
         DownloadError: there are none.
@@ -220,14 +220,14 @@ def _cached_names(source: HubFile, reason: str) -> list[str]:
 
 
 def _reason_offline(offline: bool) -> str | None:
-    """Why a file can only come from the cache; None where the network can be used."""
+    """Return why a file can only come from the cache; None if the network can be used."""
     if is_offline(offline):
         return "it is not in huggingface_hub's cache, and this is offline mode"
     return _unreachable()
 
 
 def check_cached(source: HubFile, *, offline: bool) -> None:
-    """Refuse a file that is in no cache while the Hub cannot, or must not, be used.
+    """Refuse a file that is not cached while the Hub cannot, or must not, be used.
 
     Raises:
         OfflineError: nothing of the repository is in huggingface_hub's cache either.
@@ -257,7 +257,7 @@ def _download(source: HubFile, report: Report, *, offline: bool, force: bool = F
         return Path(path)
 
     class Forwarding(tqdm):
-        """Forwards huggingface_hub's progress to our own bar."""
+        """Forwards huggingface_hub's progress to our progress bar."""
 
         def __init__(self, *args: Any, **options: Any) -> None:
             super().__init__(*args, **{**options, "disable": True})  # type: ignore[no-untyped-call]
@@ -295,7 +295,7 @@ def _is_checked(path: Path, home: Path) -> bool:
 
 
 def _is_announced(path: Path, source: HubFile, home: Path, *, offline: bool) -> bool:
-    """Whether the content has the announced hash: a sha256, or git's sha1 for small files."""
+    """Return whether the content has the announced hash: sha256, or git's sha1 for small files."""
     etag = path.resolve().name  # huggingface_hub names its blobs by their ETag
     if len(etag) not in (40, 64) and not is_offline(offline):
         etag = announced(source).etag or ""

@@ -1,4 +1,4 @@
-"""Whether a server can be reached from this machine, without a request to it."""
+"""Check whether this machine can reach a server, without sending a request."""
 
 import errno
 import socket
@@ -10,7 +10,7 @@ NO_NETWORK = (socket.EAI_NONAME, socket.EAI_AGAIN, errno.ENETUNREACH, errno.EHOS
 
 
 def reached_through(url: str) -> tuple[str, int]:
-    """Host and port of a server, or of the proxy before it."""
+    """Return host and port of a server, or of the proxy in front of it."""
     address = urlparse(url)
     proxy = urllib.request.getproxies().get(address.scheme)
     if proxy and not urllib.request.proxy_bypass(address.hostname or ""):
@@ -19,7 +19,7 @@ def reached_through(url: str) -> tuple[str, int]:
 
 
 def no_route(url: str) -> str | None:
-    """Why a machine without a network cannot send to a server; None where it can.
+    """Return why this machine has no route to a server; None if it has one.
 
     Only the name is looked up; the server notices nothing.
     """

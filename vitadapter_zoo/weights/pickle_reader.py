@@ -45,7 +45,7 @@ LARGEST_PICKLE = 32 << 20  # bytes
 
 @dataclass(frozen=True)
 class Pickled:
-    """The value of one pickle, where it ends, and every storage that it refers to."""
+    """The value of one pickle, the offset of its end, and every storage that it refers to."""
 
     value: Any
     end: int
@@ -57,7 +57,7 @@ def read(data: memoryview, start: int, shadowed: Callable[[str], bool]) -> Pickl
 
     Args:
         data: the bytes of the file or member.
-        start: where the pickle begins.
+        start: offset of the pickle.
         shadowed: whether a tensor has an attribute of that name already.
 
     Raises:
@@ -159,7 +159,7 @@ class _Interpreter:
     def stack_global(self) -> None:
         name, module = self.stack.pop(), self.stack.pop()
         if type(name) is not str or type(module) is not str:
-            raise RefusedError("it names a function by something that is no text")
+            raise RefusedError("it names a function by something that is not text")
         self.named(module, name)
 
     def append(self, items: list[Any]) -> None:
@@ -167,7 +167,7 @@ class _Interpreter:
         if target is OPAQUE:
             return
         if type(target) is not list:
-            raise RefusedError("it appends to something that is no list")
+            raise RefusedError("it appends to something that is not a list")
         target.extend(items)
 
     def set_items(self, items: list[Any]) -> None:
@@ -175,13 +175,13 @@ class _Interpreter:
         if target is OPAQUE:
             return
         if type(target) is not Pairs or len(items) % 2:
-            raise RefusedError("it sets items of something that is no dictionary")
+            raise RefusedError("it sets items of something that is not a dictionary")
         target.extend(zip(items[::2], items[1::2], strict=True))
 
     def add_items(self) -> None:
         self.pop_mark()
         if self.stack[-1] is not OPAQUE:
-            raise RefusedError("it adds items to something that is no set")
+            raise RefusedError("it adds items to something that is not a set")
 
     def persistent(self) -> None:
         wanted = self.stack.pop()
@@ -190,7 +190,7 @@ class _Interpreter:
             or len(wanted) not in (5, 6)
             or text_of(wanted[0]) != "storage"
         ):
-            raise RefusedError("it refers to something outside that is no storage")
+            raise RefusedError("it refers to something outside that is not a storage")
         kind, key, count = wanted[1], text_of(wanted[2]), wanted[4]
         if not isinstance(kind, Named) or type(key) is not str or not is_count(count):
             raise RefusedError("it describes a storage without a type, name or size")
@@ -213,9 +213,9 @@ class _Interpreter:
         self.stack.append(self.called(function, arguments))
 
     def called(self, function: Any, arguments: tuple[Any, ...], depth: int = 0) -> Any:
-        """What a call gives; nothing is called."""
+        """Return the value that a call stands for; nothing is called."""
         if not isinstance(function, Named):
-            raise RefusedError("it calls something that is no function")
+            raise RefusedError("it calls something that is not a function")
         self.spend(len(arguments))
         name = function.name
         if function.path in ("collections.OrderedDict", "builtins.dict", "collections.defaultdict"):
@@ -252,15 +252,15 @@ class _Interpreter:
             self.spend(len(given))
             return Pairs(given)
         if type(given) is not list:
-            raise RefusedError("it makes a dictionary of something that is no list of pairs")
+            raise RefusedError("it makes a dictionary of something that is not a list of pairs")
         self.spend(len(given))
         if not all(type(pair) in (tuple, list) and len(pair) == 2 for pair in given):
-            raise RefusedError("it makes a dictionary of something that is no list of pairs")
+            raise RefusedError("it makes a dictionary of something that is not a list of pairs")
         return Pairs((pair[0], pair[1]) for pair in given)
 
     def only_tensor(self, value: Any) -> Any:
         if not isinstance(value, (TensorRecord, Unsupported)):
-            raise RefusedError("it makes a parameter of something that is no tensor")
+            raise RefusedError("it makes a parameter of something that is not a tensor")
         return value
 
     def new_object(self) -> None:
@@ -279,11 +279,13 @@ class _Interpreter:
         # A dictionary's attributes (state_dict()._metadata) are of no use here.
 
     def check_state(self, state: Any) -> None:
-        """Refuse attributes of a tensor that would take the place of a tensor's own."""
+        """Refuse attributes that would replace a tensor's own."""
         parts = state if type(state) is tuple else (state,)
         self.spend(len(parts))
         if not all(part is None or type(part) is Pairs for part in parts):
-            raise RefusedError("it sets a tensor's attributes by something that is no dictionary")
+            raise RefusedError(
+                "it sets a tensor's attributes by something that is not a dictionary"
+            )
         for part in parts:
             self.spend(1 + len(part or ()))
             for name, _ in part or ():

@@ -1,15 +1,15 @@
-"""What a pickle of a torch file may describe: the values, and the functions that it may name."""
+"""The values that a torch file's pickle may describe, and the functions that it may name."""
 
 from dataclasses import dataclass
 from typing import Any, Final
 
 
 class RefusedError(Exception):
-    """The pickle asks for something that checkpoints do not hold.
+    """The pickle needs something that is not allowed in a checkpoint.
 
     Attributes:
-        name: the function or class that it names, ``module.name``; empty where there is none.
-        first: whether that name begins the pickle, as it does where a whole object was saved.
+        name: the function or class that it names, ``module.name``; empty if there is none.
+        first: whether that name begins the pickle, as it does if a whole object was saved.
     """
 
     def __init__(self, reason: str, name: str = "", *, first: bool = False) -> None:
@@ -23,7 +23,7 @@ class DamagedError(Exception):
 
 
 class _Opaque:
-    """A value that takes no part in the weights and was not built."""
+    """A value that does not belong to the weights and was not built."""
 
     def __repr__(self) -> str:
         return "OPAQUE"
@@ -36,7 +36,7 @@ class Pairs(list[tuple[Any, Any]]):
     """A dictionary as its (key, value) pairs, in the order of the file."""
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The last value of a text key."""
+        """Return the last value of a text key."""
         for found, value in reversed(self):
             if type(found) is str and found == key:
                 return value
@@ -75,14 +75,14 @@ class StorageRecord:
 
 @dataclass(frozen=True, slots=True)
 class TensorRecord:
-    """What the file says of a tensor.
+    """The file's description of a tensor.
 
     Attributes:
         storage: the block that holds its elements.
         offset: its first element in the block.
         size: its shape.
         stride: elements from one index to the next, per dimension.
-        dtype: name of the dtype where the tensor states it; else the storage's.
+        dtype: name of the dtype if the tensor states it; else the storage's.
     """
 
     storage: StorageRecord
@@ -94,7 +94,7 @@ class TensorRecord:
 
 @dataclass(frozen=True, slots=True)
 class Unsupported:
-    """A tensor of a kind that has no plain numbers: ``quantised``, ``sparse`` and so on."""
+    """A tensor without plain numbers, such as a quantised or sparse one."""
 
     kind: str
 
@@ -112,7 +112,7 @@ UNSUPPORTED = {
 REBUILD = {"_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_tensor_v3"}
 WRAP = {"_rebuild_parameter", "_rebuild_parameter_with_state"}
 NUMBERS = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1")
-# Called in checkpoints for values that are no weights. None of them is built.
+# Called in checkpoints for values that are not weights. None of them is built.
 _PLAIN = {
     "_codecs.encode",
     "builtins.bytearray",
@@ -134,7 +134,7 @@ OLD_NAMES = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # Python 2's
 
 
 def is_allowed(module: str, name: str) -> bool:
-    """Whether checkpoints may hold that function, class or constant."""
+    """Return whether checkpoints may name that function, class or constant."""
     path = f"{module}.{name}"
     if module == "torch._utils":
         return name in UNSUPPORTED or name in REBUILD or name in WRAP
@@ -174,7 +174,7 @@ def is_dtype(name: str) -> bool:
 
 
 def text_of(value: Any) -> Any:
-    """Text, which Python 2 wrote as bytes."""
+    """Return text; Python 2 wrote it as bytes."""
     return value.decode("ascii") if type(value) is bytes else value
 
 
@@ -190,7 +190,7 @@ def _counts(value: Any, what: str) -> tuple[int, ...]:
 
 
 def tensor(name: str, arguments: tuple[Any, ...]) -> TensorRecord | Unsupported:
-    """What a call of ``torch._utils._rebuild_tensor*`` describes.
+    """Return the tensor that a call of ``torch._utils._rebuild_tensor*`` describes.
 
     Raises:
         RefusedError: the arguments do not describe a tensor.

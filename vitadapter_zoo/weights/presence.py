@@ -1,4 +1,4 @@
-"""Whether weights can be obtained at all, told before torch is imported.
+"""Check whether weights can be obtained, before torch is imported.
 
 Importing torch takes seconds. Without a network, a command that needs a download should fail at
 once instead.
@@ -17,7 +17,7 @@ from vitadapter_zoo.weights.source import HubFile, LocalFile, Source, Url
 
 
 def check(row: Row, source: Source, *, offline: bool | None = None) -> None:
-    """Refuse weights that are not here while the network cannot, or must not, be used.
+    """Refuse weights that are not on this machine while the network cannot, or must not, be used.
 
     A server that is reached may still refuse; ``resolve.obtain`` finds that out.
 
@@ -52,7 +52,7 @@ def check(row: Row, source: Source, *, offline: bool | None = None) -> None:
 
 
 def offline_error(row: Row, source: Url, place: cache.Entry) -> OfflineError:
-    """The error for a URL that is not in the cache in offline mode."""
+    """Create the error for a URL that is not in the cache in offline mode."""
     return OfflineError(
         f"{row.name} from {source} is not in the cache {place.home}, and this is offline mode: "
         f"run `vitadapter-zoo download {row.name}` with a connection, or pass the path of a "

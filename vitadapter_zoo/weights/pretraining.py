@@ -45,7 +45,7 @@ def read_pretraining(
     offline: bool | None = None,
     progress: bool = True,
 ) -> None:
-    """Copy the trunk's parameters from its pretraining; the adapter's stay as they are.
+    """Copy the trunk's parameters from its pretraining; the adapter's do not change.
 
     Args:
         network: a backbone.
@@ -102,7 +102,7 @@ def _read(path: Path, origin: str) -> dict[str, Tensor]:
 
 
 def _from_dinov2(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """DINOv2's tensors (arXiv:2304.07193) under the trunk's names, with patches of 16 pixels.
+    """Convert DINOv2's tensors (arXiv:2304.07193) to the trunk's names and 16-pixel patches.
 
     DINOv2's patches have 14 pixels. The published detectors started from kernels that were resized
     bilinearly (align_corners False), without a correction of their scale.
@@ -142,7 +142,7 @@ def _is_npz(path: Path) -> bool:
 
 
 def _from_jax(path: Path, origin: str) -> dict[str, Tensor]:
-    """AugReg's arrays (arXiv:2106.10270) under the trunk's names.
+    """Convert AugReg's arrays (arXiv:2106.10270) to the trunk's names.
 
     Raises:
         CheckpointError: the file is damaged, or holds something else.
@@ -212,7 +212,7 @@ def _jax_block(arrays: dict[str, Tensor], source: str, target: str) -> dict[str,
 
 
 def fetched(pretrained: str, home: Path, offline: bool, progress: bool) -> Path:
-    """The file, downloaded into the cache if it is a URL.
+    """Return the file, downloaded into the cache if it is a URL.
 
     Raises:
         ConfigError: neither a file nor a URL.

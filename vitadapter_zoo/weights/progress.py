@@ -1,4 +1,4 @@
-"""Progress bars for downloads: one line per file, on stderr, only where that is a terminal."""
+"""Progress bars for downloads: one line per file on stderr, if that is a terminal."""
 
 import contextlib
 import sys

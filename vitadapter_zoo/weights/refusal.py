@@ -1,4 +1,4 @@
-"""Why a torch file was refused, and the advice that fits it."""
+"""Why a torch file was refused, and advice what to do."""
 
 from vitadapter_zoo.errors import UnsafeCheckpointError
 from vitadapter_zoo.text import quoted
@@ -19,7 +19,7 @@ OWN = ("torch.nn.", "numpy.core.multiarray.", "numpy._core.multiarray.", "numpy.
 
 
 def refusal(origin: str, error: RefusedError) -> UnsafeCheckpointError:
-    """What was found, and the advice that fits: a saved object can be saved again as tensors."""
+    """Describe what was found, and advise: a saved object can be saved again as tensors."""
     start = f"{origin} was refused: "
     module = error.name.partition(".")[0]
     own_object = error.name and (module not in HOSTILE or error.name.startswith(OWN))

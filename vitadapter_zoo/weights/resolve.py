@@ -31,24 +31,24 @@ def obtain(
     accept_change: bool = False,
     allow_nonfinite: bool = False,
 ) -> list[Path]:
-    """The safetensors file of ``row`` from ``source``, or its shards, ready to be mapped.
+    """Return the local safetensors file of ``row`` from ``source``, or its shards.
 
     Safetensors are used in place: a local file, or a file in huggingface_hub's cache. Other
     formats are converted once and stored in our cache.
 
     Args:
         row: the row that the weights must fit.
-        source: where the weights come from.
+        source: the origin of the weights.
         lines: adds a progress bar for a file name.
         cache_dir: our cache.
         offline: True never uses the network; None asks the environment.
-        accept_change: accept another content of the source than at its first download.
+        accept_change: accept that the source's content differs from its first download.
         allow_nonfinite: accept NaN and infinite weights.
 
     Raises:
         DownloadError: the source cannot be downloaded, is not the published file, has changed, or
             is not cached in offline mode.
-        CheckpointError: it is damaged, unsafe, or not the row's weights.
+        CheckpointError: the file is damaged, unsafe, or does not hold the row's weights.
         ZooError: the cache cannot be written to.
     """
     without_network = settings.is_offline(offline)
@@ -67,33 +67,27 @@ def obtain(
     if isinstance(source, Url) and without_network:
         raise presence.offline_error(row, source, place)
     with place.locked():
-        if not _is_current(
-            place, row, source, without_network
-        ):  # perhaps another process converted it
-            if isinstance(source, LocalFile):
-                digest = atomic.sha256(source.path)
-                place.write(
-                    _convert(
-                        row, source, place, source.path, digest, allow_nonfinite=allow_nonfinite
-                    )
-                )
-            else:
-                _from_url(
-                    row, source, place, lines, accept_change=accept_change,
-                    allow_nonfinite=allow_nonfinite,
-                )  # fmt: skip
+        if _is_current(place, row, source, without_network):
+            pass  # another process has converted it
+        elif isinstance(source, LocalFile):
+            _from_file(row, source, place, allow_nonfinite=allow_nonfinite)
+        else:
+            _from_url(
+                row, source, place, lines, accept_change=accept_change,
+                allow_nonfinite=allow_nonfinite,
+            )  # fmt: skip
     return [place.weights]
 
 
 def as_they_are(path: Path) -> list[Path] | None:
-    """The safetensors files of a local path, shards included; None for a pickle."""
+    """Return the safetensors files of a local path, shards included; None for a pickle."""
     if path.name.endswith(".index.json"):
         return [path.parent / name for name in shard_names(path)]
     return [path] if checkpoint.is_safetensors(path) else None
 
 
 def source_sha256(paths: list[Path]) -> str:
-    """The hash of the source of the files that ``obtain`` or ``as_they_are`` returned.
+    """Return the hash of the source of files from ``obtain`` or ``as_they_are``.
 
     For a conversion in our cache it is the hash of the original file; for shards it is defined by
     ``atomic.sha256_of_all``.
@@ -104,10 +98,10 @@ def source_sha256(paths: list[Path]) -> str:
 
 
 def published(row: Row) -> Source:
-    """The source that the catalog names.
+    """Return the source that the catalog names.
 
     Raises:
-        CheckpointError: a file of this package that is not there.
+        CheckpointError: the file belongs to this package and is missing.
     """
     source = parse(row.checkpoint_url)
     if isinstance(source, LocalFile) and not source.path.is_file():
@@ -119,7 +113,7 @@ def published(row: Row) -> Source:
 
 
 def _is_current(place: cache.Entry, row: Row, source: Source, offline: bool) -> bool:
-    """Whether the cache holds complete weights of the source's present content."""
+    """Return whether the cache holds complete weights of the source's current content."""
     provenance = place.read()
     if provenance is None:
         return False
@@ -145,7 +139,7 @@ def _is_current(place: cache.Entry, row: Row, source: Source, offline: bool) -> 
 
 
 def _expected(row: Row, source: Source) -> str | None:
-    """The sha256 that is published for a source, or its first digits."""
+    """Return the sha256 that is published for a source, or its first digits."""
     if row.sha256 and source == published(row):
         return row.sha256
     from vitadapter_zoo.weights.download import hash_in_name
@@ -192,6 +186,11 @@ def _from_hub(
             )
         )  # fmt: skip
     return [place.weights]
+
+
+def _from_file(row: Row, source: LocalFile, place: cache.Entry, *, allow_nonfinite: bool) -> None:
+    digest = atomic.sha256(source.path)
+    place.write(_convert(row, source, place, source.path, digest, allow_nonfinite=allow_nonfinite))
 
 
 def _from_url(

@@ -1,4 +1,4 @@
-"""The Hub's names for weights files, and the index of a checkpoint in several files. No torch."""
+"""The Hub's names of weights files, and the index of sharded weights. Imports no torch."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The names of checkpoints: local files, URLs, and files on the Hugging Face Hub."""
+"""Parse the names of checkpoints: local files, URLs, and files on the Hugging Face Hub."""
 
 import os
 import re
@@ -13,7 +13,7 @@ from vitadapter_zoo.settings import expanded
 from vitadapter_zoo.text import quoted, shown
 
 HUB = "https://huggingface.co"
-# As the Hub allows names: ASCII, neither ".." nor "--", no "." or "-" at the end.
+# The names that the Hub allows: ASCII, neither ".." nor "--", no "." or "-" at the end.
 REPO = re.compile(r"(?!.*(?:--|\.\.|\.git$))\w[\w.-]*(?<![.-])/\w[\w.-]*(?<![.-])", re.ASCII)
 LONGEST_REPO = 96  # characters
 WEIGHTS = (".pth", ".pth.tar", ".pt", ".bin", ".ckpt", ".safetensors")

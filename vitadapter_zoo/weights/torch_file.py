@@ -1,4 +1,4 @@
-"""Torch files, zip and legacy: where their storages lie, and what their pickle says of them.
+"""Torch files, zip and legacy: the positions of their storages, and the tensors in them.
 
 The file is mapped into memory; a tensor is a view of the bytes that its storage has in the file.
 Nothing is computed from what the pickle claims before it was compared with the file's size.
@@ -106,7 +106,7 @@ def _read_zip(path: Path, data: memoryview, origin: str) -> TorchFile:
         members = archive.infolist()
         _check_members(members, len(data))
         for member in members:
-            if member.CRC:  # torch writes zero where it was told to compute none
+            if member.CRC:  # zero means that torch computed no checksum
                 _read_through(archive, member)
     ranges = {member.filename.partition("/")[2]: _range(data, member) for member in members}
     if "data.pkl" not in ranges:
@@ -155,7 +155,7 @@ def _read_legacy(path: Path, data: memoryview, origin: str) -> TorchFile:
 
 
 def tensors(file: TorchFile, records: Mapping[str, TensorRecord], origin: str) -> dict[str, Tensor]:
-    """The tensors of these records: views of the mapped file, never written to.
+    """Build the tensors of these records: read-only views of the mapped file.
 
     Args:
         file: the file.
@@ -288,7 +288,7 @@ def _check_members(members: list[zipfile.ZipInfo], held: int) -> None:
     strange = [name for name in names if not MEMBER.fullmatch(name)]
     packed = [member.filename for member in members if member.compress_type != zipfile.ZIP_STORED]
     if strange:
-        raise RefusedError(f"it holds {quoted(strange[0])}, which is no part of a checkpoint")
+        raise RefusedError(f"it holds {quoted(strange[0])}, which is not part of a checkpoint")
     if packed:
         raise RefusedError(
             f"it holds {quoted(packed[0])} in compressed form, as zip bombs do and torch does not"
@@ -302,7 +302,7 @@ def _check_members(members: list[zipfile.ZipInfo], held: int) -> None:
 
 
 def _range(data: memoryview, member: zipfile.ZipInfo) -> tuple[int, int]:
-    """First byte and number of bytes of a member, by its own header in the file."""
+    """Return first byte and size of a member, from its own header in the file."""
     at = member.header_offset
     signature, name_length, extra_length = struct.unpack_from("<4s22x2H", data, at)
     start = at + 30 + name_length + extra_length

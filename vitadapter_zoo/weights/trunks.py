@@ -84,7 +84,7 @@ def read_backbone(
 
 
 def _bare_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Remove what wrappers such as DDP add to names.
+    """Remove from the names what wrappers such as DDP add.
 
     Raises:
         CheckpointError: two names of the file become one.
@@ -99,7 +99,7 @@ def _bare_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _to_timm(tensors: Mapping[str, Tensor], trunk: Trunk) -> dict[str, Tensor]:
-    """The trunk's tensors under timm's names.
+    """Convert the trunk's tensors to timm's names.
 
     Raises:
         CheckpointError: the file holds what the trunk cannot represent.
@@ -107,7 +107,7 @@ def _to_timm(tensors: Mapping[str, Tensor], trunk: Trunk) -> dict[str, Tensor]:
     kept = {name: x for name, x in tensors.items() if not name.startswith(HEADS)}
     if "storage_tokens" in kept:
         kept = _checked_dinov3(kept, trunk)
-    # timm defines the filter beside the class.
+    # timm defines the filter next to the class.
     translate = sys.modules[type(trunk).__module__].checkpoint_filter_fn
     try:
         return dict(translate(kept, trunk))

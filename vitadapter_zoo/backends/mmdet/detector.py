@@ -49,7 +49,7 @@ OPTIMIZER_BUILDERS.register_module(module=optimizer.LayerDecayOptimizerConstruct
 
 
 def from_native(model: MaskRCNN) -> nn.Module:
-    """The same detector as a ``mmdet.models.MaskRCNN``, in evaluation mode.
+    """Build the same detector as a ``mmdet.models.MaskRCNN``, in evaluation mode.
 
     ``CLASSES`` and ``cfg`` are set as ``mmdet.apis.inference_detector`` and mmdet's test loop
     expect. The weights are shared, not copied.
@@ -97,7 +97,7 @@ def detect(model: nn.Module, image: ImageInput) -> Detections:
     # inference_detector changes the configuration for arrays, after which it cannot load files.
     detector.cfg = copy.deepcopy(config)
     try:
-        result = inference_detector(detector, _as_mmdet_takes_it(image, rgb))
+        result = inference_detector(detector, _mmdet_input(image, rgb))
     finally:
         detector.cfg = config
     categories: Any = detector.CLASSES
@@ -105,7 +105,7 @@ def detect(model: nn.Module, image: ImageInput) -> Detections:
 
 
 def stages(model: nn.Module, image: ImageInput) -> Stages:
-    """The intermediate results of ``inference_detector`` on one image.
+    """Return the intermediate results of ``inference_detector`` on one image.
 
     Arguments and errors are those of ``detect``.
     """
@@ -149,8 +149,8 @@ def stages(model: nn.Module, image: ImageInput) -> Stages:
     )
 
 
-def _as_mmdet_takes_it(image: ImageInput, rgb: np.ndarray[Any, Any]) -> Any:
-    """A path, or the image as mmcv's decoder returns it: BGR."""
+def _mmdet_input(image: ImageInput, rgb: np.ndarray[Any, Any]) -> Any:
+    """Return the path, or for other inputs the pixels in mmcv's channel order, BGR."""
     if isinstance(image, (str, os.PathLike)):
         return os.fspath(image)
     return np.ascontiguousarray(rgb[:, :, ::-1])

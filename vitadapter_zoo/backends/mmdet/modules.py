@@ -301,7 +301,7 @@ def _only(name: str, given: object, published: object) -> None:
 
 
 def _quarters(depth: int) -> list[list[int]]:
-    """First and last block of each of the four equal parts of the trunk."""
+    """Return the first and last block of each of the trunk's four equal parts."""
     if depth % 4:
         raise ConfigError(f"depth={depth}: the blocks are used in four equal parts")
     quarter = depth // 4
@@ -317,7 +317,7 @@ def _check_interactions(indexes: Sequence[Sequence[int]] | None, depth: int) -> 
 def _windows(
     depth: int, windowed: bool | Sequence[bool], size: int | Sequence[int | None]
 ) -> tuple[bool, ...]:
-    """One flag per block, checked against the one window size that there is."""
+    """Return one flag per block; refuse other window sizes than this package's."""
     flags = [windowed] * depth if isinstance(windowed, bool) else list(windowed)
     sizes = [size] * depth if isinstance(size, int) else list(size)
     if len(flags) != depth or len(sizes) != depth:

@@ -1,7 +1,8 @@
-"""A pool of workers that evaluate images; a worker may die or be slow without loss of results.
+"""A pool of workers that evaluate images; no result is lost if a worker dies or is slow.
 
 ``processes`` starts workers on this machine, ``ray_cluster`` on the nodes of a cluster. All workers
-put their messages into one queue. Assigning images and handling failures is here, once for both.
+put their messages into one queue. These two modules notice that a worker has died and report it
+with a `WorkerExit`; assigning images and handling failures is here, once for both.
 """
 
 from __future__ import annotations
@@ -46,16 +47,16 @@ class Spec:
     options: Options
 
     def with_threads(self, threads: int) -> Spec:
-        """The same with so many threads of torch on the CPU."""
+        """Return a copy with this number of CPU threads."""
         return replace(self, options=replace(self.options, threads=threads))
 
     def on_device(self, device: str) -> Spec:
-        """The same on a device."""
+        """Return a copy for another device."""
         return replace(self, options=replace(self.options, device=device))
 
     @property
     def device(self) -> torch.device:
-        """Where the worker computes."""
+        """The device on which the worker computes."""
         return torch.device(self.options.device or "cpu")
 
 
@@ -100,7 +101,7 @@ def _use_threads(threads: int | None) -> None:
 
 @dataclass(frozen=True)
 class WorkerExit:
-    """The last message of a worker, or about it: why it ended."""
+    """The last message about a worker: why it ended."""
 
     reason: str
 
@@ -114,13 +115,13 @@ class Worker(Protocol):
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """The worker's name in messages."""
 
     def send(self, image: Image) -> None:
-        """Give it another image, without waiting. A dead worker ignores it."""
+        """Send it another image without waiting. A worker that has ended ignores it."""
 
     def stop(self) -> None:
-        """End it at once."""
+        """End the worker without waiting for its current images."""
 
 
 Message: TypeAlias = Facts | ImageResult | ZooError | WorkerExit
@@ -130,7 +131,7 @@ Events: TypeAlias = "SimpleQueue[tuple[Worker, Message]]"
 @dataclass
 class _WorkerState:
     ready: bool = False
-    alone: bool = False  # with one image that was in flight when a worker died
+    alone: bool = False  # has one image only, one that was in flight when another worker died
     holding: set[Id] = field(default_factory=set)
 
 
@@ -173,7 +174,7 @@ class Pool:
         self._workers.clear()
 
     def facts(self) -> Facts:
-        """The facts about the detector from the first worker that is ready.
+        """Return the facts about the detector from the first worker that is ready.
 
         Raises:
             ZooError: a worker could not load it, or none could be started.
@@ -245,7 +246,7 @@ class Pool:
         differing = _differences(self._facts, facts)
         if differing:
             warnings.warn(
-                f"{worker.name} is left out, its results would have other digits: {differing}",
+                f"{worker.name} is left out: its results would have other digits: {differing}",
                 stacklevel=2,
             )
             worker.stop()
@@ -257,7 +258,7 @@ class Pool:
         self._failed_starts = 0
 
     def _on_worker_exit(self, worker: Worker, state: _WorkerState, reason: str) -> None:
-        """Give the images of a worker that ended to other workers."""
+        """Handle the end of a worker, expected or not: its images go to other workers."""
         worker.stop()
         del self._workers[worker]
         self._last_reason = f"{worker.name}: {reason}"
@@ -278,7 +279,7 @@ class Pool:
                 self._retries.append(assignment.image)
 
     def _on_result(self, worker: Worker, image_id: Id) -> bool:
-        """Whether this is the first result for an image."""
+        """Return whether this is the first result for an image."""
         state = self._workers.get(worker)
         if state is not None:
             state.holding.discard(image_id)
@@ -315,7 +316,7 @@ class Pool:
 
 
 def _differences(first: Facts, other: Facts) -> str:
-    """The settings in which a worker differs from the first worker."""
+    """Return the settings in which a worker differs from the first worker."""
     return "; ".join(
         f"{key} {other.identity.get(key)!r} instead of {value!r}"
         for key, value in first.identity.items()

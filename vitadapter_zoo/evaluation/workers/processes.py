@@ -31,7 +31,7 @@ from vitadapter_zoo.evaluation.workers.pool import (
 
 
 def processes(spec: Spec, count: int) -> Pool:
-    """A pool of ``count`` processes.
+    """Create a pool of ``count`` processes.
 
     On ``cuda`` they take the devices in turn. On the CPU each uses its share of the cores, at least
     one, unless the options say how many.
@@ -51,7 +51,7 @@ def _places(spec: Spec, count: int) -> list[Spec]:
 
 
 def cores() -> int:
-    """CPU cores that this process may use."""
+    """Return the CPU cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -81,7 +81,7 @@ class ProcessWorker:
             self._pipe.send(image)
 
     def stop(self) -> None:
-        """Kill it, and wait for its end."""
+        """Kill the process, and wait until it has ended."""
         self._process.kill()
         with self._waiting:
             self._process.join()
@@ -149,7 +149,7 @@ def _work(spec: Spec, pipe: Connection) -> None:
 
 
 def _give_up(say: Callable[[Message], None], error: BaseException) -> NoReturn:
-    """Report an error and end at once: another thread may be in the network for minutes."""
+    """Report an error and exit without waiting for other threads, which may take minutes."""
     with contextlib.suppress(OSError):
         say(WorkerExit(f"{type(error).__name__}: {error}"))
     os._exit(1)

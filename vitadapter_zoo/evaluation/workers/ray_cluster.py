@@ -29,7 +29,7 @@ PLACING_SECONDS = 300  # until a node has room for a worker; autoscalers need mi
 
 @contextlib.contextmanager
 def actors(spec: Spec, address: str, count: int | None, most: int) -> Iterator[Pool]:
-    """A pool on a Ray cluster, which this process joins while the block runs.
+    """Create a pool on a Ray cluster, which this process joins while the block runs.
 
     Each worker has a GPU if ``spec.device`` is ``cuda``, and as many CPUs as it has threads
     otherwise. Workers get the bytes of the images; each loads the detector from its node's cache.
@@ -91,7 +91,7 @@ def _check_reachable(address: str) -> None:
 def _plan(
     spec: Spec, nodes: list[dict[str, float]], count: int | None
 ) -> tuple[Spec, dict[str, float], int]:
-    """The spec with its threads, the resources of a worker, and the default number of workers."""
+    """Return the spec with its threads, a worker's resources, and the default worker count."""
     if spec.device.type == "cuda":
         gpus = int(sum(node.get("GPU", 0) for node in nodes))
         if not gpus:
@@ -116,7 +116,7 @@ class _Actor:
     """The worker on a node."""
 
     def place(self) -> str:
-        """The name of the node, as soon as the actor is placed on one."""
+        """Return the name of the node, once the actor runs on one."""
         return str(_ray().util.get_node_ip_address())
 
     def load(self, spec: Spec) -> Facts | ZooError:
@@ -157,7 +157,7 @@ class _Remote:
         self._actor.evaluate.remote(read(image)).future().add_done_callback(self._tell)
 
     def stop(self) -> None:
-        """Kill it."""
+        """Kill the actor."""
         self._late.cancel()
         self._ray.kill(self._actor)
 
@@ -172,7 +172,7 @@ class _Remote:
 
 
 def _reason(error: BaseException) -> str:
-    """Ray's message on one line."""
+    """Return Ray's message on one line."""
     cause = getattr(error, "cause", None)
     if isinstance(cause, BaseException):  # raised by the actor's own code
         return f"{type(cause).__name__}: {cause}"

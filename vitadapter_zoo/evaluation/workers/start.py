@@ -23,7 +23,7 @@ def worker_pool(
     most: int,
     stack: contextlib.ExitStack,
 ) -> tuple[Pool, str]:
-    """A pool of at most ``most`` workers that ends with the stack, and the detector's name.
+    """Start a pool of at most ``most`` workers, ended by the stack; return it and the model's name.
 
     Raises:
         ZooError: what ``load`` raises, or no worker can be started.
@@ -67,6 +67,6 @@ def worker_pool(
 
 
 def _absolute(name: str) -> str:
-    """A file or folder by its absolute path, which a worker in another directory finds too."""
+    """Make a path absolute, so that workers in other directories find it."""
     path = Path(name).expanduser()
     return os.fspath(path.absolute()) if path.exists() else name
