@@ -17,6 +17,8 @@ FITTING = (
     "least four blocks and three input channels: DeiT, AugReg, MAE, CLIP, SigLIP, DINOv2, DINOv3 "
     "or EVA-02, timm.list_models('vit_*') for instance"
 )
+# Begins the names of the trunk's parameters in a detector: its backbone's attribute ``backbone``.
+TRUNK = "backbone.backbone."
 # timm's VisionTransformer or Eva. Their annotations do not allow what `prepare` changes.
 Trunk = Any
 
@@ -98,9 +100,15 @@ class AroundTimm(WithAdapter):
         trunk: a timm model; it is changed in place, see `prepare`.
         frozen: the trunk has no gradients and stays in evaluation mode.
 
+    Attributes:
+        read_digest: sha256 over the trunk's weights as they were read from a file of pretrained
+            weights, see ``weights.trunks.digest``; None where they were not.
+
     Raises:
         ConfigError: the model does not fit.
     """
+
+    read_digest: str | None = None
 
     def __init__(self, trunk: nn.Module, *, frozen: bool) -> None:
         super().__init__()
