@@ -1,6 +1,6 @@
 """How a detector around a timm model is built: one dataclass, read from JSON. No torch."""
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from vitadapter_zoo.errors import ConfigError, ZooError
@@ -131,7 +131,9 @@ def read(content: object, where: str, kind: type[ZooError]) -> TimmDetector:
         settings["periods"] = tuple(settings["periods"])
     network = TimmDetector(**settings)
     check(network, f"{where}: network", kind)
-    return network
+    # JSON has one kind of number: 4.0 is a whole one too.
+    whole = {key: settings[key] for key in (*TRUNK_NUMBERS, *NUMBERS) if settings.get(key)}
+    return replace(network, **{key: int(value) for key, value in whole.items()})
 
 
 def check(

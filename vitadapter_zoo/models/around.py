@@ -78,6 +78,11 @@ def create_trunk(name: str, *, pretrained: bool, drop_path: float = 0.0, **setti
         if settings and "dynamic_img_size" not in str(error):
             raise ConfigError(f"{shown(bare)} has no such setting ({shown(error)})") from error
         raise ConfigError(f"{shown(bare)} does not fit: {FITTING}") from error
+    except (AssertionError, ValueError) as error:  # timm's for widths that do not divide
+        raise ConfigError(
+            f"timm cannot build {shown(bare)} with {shown(settings)} ({shown(error)}): the width "
+            "has to be a multiple of the heads, four times over"
+        ) from error
     except RuntimeError as error:  # timm's for a tag or weights that it does not have
         raise _no_weights(name, error) from error
     except OSError as error:  # the Hub's and requests' errors are of this kind
@@ -132,8 +137,6 @@ def surround(
 
 def build_around(network: TimmDetector) -> AroundTimm:
     """Build the backbone of a detector around a timm model, with fresh weights.
-
-    The trunk is on the CPU: timm fills buffers that no state dict holds.
 
     Raises:
         UnknownModelError: timm has no such trunk.

@@ -1,19 +1,20 @@
 """Building the network of a catalog row; the hyperparameters of every network size are here."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from vitadapter_zoo.catalog import Row
 from vitadapter_zoo.models.adapter import STEM_WIDTH
-from vitadapter_zoo.models.around import build_around
+from vitadapter_zoo.models.around import build_around, set_periods
 from vitadapter_zoo.models.boxes import ANCHOR_SCALE, FINEST_SCALE
 from vitadapter_zoo.models.heads import BOX_WIDTH, MASK_CONVS, REGIONS, RoIHead, RPNHead
 from vitadapter_zoo.models.mask_rcnn import MaskRCNN
 from vitadapter_zoo.models.necks import FPN, WIDTH, ChannelMapper
 from vitadapter_zoo.models.precision import float32_by_default
+from vitadapter_zoo.models.trunk import AroundTimm, fill_buffers
 from vitadapter_zoo.models.uniperceiver import UniPerceiverAdapter
 from vitadapter_zoo.models.vit import ViTBaseline
 from vitadapter_zoo.models.vit_adapter import ViTAdapter
@@ -131,8 +132,14 @@ def build(row: Row, categories: tuple[str, ...] | None = None) -> MaskRCNN:
 def build_empty(row: Row, categories: tuple[str, ...] | None = None) -> MaskRCNN:
     """Build the row's detector without memory for its weights, on the meta device.
 
-    A detector around a timm model has fresh weights on the CPU instead, because timm fills
-    buffers that no state dict holds.
+    Buffers that no state dict holds, of a timm trunk, have their values, on the CPU.
     """
-    with torch.device("meta" if row.network is None else "cpu"):
-        return build(row, categories)
+    with torch.device("meta"):
+        model = build(row, categories)
+    if row.network is None:
+        return model
+    if not fill_buffers(model):
+        with torch.device("cpu"):
+            return build(row, categories)
+    set_periods(cast("AroundTimm", model.backbone), row.network)
+    return model

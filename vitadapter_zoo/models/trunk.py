@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from timm.layers import Format, PatchEmbed
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
@@ -91,6 +92,26 @@ def embed(trunk: Trunk, image: Tensor) -> tuple[Tensor, list[Tensor | None]]:
 def run_block(block: nn.Module, tokens: Tensor, rope: Tensor | None) -> Tensor:
     """Run one of timm's blocks, with global attention, on ``[N, L, dim]``."""
     return block(tokens) if rope is None else block(tokens, rope=rope)
+
+
+def fill_buffers(network: nn.Module) -> bool:
+    """Fill the buffers on the meta device that no state dict holds, in place, on the CPU.
+
+    Returns:
+        False where timm cannot fill one of them (before timm 1.0.24).
+    """
+    for module in network.modules():
+        buffers = {name: module._buffers[name] for name in module._non_persistent_buffers_set}
+        empty = {name: x for name, x in buffers.items() if x is not None and x.is_meta}
+        if not empty:
+            continue
+        fill = getattr(module, "init_non_persistent_buffers", None)
+        if fill is None:
+            return False
+        for name, buffer in empty.items():
+            module._buffers[name] = torch.empty_like(buffer, device="cpu")
+        fill()
+    return True
 
 
 class AroundTimm(WithAdapter):
