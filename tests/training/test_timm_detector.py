@@ -27,6 +27,7 @@ from vitadapter_zoo import (
     BackendError,
     CheckpointError,
     ConfigError,
+    DatasetError,
     DownloadError,
     MaskRCNN,
     TimmDetector,
@@ -196,7 +197,8 @@ def test_commands_take_the_folder_as_any_other(
     assert "mmdet 2.x does not have" in failure("convert", folder, "--format", "mmdet")
     with pytest.raises(BackendError, match=r"mmdet 2\.x has no such network"):
         mmdet_config(load(folder).row)
-    assert "no data set belongs to" in failure("verify", folder)
+    with pytest.raises(DatasetError, match="no data set belongs to"):
+        vitadapter_zoo.verify(load(folder), progress=False)
 
 
 def test_other_classes_and_a_second_training(
@@ -251,7 +253,7 @@ def test_a_trunk_that_is_another_or_absent_is_told(tmp_path: Path, published: Pa
         started(around_test_vit2()), tmp_path / "folder", reference_backbone=True
     )
     changed = safetensors.torch.load_file(published)
-    changed["norm.bias"] += 1
+    changed["blocks.0.norm1.bias"] += 1
     kept = shutil.copy(published, tmp_path / "kept.safetensors")
     safetensors.torch.save_file(changed, published)
     with pytest.raises(CheckpointError, match=r"sha256 .* has .*: give the file that the detector"):
@@ -262,7 +264,7 @@ def test_a_trunk_that_is_another_or_absent_is_told(tmp_path: Path, published: Pa
         load(folder)
     model = load(folder, checkpoint=kept)
     with torch.no_grad():
-        model.backbone.backbone.norm.bias += 1
+        model.backbone.backbone.blocks[0].norm1.bias += 1
     with pytest.raises(ConfigError, match="not as they were read"):
         save_pretrained(model, tmp_path / "other", reference_backbone=True)
 
@@ -300,6 +302,7 @@ def test_the_authors_file_with_its_rounded_periods(tmp_path: Path) -> None:
     assert torch.equal(half.backbone.backbone.rope.periods, rounded)
 
 
+@pytest.mark.slow
 def test_resumed_runs_end_with_the_same_weights(
     data: Path, tmp_path: Path, published: Path
 ) -> None:
@@ -346,8 +349,8 @@ def gradients(network: TimmDetector, *, checkpointed: bool = False) -> tuple[Mas
 @pytest.mark.parametrize("adapter", ["paper", "dinov3"])
 @pytest.mark.parametrize("frozen", [True, False])
 def test_gradients_of_frozen_and_trained_trunks(adapter: str, frozen: bool) -> None:
-    network = replace(NANO, adapter=adapter, frozen=frozen, drop_path=0.2)
-    model, plain = gradients(network)
+    network = replace(NANO, adapter=adapter, frozen=frozen)
+    model, _ = gradients(network)
     trunk = dict(model.backbone.backbone.named_parameters())
     assert all(x.grad is None for x in trunk.values()) == frozen
     assert not frozen or not any(x.requires_grad for x in trunk.values())
@@ -358,7 +361,8 @@ def test_gradients_of_frozen_and_trained_trunks(adapter: str, frozen: bool) -> N
     if adapter == "dinov3":
         layers = model.backbone.layers(torch.randn(1, 3, 64, 64))
         assert all(layer.requires_grad != frozen for layer in layers)
-    _, again = gradients(network, checkpointed=True)
+    drawing = replace(network, drop_path=0.2)
+    plain, again = (gradients(drawing, checkpointed=each)[1] for each in (False, True))
     for a, b in zip(plain, again, strict=True):
         assert (a is None) == (b is None)
         assert a is None or torch.equal(a, b)
@@ -367,7 +371,7 @@ def test_gradients_of_frozen_and_trained_trunks(adapter: str, frozen: bool) -> N
 def test_layer_decay_and_checkpoints_fit_or_are_refused(data: Path, tmp_path: Path) -> None:
     with pytest.raises(ZooError, match=r"--layer-decay lowers .* the trunk is frozen"):
         briefly(data, tmp_path / "run", NANO, start="scratch", layer_decay=0.8)
-    windowed = build(timm_row(replace(NANO, adapter="paper", windows=True)), ("a",))
+    windowed = build(timm_row(replace(NANO, adapter="paper", depth=8, windows=True)), ("a",))
     with pytest.raises(ZooError, match="does not work with windows"):
         checkpoint_blocks(windowed.backbone)
     model = build(timm_row(replace(NANO, frozen=False)), ("a",))
@@ -479,10 +483,8 @@ def test_weights_of_another_network_are_refused(learnt: TrainingResult, tmp_path
     (folder / "config.json").write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match="of another shape"):
         load(folder)
-    content["network"] |= {"dim": 66, "heads": 5}
-    (folder / "config.json").write_text(json.dumps(content))
     with pytest.raises(ConfigError, match="has to be a multiple of the heads"):
-        load(folder)
+        build(timm_row(TimmDetector(trunk="vit_small_patch16_224", dim=96, depth=4, heads=5)))
 
 
 @pytest.mark.slow

@@ -79,7 +79,7 @@ def published_file(
                 path = hub.fetch(chosen, home, lines(str(chosen)), offline=without_network)
         else:
             path = fetched(known.url, home, without_network, progress)
-    except DownloadError as error:
+    except (DownloadError, CheckpointError) as error:  # the latter: no file in the repository
         where = f"{known.hf_hub_id} in {huggingface_hub.constants.HF_HUB_CACHE}"
         raise DownloadError(
             f"the weights of the trunk {shown(name)} were looked for as "
