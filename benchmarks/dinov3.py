@@ -6,15 +6,15 @@
 one process. Times are processor times on the CPU, on one thread. The trunk is frozen and the same.
 
 In bfloat16 the forward pass has all weights in bfloat16; the training step is under autocast.
-Peak memory is that above the process's size before the step, in a process of its own.
+Peak memory is that above the process's size before the step, after the heap is trimmed.
 """
 
-import json
-import multiprocessing
-import resource
+import ctypes
+import gc
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 import authors
@@ -138,7 +138,7 @@ def step(module: nn.Module, image: Tensor, precision: str) -> list[Tensor]:
     with torch.autocast(image.device.type, torch.bfloat16, enabled=enabled):
         maps: list[Tensor] = module(image)
         loss = torch.stack([x.float().square().mean() for x in maps]).sum()
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     return [x.detach() for x in maps]
 
 
@@ -169,30 +169,21 @@ def prepared(size: str, variant: str, task: str, precision: str, device: str) ->
     return module.to(PRECISIONS[precision]) if task == "forward" else module
 
 
-def peak(size: str, pixels: tuple[int, int], variant: str, task: str, precision: str) -> float:
-    """Peak memory of a task in MB above the process's size before it."""
-    context = multiprocessing.get_context("spawn")
-    reader, writer = context.Pipe(False)
-    process = context.Process(
-        target=_peak, args=(writer, size, pixels, variant, task, precision), daemon=True
-    )
-    process.start()
-    found = json.loads(reader.recv())
-    process.join()
-    return float(found)
-
-
-def _peak(
-    writer: Any, size: str, pixels: tuple[int, int], variant: str, task: str, precision: str
-) -> None:
-    torch.set_num_threads(1)
-    module = prepared(size, variant, task, precision, "cpu")
-    image = image_for(pixels, task, "cpu")
-    TASKS[task](module, image[:, :, :64, :64], precision)  # libraries allocate at their first use
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def peak(module: nn.Module, image: Tensor, task: str, precision: str) -> float:
+    """Peak memory of a task in MB above what the process has before it (Linux)."""
+    module.zero_grad(set_to_none=True)
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = _resident("VmRSS")
     TASKS[task](module, image, precision)
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    writer.send(json.dumps((after - before) / 1024))
+    return (_resident("VmHWM") - before) / 1024
+
+
+def _resident(field: str) -> int:
+    """A field of the process's status in kB."""
+    text = Path("/proc/self/status").read_text()
+    return int(text.partition(f"{field}:")[2].split()[0])
 
 
 def measure(
@@ -215,17 +206,14 @@ def measure(
             start = clock(device)
             run(module, image, precision)
             seconds[name].append(clock(device) - start)
-    del modules
+    memory = ["-"] * len(VARIANTS)
+    if device == "cpu":
+        memory = [f"{peak(module, image, task, precision):.0f}" for module in modules.values()]
     middle = {name: statistics.median(times) for name, times in seconds.items()}
     ratios = [
         statistics.median(a / b for a, b in zip(seconds["plain"], seconds[name], strict=True))
         for name in ("accelerated", "ours")
     ]
-    memory = (
-        [f"{peak(size, pixels, name, task, precision):.0f}" for name in VARIANTS]
-        if device == "cpu"
-        else ["-"] * len(VARIANTS)
-    )
     return [
         size, task, precision, *(f"{middle[name]:.2f}" for name in VARIANTS),
         *(f"{ratio:.2f}" for ratio in ratios), *memory,

@@ -1,6 +1,6 @@
 """How a detector around a timm model is built: one dataclass, read from JSON. No torch."""
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from vitadapter_zoo.errors import ConfigError, ZooError
@@ -129,11 +129,12 @@ def read(content: object, where: str, kind: type[ZooError]) -> TimmDetector:
     settings = dict(content)
     if isinstance(settings.get("periods"), list):
         settings["periods"] = tuple(settings["periods"])
-    network = TimmDetector(**settings)
-    check(network, f"{where}: network", kind)
+    check(TimmDetector(**settings), f"{where}: network", kind)
     # JSON has one kind of number: 4.0 is a whole one too.
-    whole = {key: settings[key] for key in (*TRUNK_NUMBERS, *NUMBERS) if settings.get(key)}
-    return replace(network, **{key: int(value) for key, value in whole.items()})
+    for key in (*TRUNK_NUMBERS, *NUMBERS):
+        if settings.get(key) is not None:
+            settings[key] = int(settings[key])
+    return TimmDetector(**settings)
 
 
 def check(

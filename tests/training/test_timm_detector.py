@@ -121,6 +121,12 @@ def started(network: TimmDetector, **more: Any) -> MaskRCNN:
     return starting_around(asked, shapes.CLASSES, input_size=(64, 64), progress=False)[0].eval()
 
 
+def parts(model: MaskRCNN) -> tuple[Any, Any]:
+    """Backbone and trunk of a detector around a timm model."""
+    backbone: Any = model.backbone
+    return backbone, backbone.backbone
+
+
 def settings(folder: Path) -> dict[str, Any]:
     content: dict[str, Any] = json.loads((folder / "config.json").read_text())
     return content
@@ -264,7 +270,7 @@ def test_a_trunk_that_is_another_or_absent_is_told(tmp_path: Path, published: Pa
         load(folder)
     model = load(folder, checkpoint=kept)
     with torch.no_grad():
-        model.backbone.backbone.blocks[0].norm1.bias += 1
+        parts(model)[1].blocks[0].norm1.bias += 1
     with pytest.raises(ConfigError, match="not as they were read"):
         save_pretrained(model, tmp_path / "other", reference_backbone=True)
 
@@ -295,11 +301,11 @@ def test_the_authors_file_with_its_rounded_periods(tmp_path: Path) -> None:
     torch.save(tensors, file)
     folder = save_pretrained(started(NANO, checkpoint=file), tmp_path / "folder")
     model = load(folder)
-    assert torch.equal(model.backbone.backbone.rope.periods, rounded)
+    assert torch.equal(parts(model)[1].rope.periods, rounded)
     assert settings(folder)["network"]["weights"] == "dinov3_vits16.pth"
     assert "license: unknown" in (folder / "README.md").read_text()
     half = load(folder, dtype=torch.bfloat16)
-    assert torch.equal(half.backbone.backbone.rope.periods, rounded)
+    assert torch.equal(parts(half)[1].rope.periods, rounded)
 
 
 @pytest.mark.slow
@@ -351,7 +357,8 @@ def gradients(network: TimmDetector, *, checkpointed: bool = False) -> tuple[Mas
 def test_gradients_of_frozen_and_trained_trunks(adapter: str, frozen: bool) -> None:
     network = replace(NANO, adapter=adapter, frozen=frozen)
     model, _ = gradients(network)
-    trunk = dict(model.backbone.backbone.named_parameters())
+    backbone, inner = parts(model)
+    trunk = dict(inner.named_parameters())
     assert all(x.grad is None for x in trunk.values()) == frozen
     assert not frozen or not any(x.requires_grad for x in trunk.values())
     for name, parameter in model.backbone.named_parameters():
@@ -359,7 +366,7 @@ def test_gradients_of_frozen_and_trained_trunks(adapter: str, frozen: bool) -> N
             assert parameter.grad is not None
             assert parameter.grad.any(), name
     if adapter == "dinov3":
-        layers = model.backbone.layers(torch.randn(1, 3, 64, 64))
+        layers = backbone.layers(torch.randn(1, 3, 64, 64))
         assert all(layer.requires_grad != frozen for layer in layers)
     drawing = replace(network, drop_path=0.2)
     plain, again = (gradients(drawing, checkpointed=each)[1] for each in (False, True))
@@ -377,12 +384,12 @@ def test_layer_decay_and_checkpoints_fit_or_are_refused(data: Path, tmp_path: Pa
     model = build(timm_row(replace(NANO, frozen=False)), ("a",))
     groups = parameter_groups(model, Recipe(layer_decay=0.5))
     scale = {id(x): group["lr_scale"] for group in groups for x in group["params"]}
-    trunk = model.backbone.backbone
+    backbone, trunk = parts(model)
     assert scale[id(trunk.patch_embed.proj.weight)] == 0.5**5
     assert scale[id(trunk.cls_token)] == 0.5**5
     assert scale[id(trunk.blocks[0].mlp.fc1.weight)] == 0.5**4
     assert scale[id(trunk.blocks[3].mlp.fc1.weight)] == 0.5
-    assert scale[id(model.backbone.up.weight)] == 1
+    assert scale[id(backbone.up.weight)] == 1
 
 
 @pytest.mark.parametrize("name", trunks.ARCHITECTURES)
