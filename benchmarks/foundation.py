@@ -11,6 +11,10 @@ rounding error may pass.
 ``accelerate`` leaves some families as they are. To show why, their modules are given the operator
 by hand; these rows say so. ``MSDeformAttn`` is one attention of DINOv3's adapter of size S, not a
 whole model: tokens at strides 8, 16 and 32 attend to the map at stride 16.
+
+    python benchmarks/foundation.py --dinov3 S [B] [--runs 5] [--size 480 640]
+
+measures DINOv3's adapter instead, see `benchmarks/dinov3.py`.
 """
 
 import argparse
@@ -247,7 +251,13 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--size", type=int, nargs=2, default=[480, 640], help="height and width")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dinov3", nargs="+", choices=["S", "B"], help="its adapter, by size")
     options = parser.parse_args()
+    if options.dinov3:
+        import dinov3
+
+        dinov3.report(options.dinov3, tuple(options.size), options.runs, options.device)
+        return
     transformers.logging.set_verbosity_error()
     names = [
         name

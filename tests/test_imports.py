@@ -31,7 +31,7 @@ LAYERS = (
     ("detections",),
     ("ops",),
     ("images", "catalog"),
-    ("settings", "class_names"),
+    ("settings", "class_names", "timm_detector"),
     ("text",),
     ("errors", "_version", "_moved"),
 )

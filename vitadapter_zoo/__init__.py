@@ -21,6 +21,7 @@ from vitadapter_zoo.errors import (
     UnsafeCheckpointError,
     ZooError,
 )
+from vitadapter_zoo.timm_detector import TimmDetector
 
 if TYPE_CHECKING:
     from vitadapter_zoo import backends, evaluation, models, ops, reports, training, web
@@ -45,6 +46,7 @@ __all__ = [
     "ImageError",
     "MaskRCNN",
     "Row",
+    "TimmDetector",
     "UnknownModelError",
     "UnsafeCheckpointError",
     "Verification",

@@ -15,9 +15,10 @@ from vitadapter_zoo.catalog import Row, get_row, list_models
 from vitadapter_zoo.errors import ConfigError, DownloadError
 from vitadapter_zoo.finder import place_of
 from vitadapter_zoo.loader import load
-from vitadapter_zoo.models.around import PAPER, check_adapter, create_trunk, surround, timm_name
+from vitadapter_zoo.models.around import check_adapter, create_trunk, surround, timm_name
 from vitadapter_zoo.models.build import build_backbone
 from vitadapter_zoo.text import quoted, shown
+from vitadapter_zoo.timm_detector import PAPER
 from vitadapter_zoo.weights.trunks import read_backbone
 
 ALL = (0, 1, 2, 3)

@@ -8,6 +8,7 @@ of ``MADE_HERE`` were measured by this package after a training with it.
 
 import difflib
 import fnmatch
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,11 @@ from vitadapter_zoo.class_names import COCO_CATEGORY_IDS as COCO_CATEGORY_IDS
 from vitadapter_zoo.class_names import COCO_CLASSES as COCO_CLASSES
 from vitadapter_zoo.class_names import EMOJI_CLASSES as EMOJI_CLASSES
 from vitadapter_zoo.errors import UnknownModelError
+from vitadapter_zoo.timm_detector import TimmDetector
 
 PAPER = "https://arxiv.org/abs/2205.08534"
 LICENSE = "Apache-2.0"
+UNKNOWN_LICENSE = "unknown"
 INPUT_SIZE = (1333, 800)
 
 PACKAGED = "package:"  # begins the address of a file within this package
@@ -82,6 +85,7 @@ class Row:
         sha256: of the published file; None if unknown.
         file_bytes: size of the published file; None if unknown.
         notes: what a user of the row should know.
+        network: of a detector around a timm model, which is in no table; None for the others.
     """
 
     name: str
@@ -107,6 +111,7 @@ class Row:
     notes: str = ""
     classes: tuple[str, ...] = COCO_CLASSES
     data: str | None = None
+    network: TimmDetector | None = None
 
     @property
     def pretraining_name(self) -> str:
@@ -340,6 +345,29 @@ def list_models(
         and (fpn is None or fpn == row.fpn)
         and (table is None or table in row.tables)
     ]
+
+
+def timm_row(
+    network: TimmDetector,
+    mean: Triple = IMAGENET_MEAN,
+    std: Triple = IMAGENET_STD,
+    input_size: tuple[int, int] = INPUT_SIZE,
+) -> Row:
+    """The row of a detector around a timm model. It has no published figures, they are NaN.
+
+    Args:
+        network: how the detector is built.
+        mean: RGB mean of the input normalisation, 0..255.
+        std: RGB standard deviation of the input normalisation, 0..255.
+        input_size: (longest, shortest) side of the resized image in pixels.
+    """
+    return Row(
+        name=network.name, backbone=network.described, size="",
+        pretraining=(network.weights or "from scratch", ""), schedule="3x+MS",
+        box_ap=math.nan, mask_ap=math.nan, parameters=0, config="", checkpoint_url="",
+        input_size=input_size, mean=mean, std=std, license=network.license or UNKNOWN_LICENSE,
+        tables=(), classes=(), network=network,
+    )  # fmt: skip
 
 
 def _patterns(given: str | Sequence[str] | None) -> Sequence[str]:

@@ -6,6 +6,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, TypedDict, overload
 
 import torch
@@ -17,9 +18,12 @@ from vitadapter_zoo.finder import Found as Found
 from vitadapter_zoo.finder import find as find
 from vitadapter_zoo.finder import place_of
 from vitadapter_zoo.models import MaskRCNN, build
+from vitadapter_zoo.models.around import set_periods
+from vitadapter_zoo.models.build import build_empty
+from vitadapter_zoo.models.trunk import AroundTimm
 from vitadapter_zoo.text import quoted, shown
 from vitadapter_zoo.weights import checkpoint as containers
-from vitadapter_zoo.weights import convert, heads, resolve
+from vitadapter_zoo.weights import convert, heads, resolve, timm_files
 from vitadapter_zoo.weights.fit import check_finite
 from vitadapter_zoo.weights.progress import bars
 from vitadapter_zoo.weights.shards import MOST_CLASSES
@@ -86,7 +90,8 @@ def load(
             ``hf://user/repo[@revision]``.
         checkpoint: a local ``.pth``, ``.pth.tar`` or ``.safetensors`` file, an http(s) URL, or a
             file on the Hub: ``hf://user/repo[@revision][/file]`` or ``user/repo``; the row's own
-            source by default. Local files are never altered.
+            source by default. Local files are never altered. For a folder that refers to its
+            trunk's weights: the file with those weights.
         classes: names of the detector's classes. A checkpoint of your own with the same number of
             classes gets these names. Otherwise the heads keep the weights of classes with the
             same name; the other classes get random weights, to be trained. By default the
@@ -121,6 +126,9 @@ def load(
     wanted = None if classes is None else _distinct(classes)
     _check_combination(name, checkpoint, pretrained)
     found = find(name, cache_dir=cache_dir, offline=offline, progress=progress)
+    refers = found.row.network is not None and not found.row.network.stored
+    if found.place is not None and checkpoint is not None and not refers:
+        raise _has_weights(name)
     # Tensors made in inference mode cannot be trained.
     with torch.inference_mode(False):
         if pretrained:
@@ -128,11 +136,19 @@ def load(
                 loaded, origin = _weights(
                     found, checkpoint, cache_dir, offline, progress, allow_nonfinite
                 )
-                is_own = checkpoint is not None
+                is_own = checkpoint is not None and found.place is None
+                trunk, read_digest = timm_files.referenced_trunk(
+                    found.row, origin, checkpoint,
+                    cache_dir=cache_dir, offline=offline, progress=progress,
+                )  # fmt: skip
+                loaded = replace(loaded, tensors=loaded.tensors | trunk)
                 model = _assembled(found, loaded, origin, is_own, wanted, allow_nonfinite)
                 if dtype is None and found.place is not None:
                     dtype = getattr(torch, found.dtype)
                 model.to(device=device, dtype=dtype)
+                if found.row.network is not None and isinstance(model.backbone, AroundTimm):
+                    set_periods(model.backbone, found.row.network)
+                    model.backbone.read_digest = read_digest
             if dtype in (torch.float16, torch.bfloat16) and not allow_nonfinite:
                 check_finite(model.state_dict(), f"{origin}, converted to {dtype},")
         else:
@@ -146,13 +162,17 @@ def load(
 def _check_combination(
     name: str | os.PathLike[str], checkpoint: str | os.PathLike[str] | None, pretrained: bool
 ) -> None:
-    if place_of(name) is not None and (checkpoint is not None or not pretrained):
-        raise ConfigError(
-            f"{quoted(os.fspath(name), 200)} has weights of its own: leave checkpoint and "
-            "pretrained out"
-        )
+    if place_of(name) is not None and not pretrained:
+        raise _has_weights(name)
     if not pretrained and checkpoint is not None:
         raise ConfigError("pretrained=False takes no checkpoint: leave one of them out")
+
+
+def _has_weights(name: str | os.PathLike[str]) -> ConfigError:
+    return ConfigError(
+        f"{quoted(os.fspath(name), 200)} has weights of its own: leave checkpoint and pretrained "
+        "out"
+    )
 
 
 def _distinct(classes: Sequence[str]) -> tuple[str, ...]:
@@ -222,8 +242,7 @@ def _assembled(
     model = _fitted(found, loaded, origin, has, allow_nonfinite)
     if wanted is None or wanted == has:
         return model
-    with torch.device("meta"):
-        other = build(found.row, wanted)
+    other = build_empty(found.row, wanted)
     other.load_state_dict(heads.for_classes(model.state_dict(), has, wanted), assign=True)
     kept = [name for name in wanted if name in has]
     fresh = [name for name in wanted if name not in has]
@@ -238,9 +257,8 @@ def _fitted(
     categories: tuple[str, ...],
     allow_nonfinite: bool,
 ) -> MaskRCNN:
-    # Built without memory; the file's tensors then become the parameters themselves.
-    with torch.device("meta"):
-        model = build(found.row, categories)
+    # The file's tensors become the parameters themselves.
+    model = build_empty(found.row, categories)
     fitted = convert.fit(loaded, found.row, model, origin, allow_nonfinite=allow_nonfinite)
     model.load_state_dict(fitted.tensors, assign=True)
     return model

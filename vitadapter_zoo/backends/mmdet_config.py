@@ -10,6 +10,7 @@ from typing import Any
 
 from vitadapter_zoo.catalog import Row
 from vitadapter_zoo.detections.masks import MASK_THRESHOLD
+from vitadapter_zoo.errors import BackendError
 from vitadapter_zoo.models import heads, layer_decay
 from vitadapter_zoo.models.adapter import CONV_FFN_RATIO, POINTS
 from vitadapter_zoo.models.boxes import ANCHOR_RATIOS, ROI_STRIDES
@@ -43,7 +44,15 @@ def mmdet_config(row: Row, categories: tuple[str, ...] | None = None) -> Config:
     Returns:
         The top-level settings of a configuration file, in the usual order. The data set is
         expected in ``data/coco/``.
+
+    Raises:
+        BackendError: a detector around a timm model, which mmdet 2.x does not have.
     """
+    if row.network is not None:
+        raise BackendError(
+            f"{row.name} is a detector around a timm model, and mmdet 2.x has no such network: use "
+            "it here, or export it (`vitadapter-zoo export`)"
+        )
     categories = row.classes if categories is None else categories
     return {
         "custom_imports": {"imports": [MODULE], "allow_failed_imports": False},

@@ -227,7 +227,7 @@ def convert(
 
     from vitadapter_zoo.detections.output_files import refuse_inputs
     from vitadapter_zoo.weights import convert as conversion
-    from vitadapter_zoo.weights import resolve
+    from vitadapter_zoo.weights import resolve, timm_files
 
     paths, where = _sources(source, found, offline, quiet, allow_nonfinite)
     refuse_inputs([target], paths)
@@ -243,9 +243,12 @@ def convert(
             )  # fmt: skip
         else:
             digest = resolve.source_sha256(paths)
+            more, _ = timm_files.referenced_trunk(
+                found.row, str(found.place), offline=offline or None, progress=not quiet
+            )
             done = conversion.to_safetensors(
                 paths, where, found.row, target, sha256=digest, dtype=wanted, classes=names,
-                allow_nonfinite=allow_nonfinite,
+                allow_nonfinite=allow_nonfinite, more=more,
             )  # fmt: skip
     cast = ", ".join(f"{count} from {kind}" for kind, count in done.cast.items()) or "none"
     removed = f"; prefixes removed: {', '.join(map(shown, done.removed))}" if done.removed else ""

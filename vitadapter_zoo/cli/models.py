@@ -19,6 +19,7 @@ from vitadapter_zoo.catalog import (
     DINOV2,
     MADE_HERE,
     ROWS,
+    UNKNOWN_LICENSE,
     Row,
     get_row,
     list_models,
@@ -26,6 +27,7 @@ from vitadapter_zoo.catalog import (
 from vitadapter_zoo.errors import UnknownModelError
 from vitadapter_zoo.finder import Found, cached_bytes, find
 from vitadapter_zoo.text import PATH, shown
+from vitadapter_zoo.timm_detector import TimmDetector
 from vitadapter_zoo.weights import presence
 from vitadapter_zoo.weights.source import parse
 
@@ -153,13 +155,15 @@ def _described(found: Found) -> list[str]:
         shown(found.name, PATH)
         if found.place is None
         else f"{shown(found.place, PATH)}, a saved {row.name}",
-        f"  {row.backbone} with Mask R-CNN, {'FPN' if row.fpn else 'no FPN'}, "
-        f"{row.parameters} million parameters",
+        f"  {row.backbone} with Mask R-CNN, {'FPN' if row.fpn else 'no FPN'}"
+        + (f", {row.parameters} million parameters" if row.network is None else ""),
     ]
     if found.place is None:
         lines += _published(row)
     else:
         lines += _facts({"weights": f"{found.dtype}{_size_of(found.place)}"})
+    if row.network is not None:
+        lines += _facts(_of_trunk(row.network))
     lines += _facts(
         {
             "classes": _classes(found.categories),
@@ -171,6 +175,19 @@ def _described(found: Found) -> list[str]:
         lines += _facts({"notes": row.notes} if row.notes else {})
         lines.append(f"  vitadapter-zoo predict photo.jpg --model {row.name}")
     return lines
+
+
+def _of_trunk(network: TimmDetector) -> dict[str, str]:
+    """What is known of the trunk of a detector around a timm model."""
+    state = "frozen" if network.frozen else "trained"
+    if network.weights is None:
+        return {"trunk": f"{state}, from scratch"}
+    where = "stored here" if network.stored else "not stored here: read from that file"
+    return {
+        "trunk": f"{state}, weights of {shown(network.weights)}, {where}",
+        "sha256": str(network.sha256),
+        "license": f"of the trunk's weights: {shown(network.license or UNKNOWN_LICENSE)}",
+    }
 
 
 def _facts(facts: dict[str, str]) -> list[str]:
@@ -260,11 +277,13 @@ def _record_of(found: Found) -> dict[str, Any]:
 
 def _record(row: Row) -> dict[str, Any]:
     record = asdict(row)
+    if row.network is None:
+        del record["network"]
     record["pretraining"] = row.pretraining_name
     record["pretraining_url"] = row.pretraining_url
     record["box_gain"] = row.box_gain
     record["mask_gain"] = row.mask_gain
-    record["cached_bytes"] = cached_bytes(row)
+    record["cached_bytes"] = cached_bytes(row) if row.network is None else None
     return record
 
 

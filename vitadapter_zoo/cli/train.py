@@ -17,10 +17,43 @@ Examples:
   vitadapter-zoo train adapter-s-deit-3x --data my-data --out run --epochs 20 --ema 0.999
   vitadapter-zoo train adapter-t-deit-3x --data coco --out run --from pretraining --batch-size 16
   vitadapter-zoo train adapter-t-deit-3x --data my-data --out run --resume
+  vitadapter-zoo train --backbone vit_small_patch16_dinov3.lvd1689m --adapter dinov3 \\
+      --data my-data --out run
   accelerate launch --num-processes 8 -m vitadapter_zoo train adapter-b-deit-3x --data DIR --out R
 """,
 )
-@click.argument("name", shell_complete=model_names)
+@click.argument("name", required=False, shell_complete=model_names)
+@click.option(
+    "--backbone",
+    metavar="TIMM",
+    help="Instead of NAME: a vision transformer of timm, around which a new Mask R-CNN is built. "
+    "timm's weights are downloaded, or taken from huggingface_hub's cache.",
+)
+@click.option(
+    "--adapter",
+    type=click.Choice(["paper", "dinov3"]),
+    help="Around --backbone: ViT-Adapter's injectors and extractors (paper, the default), or the "
+    "arrangement of DINOv3's authors, extractors only.",
+)
+@click.option(
+    "--checkpoint",
+    metavar="FILE",
+    help="Weights of --backbone: a .pth or .safetensors file or URL, timm's or the authors'.",
+)
+@click.option(
+    "--freeze-backbone/--train-backbone",
+    "freeze_backbone",
+    default=None,
+    help="Keep the weights of --backbone, or train them; dinov3 keeps them by default, paper "
+    "trains them. With dinov3 a kept trunk needs no memory for gradients: it runs without them, "
+    "on a GPU in bfloat16. With paper the gradients of the injectors pass through it.",
+)
+@click.option(
+    "--reference-backbone",
+    is_flag=True,
+    help="Leave the weights of a kept --backbone out of the run's folders, which then name their "
+    "file and its sha256 and need it to be loaded. By default each folder holds them once.",
+)
 @click.option(
     "--data",
     type=click.Path(path_type=Path),
@@ -56,7 +89,8 @@ Examples:
     show_default=True,
     metavar="START",
     help="Initial weights: published (those of NAME), pretraining (the trunk only, as in the "
-    "paper), scratch, or another load name, folder or checkpoint file.",
+    "paper), scratch, or another load name, folder or checkpoint file. With --backbone the "
+    "first two are the trunk's weights.",
 )
 @click.option(
     "--resume",
@@ -175,7 +209,12 @@ Examples:
 @click.option("--offline", is_flag=True, help="Never use the network.")
 @click.option("--quiet", is_flag=True, help="Show nothing but errors.")
 def train(
-    name: str,
+    name: str | None,
+    backbone: str | None,
+    adapter: str | None,
+    checkpoint: str | None,
+    freeze_backbone: bool | None,
+    reference_backbone: bool,
     data: Path | None,
     train_files: tuple[Path, Path] | None,
     valid_files: tuple[Path, Path] | None,
@@ -207,11 +246,13 @@ def train(
     offline: bool,
     quiet: bool,
 ) -> None:
-    """Train NAME on your own data, or as the paper did.
+    """Train NAME, or a new detector around --backbone, on your own data.
 
     Options marked [paper] default to the recipe with which NAME was published. The other options
     are not in the paper and are off by default. Class names come from the annotations.
     """
+    if (name is None) == (backbone is None):
+        raise click.UsageError("give NAME, or --backbone TIMM for a new detector")
     if (data is None) == (train_files is None):
         raise click.UsageError("give --data DIR, or --train FILE DIR (and --val FILE DIR)")
     if data is not None and valid_files is not None:
@@ -225,6 +266,11 @@ def train(
         name,
         data,
         out,
+        backbone=backbone,
+        adapter=cast("Any", adapter),
+        checkpoint=checkpoint,
+        freeze_backbone=freeze_backbone,
+        reference_backbone=reference_backbone,
         train_files=train_files,
         valid_files=valid_files,
         start=start,

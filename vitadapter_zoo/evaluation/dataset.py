@@ -82,8 +82,14 @@ def row_dataset(row: Row) -> Dataset:
     """Read the data set of the row's published figures, if it is in this package.
 
     Raises:
-        DatasetError: the figures are of COCO's val2017, which is not in the package.
+        DatasetError: the figures are of COCO's val2017, which is not in the package; or the row
+            has none.
     """
+    if row.network is not None:
+        raise DatasetError(
+            f"no data set belongs to {row.name}: give COCO's folder with --coco DIR, or other data "
+            "with --annotations FILE"
+        )
     if row.data_files is None:
         raise DatasetError(
             f"the published figures of {row.name} belong to COCO val2017, which is not in this "

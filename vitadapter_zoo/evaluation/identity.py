@@ -52,6 +52,7 @@ def run_identity(
         "model": model.row.name,
         "backend": backend,
         "weights_sha256": weights_sha256(model),
+        **({"network": model.row.network.record()} if model.row.network else {}),
         "input_size": list(model.row.input_size),
         "mean": list(model.row.mean),
         "std": list(model.row.std),

@@ -199,7 +199,9 @@ def run_verification(
         "workers": pool.size if pool else 1,
         "sample_seed": options.seed if options.is_part else None,
     }
-    published = facts.published if data.is_measured(get_row(identity["model"])) else None
+    in_catalog = identity["model"] in list_models()
+    has_figures = in_catalog and data.is_measured(get_row(identity["model"]))
+    published = facts.published if has_figures else None
     return judge(
         name,
         data,

@@ -1,16 +1,20 @@
 """Building the network of a catalog row; the hyperparameters of every network size are here."""
 
 from dataclasses import dataclass
+from typing import Any, cast
 
+import torch
 from torch import nn
 
 from vitadapter_zoo.catalog import Row
+from vitadapter_zoo.models.around import build_around, set_periods
 from vitadapter_zoo.models.boxes import ANCHOR_SCALE, FINEST_SCALE
 from vitadapter_zoo.models.heads import BOX_WIDTH, MASK_CONVS, REGIONS, RoIHead, RPNHead
 from vitadapter_zoo.models.mask_rcnn import MaskRCNN
 from vitadapter_zoo.models.necks import FPN, WIDTH, ChannelMapper
 from vitadapter_zoo.models.precision import float32_by_default
 from vitadapter_zoo.models.spatial_prior import STEM_WIDTH
+from vitadapter_zoo.models.trunk import AroundTimm, fill_buffers
 from vitadapter_zoo.models.uniperceiver import UniPerceiverAdapter
 from vitadapter_zoo.models.vit import ViTBaseline
 from vitadapter_zoo.models.vit_adapter import ViTAdapter
@@ -80,6 +84,8 @@ def pretrain_grid(row: Row) -> int:
 
 def build_backbone(row: Row) -> nn.Module:
     """Build the row's backbone, with newly initialised weights on the current default device."""
+    if row.network is not None:
+        return build_around(row.network)
     size = SIZES[row.size]
     trunk = (size.dim, size.heads, size.windows, pretrain_grid(row))
     if not row.has_adapter:
@@ -102,12 +108,13 @@ def build(row: Row, categories: tuple[str, ...] | None = None) -> MaskRCNN:
 
     ``categories`` are the names of the classes. The default is the classes of the row's weights.
     """
-    size = SIZES[row.size]
     categories = row.classes if categories is None else categories
-    neck = (FPN if row.fpn else ChannelMapper)(size.dim, size.neck_width)
+    size = row.network or SIZES[row.size]
+    backbone: Any = build_backbone(row)
+    neck = (FPN if row.fpn else ChannelMapper)(backbone.width, size.neck_width)
     return MaskRCNN(
         row,
-        build_backbone(row),
+        backbone,
         neck,
         categories,
         rpn_head=RPNHead(size.neck_width, size.anchor_scale),
@@ -120,3 +127,19 @@ def build(row: Row, categories: tuple[str, ...] | None = None) -> MaskRCNN:
             size.finest_scale,
         ),
     )
+
+
+def build_empty(row: Row, categories: tuple[str, ...] | None = None) -> MaskRCNN:
+    """Build the row's detector without memory for its weights, on the meta device.
+
+    Buffers that no state dict holds, of a timm trunk, have their values, on the CPU.
+    """
+    with torch.device("meta"):
+        model = build(row, categories)
+    if row.network is None:
+        return model
+    if not fill_buffers(model):
+        with torch.device("cpu"):
+            return build(row, categories)
+    set_periods(cast("AroundTimm", model.backbone), row.network)
+    return model

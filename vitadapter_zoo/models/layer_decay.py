@@ -11,14 +11,29 @@ PUBLISHED = {
     "DINOv2-B": 0.70,
     "DINOv2-L": 0.80,
 }
-EMBEDDINGS = ("backbone.patch_embed.", "backbone.pos_embed", "backbone.visual_embed.")
-BLOCKS = ("backbone.blocks.", "backbone.layers.")
+EMBEDDINGS = ("patch_embed.", "pos_embed", "visual_embed.", "cls_token", "reg_token", "norm_pre.")
+BLOCKS = ("blocks.", "layers.")
+# Where the trunk's parameters are: in our own backbones, and in an adapter around a timm model.
+TRUNKS = ("backbone.backbone.", "backbone.")
+
+
+def block_of(name: str) -> int | None:
+    """The number of the trunk's block that a parameter belongs to; None outside of the blocks."""
+    inner = _in_trunk(name)
+    return int(inner.split(".")[1]) if inner.startswith(BLOCKS) else None
 
 
 def depth_of(name: str, blocks: int) -> int:
     """0 for the embeddings, 1 + N for block N, ``blocks`` + 1 for everything after the blocks."""
-    if name.startswith(EMBEDDINGS):
+    if _in_trunk(name).startswith(EMBEDDINGS):
         return 0
-    if name.startswith(BLOCKS):
-        return int(name.split(".")[2]) + 1
-    return blocks + 1
+    block = block_of(name)
+    return blocks + 1 if block is None else block + 1
+
+
+def _in_trunk(name: str) -> str:
+    """A parameter's name within the trunk; empty for parameters outside of the backbone."""
+    for prefix in TRUNKS:
+        if name.startswith(prefix):
+            return name.removeprefix(prefix)
+    return ""

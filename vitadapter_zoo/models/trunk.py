@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from timm.layers import Format, PatchEmbed
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
@@ -17,6 +18,8 @@ FITTING = (
     "least four blocks and three input channels: DeiT, AugReg, MAE, CLIP, SigLIP, DINOv2, DINOv3 "
     "or EVA-02, timm.list_models('vit_*') for instance"
 )
+# Begins the names of the trunk's parameters in a detector: its backbone's attribute ``backbone``.
+TRUNK = "backbone.backbone."
 # timm's VisionTransformer or Eva. Their annotations do not allow what `prepare` changes.
 Trunk = Any
 
@@ -91,6 +94,26 @@ def run_block(block: nn.Module, tokens: Tensor, rope: Tensor | None) -> Tensor:
     return block(tokens) if rope is None else block(tokens, rope=rope)
 
 
+def fill_buffers(network: nn.Module) -> bool:
+    """Fill the buffers on the meta device that no state dict holds, in place, on the CPU.
+
+    Returns:
+        False where timm cannot fill one of them (before timm 1.0.24).
+    """
+    for module in network.modules():
+        buffers = {name: module._buffers[name] for name in module._non_persistent_buffers_set}
+        empty = {name: x for name, x in buffers.items() if x is not None and x.is_meta}
+        if not empty:
+            continue
+        fill = getattr(module, "init_non_persistent_buffers", None)
+        if fill is None:
+            return False
+        for name, buffer in empty.items():
+            module._buffers[name] = torch.empty_like(buffer, device="cpu")
+        fill()
+    return True
+
+
 class AroundTimm(WithAdapter):
     """Base class of adapters around a timm model, which is the attribute ``backbone``.
 
@@ -98,9 +121,15 @@ class AroundTimm(WithAdapter):
         trunk: a timm model; it is changed in place, see `prepare`.
         frozen: the trunk has no gradients and stays in evaluation mode.
 
+    Attributes:
+        read_digest: sha256 over the trunk's weights as they were read from a file of pretrained
+            weights, see ``weights.trunks.digest``; None where they were not.
+
     Raises:
         ConfigError: the model does not fit.
     """
+
+    read_digest: str | None = None
 
     def __init__(self, trunk: nn.Module, *, frozen: bool) -> None:
         super().__init__()

@@ -3,12 +3,14 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from vitadapter_zoo.catalog import PUBLISHED, ROWS, Row
+from vitadapter_zoo.catalog import PUBLISHED, ROWS, UNKNOWN_LICENSE, Row
 from vitadapter_zoo.settings import expanded
 from vitadapter_zoo.text import shown
+from vitadapter_zoo.timm_detector import TimmDetector
 from vitadapter_zoo.weights import atomic
 
 DATASET = "COCO val2017"
@@ -33,6 +35,17 @@ WIDGET = [
 ]
 LIBRARY = "vitadapter-zoo"
 TAGS = ["object-detection", "instance-segmentation", "mask-rcnn", "vit-adapter"]
+# Names that the Hub knows as licences; others are named beside `license: other`.
+COMMON_LICENSES = {"apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-sa-4.0",
+                   "cc-by-nc-4.0", "cc-by-nc-sa-4.0"}  # fmt: skip
+DINOV3_LICENSE = "https://ai.meta.com/resources/models-and-libraries/dinov3-license/"
+USE = """```python
+import vitadapter_zoo
+
+model = vitadapter_zoo.load("user/repo")  # this repository's name, or the path of this folder
+detections = model.predict("photo.jpg")[0].filter(0.5)
+```
+"""
 CITATION = """@inproceedings{chen2023vitadapter,
   title={Vision Transformer Adapter for Dense Predictions},
   author={Chen, Zhe and Duan, Yuchen and Wang, Wenhai and He, Junjun and Lu, Tong and Dai, Jifeng
@@ -92,6 +105,11 @@ def _results_of(row: Row) -> str:
 
 def saved_card(row: Row, categories: Sequence[str]) -> ModelCard:
     """Build the card of a detector that a user saved; it has no results."""
+    names = ", ".join(markdown(name) for name in categories[:10])
+    names += ", ..." if len(categories) > 10 else ""
+    classes = f"{len(categories)} classes: {names}"
+    if row.network is not None:
+        return _around_timm(row, row.network, classes)
     data = ModelCardData(
         license=row.license.lower(),
         library_name=LIBRARY,
@@ -99,8 +117,6 @@ def saved_card(row: Row, categories: Sequence[str]) -> ModelCard:
         tags=TAGS,
         base_model=BASE_MODELS.get(row.pretraining_name),
     )
-    names = ", ".join(markdown(name) for name in categories[:10])
-    names += ", ..." if len(categories) > 10 else ""
     return ModelCard(f"""---
 {data.to_yaml()}
 ---
@@ -111,15 +127,76 @@ A detector with the network of `{row.name}`, saved by vitadapter-zoo. This card 
 does not know whether the weights were trained further: add the training data, the recipe and the
 results. The published results of `{row.name}` are at <{_results_of(row)}>.
 
-{len(categories)} classes: {names}
+{classes}
 
-```python
-import vitadapter_zoo
+{USE}""")
 
-model = vitadapter_zoo.load("user/repo")  # this repository's name, or the path of this folder
-detections = model.predict("photo.jpg")[0].filter(0.5)
-```
-""")
+
+def _around_timm(row: Row, network: TimmDetector, classes: str) -> ModelCard:
+    """The card of a saved detector around a timm model."""
+    data = ModelCardData(
+        **_license(network.license),
+        library_name=LIBRARY,
+        pipeline_tag="image-segmentation",
+        tags=[*TAGS, "timm"],
+        base_model=network.weights if (network.weights or "").startswith("timm/") else None,
+    )
+    return ModelCard(f"""---
+{data.to_yaml()}
+---
+
+# {network.described} with Mask R-CNN
+
+A detector saved by vitadapter-zoo. This card was generated: add the training data, the recipe and
+the results.
+
+{_origin(network)}
+
+{classes}
+
+Images are resized to fit {row.input_size[0]} x {row.input_size[1]} and normalised as for the
+trunk's pretraining; `model.predict` does that.
+
+{USE}""")
+
+
+def _license(name: str | None) -> dict[str, Any]:
+    """The card's licence, which is that of the trunk's weights."""
+    if name is None:
+        return {"license": UNKNOWN_LICENSE}
+    if name.lower() in COMMON_LICENSES:
+        return {"license": name.lower()}
+    link = {"license_link": DINOV3_LICENSE} if name == "dinov3-license" else {}
+    return {"license": "other", "license_name": name, **link}
+
+
+def _origin(network: TimmDetector) -> str:
+    """What is known of the trunk's weights and their licence."""
+    if network.weights is None:
+        return (
+            "The trunk was trained from scratch, so that no licence of other weights applies. The "
+            "licence of these weights is not known to this card."
+        )
+    state = "frozen" if network.frozen else "trained further"
+    if network.license is None:
+        licence = (
+            "Their licence is unknown: neither timm nor the Hub names one. Find it out before you "
+            "publish this detector, which contains or needs them."
+        )
+    else:
+        licence = (
+            f"Their licence is `{markdown(network.license)}`, which holds for this detector too, "
+            "because it contains or needs them."
+        )
+    stored = (
+        "They are in this folder."
+        if network.stored
+        else "They are not in this folder: `load` reads them from that file."
+    )
+    return (
+        f"The trunk's weights are those of `{markdown(network.weights)}` (sha256 "
+        f"`{network.sha256}`), {state}. {stored} {licence}"
+    )
 
 
 def markdown(text: str, limit: int = 60) -> str:

@@ -4,7 +4,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vitadapter_zoo.catalog import Row, get_row, list_models
+from vitadapter_zoo import timm_detector
+from vitadapter_zoo.catalog import Row, get_row, list_models, timm_row
 from vitadapter_zoo.errors import CheckpointError
 from vitadapter_zoo.text import JSONError, number_in, range_error, read_json, shown
 from vitadapter_zoo.weights import hub
@@ -14,6 +15,7 @@ from vitadapter_zoo.weights.source import HubFile
 
 CONFIG = "config.json"
 PREPROCESSOR = "preprocessor_config.json"
+NETWORK = "network"  # key of a detector around a timm model
 LARGEST_CONFIG = 1 << 20  # bytes
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 SIDES = (16, 8192)  # pixels
@@ -47,15 +49,27 @@ def read_configuration(folder: Path) -> Configuration:
     """
     config, prepared = _read(folder / CONFIG), _read(folder / PREPROCESSOR)
     where = shown(folder / CONFIG, 200)
-    name = config.get("model")
-    if not isinstance(name, str) or name not in list_models():
-        raise range_error(where, "model", name, "a name of `vitadapter-zoo list`", CheckpointError)
+    row = _row(config, where)
     dtype = config.get("torch_dtype") or "float32"
     if dtype not in DTYPES:
         raise range_error(where, "torch_dtype", dtype, "one of " + ", ".join(DTYPES),
                           CheckpointError)  # fmt: skip
-    row = _prepared(get_row(name), prepared, shown(folder / PREPROCESSOR, 200))
+    row = _prepared(row, prepared, shown(folder / PREPROCESSOR, 200))
     return Configuration(row, _categories(config.get("id2label"), where), dtype)
+
+
+def _row(config: dict[str, Any], where: str) -> Row:
+    """The row of the catalog that the settings name, or the row of the network they describe."""
+    name = config.get("model")
+    if NETWORK in config:
+        row = timm_row(timm_detector.read(config[NETWORK], where, CheckpointError))
+        if name != row.name:
+            raise range_error(where, "model", name, f"{row.name!r}, the network's name",
+                              CheckpointError)  # fmt: skip
+        return row
+    if not isinstance(name, str) or name not in list_models():
+        raise range_error(where, "model", name, "a name of `vitadapter-zoo list`", CheckpointError)
+    return get_row(name)
 
 
 def fetch_configuration(source: HubFile, home: Path, report: Report, *, offline: bool) -> Path:

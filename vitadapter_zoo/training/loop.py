@@ -85,6 +85,8 @@ class Training:
         early_stop: end the run after this many evaluations without a better mask AP, or None.
         max_seconds: time limit of the run, or None.
         save_seconds: between two saved states.
+        reference_backbone: leave a frozen trunk's weights out of all files, see
+            ``save_pretrained``.
         progress: the progress so far.
         reporter: only in the main process, None in the others.
     """
@@ -107,6 +109,7 @@ class Training:
     early_stop: int | None
     max_seconds: float | None
     save_seconds: float
+    reference_backbone: bool
     progress: Progress
     reporter: Reporter | None
 
@@ -270,9 +273,11 @@ class Training:
             progress.best = max(progress.best, progress.figures["mask_ap"])
         self._evaluated_at = progress.step
         if self.reporter is not None:
-            disk.write_folder(shown, self.directory / disk.LAST)
-            if improved:
-                disk.write_folder(shown, self.directory / disk.BEST)
+            folders = [disk.LAST, *([disk.BEST] if improved else [])]
+            for folder in folders:
+                disk.write_folder(
+                    shown, self.directory / folder, reference_backbone=self.reference_backbone
+                )
             if progress.figures:
                 where = {"step": progress.step, "epoch": self._epoch(progress.step)}
                 self.reporter.evaluated({**where, **progress.figures})
@@ -290,20 +295,24 @@ class Training:
         content = {
             **vars(self.progress),
             "settings": self.settings,
-            "model": self.model.state_dict(),
+            "model": disk.weights_of(self.model, without_trunk=self.reference_backbone),
             "optimizer": self.optimizer.state_dict(),
         }
         if self.average:
-            content["average"] = self.average.average.state_dict()
+            shares = disk.frozen_trunk(self.model) is not None
+            content["average"] = disk.weights_of(self.average.average, without_trunk=shares)
+        if self.model.row.network is not None:
+            content["network"] = self.model.row.network.record()
         disk.write_state(self.directory, content)
 
 
 def restore(training: Training, saved: dict[str, Any]) -> None:
     """Load a saved state into a newly prepared run."""
-    training.model.load_state_dict(saved["model"])
+    training.model.load_state_dict(disk.completed(training.model, saved["model"]))
     training.optimizer.load_state_dict(saved["optimizer"])
     if training.average:
-        training.average.average.load_state_dict(saved["average"])
+        average = training.average.average
+        average.load_state_dict(disk.completed(average, saved["average"]))
 
 
 def training_mode(model: nn.Module) -> None:

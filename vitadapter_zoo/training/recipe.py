@@ -16,7 +16,7 @@ Schedule = Literal["step", "cosine"]
 Augment = Literal["multi-scale", "flip", "none"]
 
 PUBLISHED_BATCH = 16  # 8 GPUs with 2 images each
-UNDECAYED = ("level_embed", "pos_embed")
+UNDECAYED = ("level_embed", "pos_embed", "cls_token", "reg_token")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,9 +104,8 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
         model: a detector; its frozen parameters are left out.
         recipe: gives learning rate, weight decay and layer decay.
     """
-    names = [name for name, _ in model.named_parameters()]
-    numbers = [int(name.split(".")[2]) for name in names if name.startswith(layer_decay.BLOCKS)]
-    blocks = max(numbers, default=-1) + 1
+    numbers = [layer_decay.block_of(name) for name, _ in model.named_parameters()]
+    blocks = max((number for number in numbers if number is not None), default=-1) + 1
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:

@@ -17,7 +17,15 @@ from vitadapter_zoo.models import MaskRCNN
 from vitadapter_zoo.models.precision import usual_state
 from vitadapter_zoo.settings import expanded
 from vitadapter_zoo.text import shown
+from vitadapter_zoo.timm_detector import TimmDetector
 from vitadapter_zoo.training import state as disk
+from vitadapter_zoo.training.backbone import (
+    Asked,
+    asked_for,
+    check_reference,
+    resume_network,
+    starting_around,
+)
 from vitadapter_zoo.training.batches import Batches, Views
 from vitadapter_zoo.training.data import Source, TrainingData, described, read_data, write_coco
 from vitadapter_zoo.training.loop import Progress, Training, out_of_memory, restore
@@ -42,6 +50,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 SAVE_SECONDS = 600.0
+# Settings that states of earlier versions do not have.
+UNASKED = {"reference_backbone": False}
 
 
 @dataclass(frozen=True)
@@ -71,10 +81,15 @@ class TrainingResult:
 
 
 def train(
-    name: str | os.PathLike[str],
+    name: str | os.PathLike[str] | None = None,
     data: str | os.PathLike[str] | None = None,
     out: str | os.PathLike[str] = "run",
     *,
+    backbone: str | TimmDetector | None = None,
+    adapter: Literal["paper", "dinov3"] | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    freeze_backbone: bool | None = None,
+    reference_backbone: bool = False,
     train_files: Source | None = None,
     valid_files: Source | None = None,
     start: str | os.PathLike[str] = PUBLISHED,
@@ -109,13 +124,25 @@ def train(
     """Train a detector on your own data; the defaults are the row's published recipe.
 
     Args:
-        name: load name, or a folder or repository as for ``load``: the network to train.
+        name: load name, or a folder or repository as for ``load``: the network to train. None
+            with a ``backbone``.
         data: the data set's folder, see ``vitadapter_zoo.training.data.read_data``.
         out: the run's folder: ``last`` and ``best`` (for ``load``), ``log.jsonl``, ``state.pt``.
+        backbone: instead of ``name``, a vision transformer of timm, with or without ``timm/`` and a
+            tag: a new Mask R-CNN around it. A ``TimmDetector`` says more of the network.
+        adapter: around ``backbone``: ``"paper"`` (the default) or ``"dinov3"``.
+        checkpoint: file or URL of the weights of ``backbone``, timm's or the authors'; by default
+            timm's are downloaded, or taken from huggingface_hub's cache.
+        freeze_backbone: the trunk keeps its weights and has no gradients. By default DINOv3's
+            adapter freezes it and the paper's does not. DINOv3's adapter only reads the trunk,
+            which then keeps no activations; the paper's sends gradients through the trunk's blocks
+            to its injectors, which saves the optimizer's memory only.
+        reference_backbone: leave a frozen trunk's weights out of the run's files, which then refer
+            to them by name and sha256; ``load`` reads them from where they came.
         train_files: instead of ``data``, (annotation file, folder of images).
         valid_files: the same for evaluation.
         start: ``"published"``, ``"pretraining"``, ``"scratch"``, or another load name, folder or
-            checkpoint file.
+            checkpoint file. For a ``backbone`` the first two are the trunk's pretrained weights.
         resume: continue the run in ``out``, to the same weights as in one piece; begin it where
             there is none.
         epochs: passes over the training images; published: 12 or 36.
@@ -149,6 +176,8 @@ def train(
 
     Raises:
         DatasetError: the data cannot be trained on.
+        ConfigError: neither or both of ``name`` and ``backbone``, or arguments that exclude each
+            other.
         ZooError: the run's folder holds another run, the run diverged, the device is too small,
             accelerate is missing; and what ``load`` raises.
         ValueError: an argument outside its range.
@@ -159,15 +188,17 @@ def train(
     )  # fmt: skip
     if ema is not None and not 0 < ema < 1:
         raise ValueError(f"ema is a decay between 0 and 1, 0.999 for instance, not {ema}")
+    asked = asked_for(
+        name, backbone, adapter=adapter, checkpoint=checkpoint, freeze=freeze_backbone, start=start
+    )
     began = time.monotonic()
     accelerator = accelerator_of(precision, device, accumulate)
     images = batch_size * accumulate * accelerator.num_processes
     with usual_state(), _own_directory(out, accelerator) as directory, out_of_memory(batch_size):
         saved = _saved(directory, resume)
         found = read_data(data, train=train_files, valid=valid_files, keep_empty=keep_empty)
-        # A saved state holds all weights, so that what they began from is not read again.
-        model, origin = starting_model(
-            name, start if saved is None else SCRATCH, found.classes, input_size=input_size,
+        model, origin = _beginning(
+            name, asked, start, saved, found.classes, reference_backbone, input_size=input_size,
             seed=seed, cache_dir=cache_dir, offline=offline, progress=progress,
         )  # fmt: skip
         recipe = _recipe(
@@ -177,7 +208,8 @@ def train(
         settings = _settings(
             model, found, recipe, start=os.fspath(start), batch_size=batch_size, seed=seed,
             accumulate=accumulate, processes=accelerator.num_processes, freeze=list(freeze),
-            precision=precision,
+            precision=precision, reference_backbone=reference_backbone,
+            network=asked.record() if asked else None,
         )  # fmt: skip
         done = _progress(saved, settings, directory)
         done.seconds += time.monotonic() - began
@@ -188,6 +220,7 @@ def train(
             recipe=recipe, directory=directory, settings=settings, accumulate=accumulate,
             seed=seed, workers=loader_workers(workers, accelerator), eval_every=eval_every,
             early_stop=early_stop, save_seconds=60 * save_minutes, progress=done, reporter=None,
+            reference_backbone=reference_backbone,
             max_seconds=None if max_minutes is None else 60 * max_minutes,
             views=Views(found.train.samples, sizes(recipe.augment, model.row.input_size), seed),
             batches=Batches(
@@ -207,6 +240,39 @@ def train(
         directory, directory / disk.LAST, directory / disk.BEST, done.step, found.classes,
         done.figures, done.best, accelerator.is_main_process,
     )  # fmt: skip
+
+
+def _beginning(
+    name: str | os.PathLike[str] | None,
+    asked: Asked | None,
+    start: str | os.PathLike[str],
+    saved: dict[str, Any] | None,
+    classes: tuple[str, ...],
+    reference: bool,
+    *,
+    input_size: tuple[int, int] | None,
+    seed: int,
+    **common: Any,
+) -> tuple[MaskRCNN, str]:
+    """The detector to train, and a line about the origin of its weights.
+
+    A saved state holds all weights, so that what they began from is not read again.
+    """
+    resumes = saved is not None
+    if asked is not None:
+        model, origin = starting_around(
+            asked, classes, input_size=input_size, seed=seed, resumes=resumes, **common
+        )
+    else:
+        assert name is not None  # noqa: S101  for the type checker
+        model, origin = starting_model(
+            name, SCRATCH if resumes else start, classes, input_size=input_size, seed=seed, **common
+        )
+    if saved is not None:
+        resume_network(model, saved, asked.checkpoint if asked else None, **common)
+    if reference and saved is None:
+        check_reference(model, os.fspath(start))
+    return model, origin
 
 
 _PROGRESS = tuple(field.name for field in fields(Progress))
@@ -278,7 +344,7 @@ def _progress(saved: dict[str, Any] | None, settings: dict[str, Any], directory:
         return Progress()
     before = saved["settings"]
     for name, value in settings.items():
-        if value != before.get(name):
+        if value != before.get(name, UNASKED.get(name)):
             raise ZooError(
                 f"the run in {directory} was begun with {name} = {shown(before.get(name))}, not "
                 f"{shown(value)}: continue it with the same settings, or begin another with --out"

@@ -16,7 +16,7 @@ from vitadapter_zoo.models import MaskRCNN
 from vitadapter_zoo.training.loop import Step
 from vitadapter_zoo.training.memory import checkpoint_blocks
 from vitadapter_zoo.training.recipe import Recipe, parameter_groups
-from vitadapter_zoo.training.state import Average
+from vitadapter_zoo.training.state import Average, frozen_trunk
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -99,11 +99,23 @@ def freeze_parameters(model: MaskRCNN, prefixes: Sequence[str]) -> None:
 def prepared(
     accelerator: Accelerator, model: MaskRCNN, recipe: Recipe, checkpoint: bool
 ) -> tuple[nn.Module, Any, Average | None]:
-    """The losses' module and the optimizer as the accelerator wraps them, and the average."""
+    """The losses' module and the optimizer as the accelerator wraps them, and the average.
+
+    Raises:
+        ZooError: a setting of the recipe that a frozen trunk makes void.
+    """
+    if recipe.layer_decay is not None and frozen_trunk(model) is not None:
+        raise ZooError(
+            "--layer-decay lowers the learning rate of the trunk's blocks, and the trunk is "
+            "frozen: leave it out, or train the trunk (--train-backbone)"
+        )
     model.to(accelerator.device)
     average = None
     if recipe.ema is not None:
-        average = Average(model, copy.deepcopy(model), recipe.ema)
+        # A frozen trunk has one value for both.
+        trunk = frozen_trunk(model)
+        shared = {} if trunk is None else {id(trunk): trunk}
+        average = Average(model, copy.deepcopy(model, shared), recipe.ema)
     if checkpoint:
         checkpoint_blocks(model.backbone)
     on_gpu = accelerator.device.type == "cuda"

@@ -14,6 +14,7 @@ from vitadapter_zoo.errors import CheckpointError
 from vitadapter_zoo.loader import find, load
 from vitadapter_zoo.models import MaskRCNN, build
 from vitadapter_zoo.models.initial import draw
+from vitadapter_zoo.models.trunk import AroundTimm
 from vitadapter_zoo.text import shown
 from vitadapter_zoo.weights.heads import for_classes
 from vitadapter_zoo.weights.pretraining import read_pretraining
@@ -56,6 +57,11 @@ def starting_model(
     if start == SCRATCH:
         return model, "random initial weights"
     if start == PRETRAINING:
+        if row.network is not None:
+            raise CheckpointError(
+                f"{shown(os.fspath(name))} is a trained detector: `--from pretraining` is for a "
+                "name of `vitadapter-zoo list`, or with --backbone"
+            )
         if not row.pretraining_url:
             raise CheckpointError(
                 f"{row.name} has no pretraining: it was trained from scratch (`--from scratch`)"
@@ -106,6 +112,8 @@ def carry_over(source: MaskRCNN, target: MaskRCNN, origin: str) -> str:
             "with `--from pretraining` or `--from scratch`"
         )
     target.load_state_dict(weights)
+    if isinstance(source.backbone, AroundTimm) and isinstance(target.backbone, AroundTimm):
+        target.backbone.read_digest = source.backbone.read_digest
     kept = [name for name in target.categories if name in source.categories]
     fresh = [name for name in target.categories if name not in source.categories]
     line = f"weights of {origin}"
@@ -122,18 +130,19 @@ def _few(names: list[str]) -> str:
 def initialize(model: MaskRCNN, seed: int = 0) -> None:
     """Initialise all weights with the distributions of the original code.
 
+    A trunk of timm keeps the weights that timm drew.
+
     Args:
         model: a detector on the CPU.
         seed: the same seed draws the same weights.
     """
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        for name, parameter in model.backbone.named_parameters():
-            if name.endswith(("pos_embed", "temporal_pos_embed")):
-                nn.init.trunc_normal_(parameter, std=0.02)
-            elif name.endswith("level_embed"):
-                nn.init.normal_(parameter)
-        draw(model.backbone)
+        if isinstance(model.backbone, AroundTimm):
+            nn.init.normal_(model.backbone.level_embed)
+            model.backbone.draw_adapter(draw)
+        else:
+            _initialize_backbone(model.backbone)
         for part in (model.neck, model.rpn_head, model.roi_head):
             for module in part.modules():
                 _initialize_head(module, part is model.rpn_head)
@@ -142,6 +151,15 @@ def initialize(model: MaskRCNN, seed: int = 0) -> None:
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         nn.init.normal_(model.roi_head.bbox_head.fc_cls.weight, std=0.01)
         nn.init.normal_(model.roi_head.bbox_head.fc_reg.weight, std=0.001)
+
+
+def _initialize_backbone(backbone: nn.Module) -> None:
+    for name, parameter in backbone.named_parameters():
+        if name.endswith(("pos_embed", "temporal_pos_embed")):
+            nn.init.trunc_normal_(parameter, std=0.02)
+        elif name.endswith("level_embed"):
+            nn.init.normal_(parameter)
+    draw(backbone)
 
 
 def _initialize_head(module: nn.Module, proposals: bool) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vitadapter_zoo.errors import ZooError
 from vitadapter_zoo.models import MaskRCNN
+from vitadapter_zoo.models.trunk import TRUNK, AroundTimm
 from vitadapter_zoo.publishing.pretrained import save_pretrained
 from vitadapter_zoo.text import JSONError, parse_json, shown
 from vitadapter_zoo.weights import atomic
@@ -38,7 +39,13 @@ class Average:
     def __init__(self, model: nn.Module, average: MaskRCNN, decay: float) -> None:
         self.average = average.eval().requires_grad_(False)
         self._decay = decay
-        pairs = list(zip(average.state_dict().values(), model.state_dict().values(), strict=True))
+        pairs = [
+            (mean, value)
+            for mean, value in zip(
+                average.state_dict().values(), model.state_dict().values(), strict=True
+            )
+            if mean.data_ptr() != value.data_ptr()  # a frozen trunk is shared
+        ]
         self._floats = [pair for pair in pairs if pair[0].is_floating_point()]
         self._others = [pair for pair in pairs if not pair[0].is_floating_point()]
 
@@ -50,6 +57,28 @@ class Average:
         torch._foreach_lerp_(list(averages), list(values), weight)
         for average, value in self._others:
             average.copy_(value)
+
+
+def frozen_trunk(model: nn.Module) -> nn.Module | None:
+    """The trunk of a detector around a timm model that training does not change; else None."""
+    backbone = getattr(model, "backbone", None)
+    return backbone.backbone if isinstance(backbone, AroundTimm) and backbone.frozen else None
+
+
+def weights_of(model: nn.Module, *, without_trunk: bool) -> dict[str, Tensor]:
+    """A detector's state dict, with or without the trunk of a timm model."""
+    return {
+        name: value
+        for name, value in model.state_dict().items()
+        if not (without_trunk and name.startswith(TRUNK))
+    }
+
+
+def completed(model: nn.Module, saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Saved weights, and those of a frozen trunk that the state leaves out and the model has."""
+    trunk = frozen_trunk(model)
+    present = {} if trunk is None else {TRUNK + name: x for name, x in trunk.state_dict().items()}
+    return present | dict(saved)
 
 
 def write_state(directory: Path, content: Mapping[str, Any]) -> None:
@@ -82,7 +111,7 @@ def read_state(directory: Path) -> dict[str, Any] | None:
         ) from error
 
 
-def write_folder(model: MaskRCNN, target: Path) -> None:
+def write_folder(model: MaskRCNN, target: Path, *, reference_backbone: bool = False) -> None:
     """Write a detector with ``save_pretrained`` in one step.
 
     Between the two renames of a crash the old folder lies beside its place; ``recover`` moves it
@@ -96,7 +125,7 @@ def write_folder(model: MaskRCNN, target: Path) -> None:
         for left in (fresh, old):
             if left.exists():
                 shutil.rmtree(left)
-    save_pretrained(model, fresh)
+    save_pretrained(model, fresh, reference_backbone=reference_backbone)
     with atomic.writing_to(target.parent):
         if target.exists():
             target.replace(old)

@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import safetensors
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vitadapter_zoo.catalog import COCO_CLASSES, PUBLISHED, Row
-from vitadapter_zoo.errors import CheckpointError, ZooError
+from vitadapter_zoo.errors import CheckpointError, ConfigError, ZooError
 from vitadapter_zoo.models import MaskRCNN, build
 from vitadapter_zoo.text import shown
 from vitadapter_zoo.weights import atomic, checkpoint
@@ -57,6 +57,7 @@ def to_safetensors(
     dtype: torch.dtype | None = None,
     classes: Sequence[str] | None = None,
     allow_nonfinite: bool = False,
+    more: Mapping[str, Tensor] | None = None,
 ) -> Converted:
     """Write the weights of one row as safetensors.
 
@@ -72,12 +73,13 @@ def to_safetensors(
         dtype: floating-point type to store; float32 by default.
         classes: names of the classes; the file's own, or COCO's, by default.
         allow_nonfinite: accept NaN and infinite values.
+        more: tensors that the source refers to, by their names in the detector.
 
     Raises:
         CheckpointError: damaged, unsafe, not the row's weights, or too large for ``dtype``.
         ZooError: the target cannot be written.
     """
-    loaded, fitted, categories = _fitted(paths, origin, row, classes, allow_nonfinite)
+    loaded, fitted, categories = _fitted(paths, origin, row, classes, allow_nonfinite, more)
     metadata = {
         "format": "pt",
         "model": row.name,
@@ -120,7 +122,13 @@ def to_mmdet(
     Raises:
         CheckpointError: damaged, unsafe, not the row's weights, or too large for ``dtype``.
         ZooError: the target cannot be written.
+        ConfigError: a detector around a timm model, which the original code does not have.
     """
+    if row.network is not None:
+        raise ConfigError(
+            f"{row.name} is a detector around a timm model, which mmdet 2.x does not have: convert "
+            "it to safetensors"
+        )
     loaded, fitted, categories = _fitted(paths, origin, row, classes, allow_nonfinite)
     meta = {**loaded.metadata, **({"CLASSES": categories} if categories else {})}
     tensors = _cast(fitted.tensors, dtype, allow_nonfinite)
@@ -211,9 +219,12 @@ def _fitted(
     row: Row,
     classes: Sequence[str] | None,
     allow_nonfinite: bool,
+    more: Mapping[str, Tensor] | None = None,
 ) -> tuple[Checkpoint, Fitted, tuple[str, ...] | None]:
     """Return the checkpoint, its tensors fitted to its own number of classes, and the names."""
     loaded = checkpoint.read_all(paths, origin)
+    if more:
+        loaded = replace(loaded, tensors=loaded.tensors | dict(more))
     names = class_names(loaded, row, classes)
     if classes is not None and names != tuple(classes):
         count = names if isinstance(names, int) else len(names)

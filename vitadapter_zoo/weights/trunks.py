@@ -1,5 +1,6 @@
 """Weights of an adapter around a timm model: the trunk alone, or trunk and adapter in one file."""
 
+import hashlib
 import logging
 import os
 import sys
@@ -162,3 +163,12 @@ def _periods(tensors: Mapping[str, Tensor], trunk: Trunk) -> Tensor | None:
     if ((periods.float() - ours).abs() > BFLOAT16_STEP * ours).any():
         raise CheckpointError("the file has a rotary embedding of another base than the trunk")
     return periods
+
+
+def digest(trunk: Trunk) -> str:
+    """The sha256 over the names and values of a trunk's state dict."""
+    found = hashlib.sha256()
+    for name, value in sorted(trunk.state_dict().items()):
+        found.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
+        found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()
