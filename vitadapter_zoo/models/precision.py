@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
+from torch import nn
 
 
 @contextmanager
@@ -66,3 +67,14 @@ def float32_precision(device: torch.device, *, allow_tf32: bool) -> Iterator[Non
         yield
     finally:
         products.fp32_precision, convolutions.fp32_precision = before
+
+
+def channels_last_weights(model: nn.Module) -> None:
+    """Store the weights of convolutions on CUDA in channels-last order, in place.
+
+    The maps are in this order. cuDNN would otherwise convert the weights in every call.
+    """
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)) and module.weight.is_cuda:
+            weight = module.weight.detach()
+            module.weight.data = weight.contiguous(memory_format=torch.channels_last)

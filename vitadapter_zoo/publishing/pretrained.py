@@ -47,7 +47,8 @@ def save_pretrained(
         target.mkdir(parents=True, exist_ok=True)
         (target / CONFIG).unlink(missing_ok=True)
         metadata = {"format": "pt", "model": row.name, "license": row.license}
-        tensors = {name: value.cpu() for name, value in model.state_dict().items()}
+        # Weights on CUDA are in channels-last order, which the format does not have.
+        tensors = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
         atomic.check_space(target, sum(value.nbytes for value in tensors.values()))
         save_torch_state_dict(tensors, target, max_shard_size=max_shard_size, metadata=metadata)
     if not (target / "README.md").exists():
