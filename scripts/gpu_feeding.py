@@ -98,7 +98,7 @@ def _verify_in(setting: Setting, dtype: torch.dtype, *, allow_tf32: bool) -> str
                 progress=False,
             )
             seconds = time.perf_counter() - started
-            figures.append((result.box_ap, result.mask_ap, result.images, seconds))
+            figures.append((100 * result.box.ap, 100 * result.mask.ap, result.evaluated, seconds))
     first, second = figures
     if first[:3] != second[:3]:
         raise AssertionError(f"the continued run has other figures: {first}, then {second}")

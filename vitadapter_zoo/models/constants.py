@@ -23,11 +23,16 @@ def uploaded(values: Sequence[float] | Sequence[Sequence[float]], like: Tensor) 
     return on_cpu.to(like.device, non_blocking=True)
 
 
+def pinned(pixels: Tensor, like: Tensor) -> Tensor:
+    """Return pixels in pinned memory if ``like`` is on a GPU, which can then copy them itself."""
+    if like.device.type == "cuda" and torch.cuda.is_available() and not pixels.is_pinned():
+        return pixels.pin_memory()
+    return pixels
+
+
 def uploaded_pixels(pixels: Tensor, like: Tensor) -> Tensor:
     """Copy pixels to the device of ``like`` without waiting for it, then convert their dtype."""
-    if like.device.type == "cuda" and torch.cuda.is_available() and not pixels.is_pinned():
-        pixels = pixels.pin_memory()
-    return pixels.to(like.device, non_blocking=True).to(like.dtype)
+    return pinned(pixels, like).to(like.device, non_blocking=True).to(like.dtype)
 
 
 def uploaded_batch(images: Sequence[Tensor], like: Tensor) -> Tensor:
