@@ -22,7 +22,8 @@ class Counted:
 
     def __init__(self) -> None:
         torch.manual_seed(0)
-        self.model = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2)).eval()
+        self.layer = nn.Linear(3, 5)
+        self.model = nn.Sequential(self.layer, nn.ReLU(), nn.Linear(5, 2)).eval()
         self.capture = RecordedCapture()
         self.graphs: Graphs[Tensor] = Graphs(self.capture)
         self.calls = 0
@@ -75,14 +76,15 @@ def test_the_outputs_are_overwritten_by_the_next_replay(counted: Counted) -> Non
 
 def test_weights_changed_in_place_are_up_to_date(counted: Counted) -> None:
     counted.warm_up()
-    counted.model[0].weight.mul_(2)
+    counted.layer.weight.mul_(2)
     counted.model.load_state_dict({k: v + 1 for k, v in counted.model.state_dict().items()})
     assert counted.check()
     assert counted.capture.captured == 1
 
 
 def replace_data(model: nn.Sequential) -> None:
-    model[0].weight.data = model[0].weight.data * 3
+    weight = model.get_parameter("0.weight")
+    weight.data = weight.data * 3
 
 
 def replace_parameter(model: nn.Sequential) -> None:
@@ -94,7 +96,7 @@ def replace_module(model: nn.Sequential) -> None:
 
 
 def replace_strides(model: nn.Sequential) -> None:
-    model[0].weight.data = torch.randn(3, 5).t()
+    model.get_parameter("0.weight").data = torch.randn(3, 5).t()
 
 
 def change_dtype(model: nn.Sequential) -> None:

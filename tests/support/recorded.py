@@ -36,7 +36,7 @@ class Recorder(TorchDispatchMode):
 
     def replay(self) -> None:
         """Run the operators again; write each result to where it was."""
-        with _disable_current_modes(), torch.inference_mode():  # type: ignore[no-untyped-call]
+        with _disable_current_modes(), torch.inference_mode():
             for func, args, kwargs, results in self.calls:
                 if "device" in kwargs:
                     kwargs = kwargs | {"device": torch.device("cpu")}
@@ -86,7 +86,7 @@ def _alias(x: Any) -> Any:
     """Return the same memory, even if the tensor object gets other memory later."""
     if not isinstance(x, Tensor):
         return x
-    with _disable_current_modes():  # type: ignore[no-untyped-call]
+    with _disable_current_modes():
         return (x.original_tensor if isinstance(x, FakeTensor) else x).detach()
 
 
