@@ -3,7 +3,7 @@
     python scripts/gpu_check.py [--out gpu-check.json] [--device cpu --quick] [SECTION ...]
 
 The script needs torch, torchvision, timm, safetensors, huggingface_hub, opencv and nvcc, but no
-network. Without a GPU every section is skipped. Each section runs in its own process with a time
+network. Without a GPU every section says "no CUDA device". Each section runs in its own process with a time
 limit, so a crash or a hang affects only that section. The JSON file is updated after every section,
 and a table is printed at the end. The exit status is 1 if a section failed, otherwise 0.
 
