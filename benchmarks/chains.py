@@ -23,8 +23,8 @@ Chain = dict[str, Callable[[Found], Any]]
 
 
 def native(model: MaskRCNN) -> Chain:
-    """Build the chain of this package, in the dtype of the weights."""
-    dtype = next(model.parameters()).dtype
+    """Build the chain of this package, in the dtype and on the device of the weights."""
+    weights = next(model.parameters())
 
     def prepared(found: Found) -> NetworkInput:
         item: NetworkInput = found["preprocess"]
@@ -32,7 +32,7 @@ def native(model: MaskRCNN) -> Chain:
 
     return {
         "preprocess": lambda found: model.preprocess(standins.PHOTO),
-        "backbone": lambda found: model.backbone(prepared(found).tensor.to(dtype)),
+        "backbone": lambda found: model.backbone(prepared(found).tensor.to(weights)),
         "neck": lambda found: model.neck(found["backbone"]),
         "rpn": lambda found: model.rpn_head.propose(found["neck"], [prepared(found).resized]),
         "box head": lambda found: model.roi_head.detect_boxes(
@@ -54,9 +54,12 @@ def native(model: MaskRCNN) -> Chain:
 def plain(model: MaskRCNN) -> Chain:
     """Build the chain of the original implementation in plain PyTorch."""
     heads = model.roi_head
+    weights = next(model.parameters())
     return {
         "preprocess": lambda found: model.preprocess(standins.PHOTO),
-        "backbone": lambda found: original.backbone(model.backbone, found["preprocess"].tensor),
+        "backbone": lambda found: original.backbone(
+            model.backbone, found["preprocess"].tensor.to(weights)
+        ),
         "neck": lambda found: original.neck(model.neck, found["backbone"]),
         "rpn": lambda found: original.propose(
             model.rpn_head, found["neck"], found["preprocess"].resized

@@ -1,7 +1,7 @@
 """Measure the seconds per image of each stage, compared with the original implementation.
 
     python benchmarks/inference.py [ROW ...] [--peer plain|mmdet] [--runs 3] [--dtype bfloat16]
-                                   [--variants | --memory]
+                                   [--variants | --memory] [--device cuda]
 
 The input is a photo of 800 x 1216 network pixels at batch size 1, with stand-in weights (100
 detections). ``native`` is this package in float32 or ``--dtype``. ``peer`` is the original
@@ -46,12 +46,18 @@ NAMES = ["adapter-t-deit-3x", "adapter-s-deit-3x", "adapter-b-deit-3x", "adapter
 Clock = Callable[[], float]
 
 
-def load(name: str) -> MaskRCNN:
+def load(name: str, device: str = "cpu") -> MaskRCNN:
     """Build a row's detector with stand-in weights."""
     with torch.device("meta"):
         model = build(get_row(name))
     model.load_state_dict(standins.state_dict(name), assign=True)
-    return model.eval()
+    return model.to(device).eval()
+
+
+def synchronized() -> float:
+    """Return the time after the GPU has finished its work, in seconds."""
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def run(chain: Chain, clock: Clock = time.perf_counter) -> tuple[Found, dict[str, float]]:
@@ -84,7 +90,9 @@ def check(ours: Found, theirs: Found, dtype: torch.dtype) -> str:
 def detections(found: Found) -> Detections:
     """Create detections from the results of a chain's last stages."""
     boxes = found["box head"]
-    return Detections(boxes.boxes, boxes.scores, boxes.labels, found["paste"])
+    return Detections(
+        boxes.boxes.cpu(), boxes.scores.cpu(), boxes.labels.cpu(), found["paste"].cpu()
+    )
 
 
 class Moved:
@@ -121,9 +129,9 @@ def compare(found: Detections, expected: Detections) -> Moved:
     )
 
 
-def matrix_rate(clock: Clock, dtype: torch.dtype) -> float:
+def matrix_rate(clock: Clock, dtype: torch.dtype, device: str) -> float:
     """Measure the GFLOP/s of multiplying 2048 x 2048 matrices: the best of ten."""
-    a = torch.randn(2048, 2048, dtype=dtype)
+    a = torch.randn(2048, 2048, dtype=dtype, device=device)
     best = float("inf")
     for _ in range(11):
         start = clock()
@@ -144,13 +152,19 @@ def flops(chain: Chain) -> dict[str, float]:
 
 
 def by_stage(
-    name: str, peer: str, runs: int, dtype: torch.dtype, clock: Clock, console: Console
+    name: str,
+    peer: str,
+    runs: int,
+    dtype: torch.dtype,
+    clock: Clock,
+    console: Console,
+    device: str,
 ) -> None:
     """Print the table of a row; the peer always uses float32."""
-    model = load(name)
+    model = load(name, device)
     chains = {"native": native(copy.deepcopy(model).to(dtype)), peer: PEERS[peer](model)}
     console.print(f"{name}: {check(run(chains['native'])[0], run(chains[peer])[0], dtype)}")
-    rate = matrix_rate(clock, dtype)
+    rate = matrix_rate(clock, dtype, device)
     taken: dict[str, list[dict[str, float]]] = {kind: [] for kind in chains}
     for _ in range(runs):
         for kind, chain in chains.items():
@@ -162,7 +176,7 @@ def by_stage(
     counts = flops(plain(model))
     for values in (*medians.values(), counts):
         values["total"] = sum(values.values())
-    rate = max(rate, matrix_rate(clock, dtype))
+    rate = max(rate, matrix_rate(clock, dtype, device))
     table = Table(title=f"{name}, native {str(dtype)[6:]}, {rate:.0f} GFLOP/s")
     for column in ("stage", "native s", f"{peer} s", "ratio", "GFLOP", "share of rate"):
         table.add_column(column, justify="left" if column == "stage" else "right")
@@ -259,6 +273,7 @@ def main() -> None:
     parser.add_argument("--variants", action="store_true")
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--device", default="cpu", help="for the table of the stages")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     parser.add_argument("--processor-time", action="store_true")
     arguments = parser.parse_args()
@@ -266,6 +281,10 @@ def main() -> None:
         memory_of_one_image(arguments.rows[0], arguments.memory_of)
         return
     clock = time.perf_counter
+    if arguments.device.startswith("cuda"):
+        if arguments.variants or arguments.memory or arguments.peer == "mmdet":
+            parser.error("--device cuda measures the stages beside --peer plain only")
+        clock = synchronized
     if arguments.processor_time:
         torch.set_num_threads(1)
         clock = time.process_time
@@ -278,7 +297,7 @@ def main() -> None:
             variants(name, arguments.peer, arguments.runs, clock, console)
         else:
             dtype = getattr(torch, arguments.dtype)
-            by_stage(name, arguments.peer, arguments.runs, dtype, clock, console)
+            by_stage(name, arguments.peer, arguments.runs, dtype, clock, console, arguments.device)
 
 
 if __name__ == "__main__":

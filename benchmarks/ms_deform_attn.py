@@ -1,6 +1,6 @@
 """Measure deformable attention, compared with other implementations.
 
-    python benchmarks/ms_deform_attn.py [--runs 9]
+    python benchmarks/ms_deform_attn.py [--runs 9] [--device cuda]
 
 The shapes are those of the four network sizes for an 800 x 1216 image. Every round runs all
 implementations, so that other load on the machine affects all of them. The script prints medians
@@ -33,7 +33,9 @@ SPREAD = 3.0
 Operator = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-def arguments(size: str, kind: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def arguments(
+    size: str, kind: str, dtype: torch.dtype, device: str = "cpu"
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Create value, shapes, locations and weights for injectors or extractors of ``size``."""
     heads, channels = HEADS[size]
     levels, of_queries = (GRIDS, GRIDS[1:2]) if kind == "injector" else (GRIDS[1:2], GRIDS)
@@ -44,10 +46,10 @@ def arguments(size: str, kind: str, dtype: torch.dtype) -> tuple[Tensor, Tensor,
     offsets = torch.randn(*grouped, 2) * SPREAD / shapes.flip(-1)[:, None]
     weights = torch.randn(grouped).flatten(3).softmax(-1).view(grouped)
     return (
-        torch.randn(1, pixels, heads, channels).to(dtype),
-        shapes,
-        centres[:, None, None, None] + offsets,
-        weights.to(dtype),
+        torch.randn(1, pixels, heads, channels).to(device, dtype),
+        shapes.to(device),
+        (centres[:, None, None, None] + offsets).to(device),
+        weights.to(device, dtype),
     )
 
 
@@ -81,23 +83,28 @@ def implementations() -> dict[str, Operator]:
     return found
 
 
-def seconds_in_turn(calls: dict[str, Callable[[], object]], runs: int) -> dict[str, float]:
+def seconds_in_turn(
+    calls: dict[str, Callable[[], object]], runs: int, device: str = "cpu"
+) -> dict[str, float]:
     """Measure the median time of each call over ``runs`` rounds, after a warm-up call."""
+    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
     taken: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(runs + 1):
         for name, call in calls.items():
+            wait()
             start = time.perf_counter()
             call()
+            wait()
             if turn:
                 taken[name].append(time.perf_counter() - start)
     return {name: statistics.median(times) for name, times in taken.items()}
 
 
-def measure_fused(size: str, kind: str, dtype: torch.dtype, runs: int) -> None:
+def measure_fused(size: str, kind: str, dtype: torch.dtype, runs: int, device: str) -> None:
     """Print a line for the fused operator, compared with separate softmax and scaling."""
-    value, shapes, locations, weights = arguments(size, kind, dtype)
+    value, shapes, locations, weights = arguments(size, kind, dtype, device)
     points = locations[0, :, 0, 0, 0].contiguous()
-    offsets = (torch.randn(locations.shape) * SPREAD).to(dtype)
+    offsets = (torch.randn_like(locations) * SPREAD).to(dtype)
     logits = weights.log()
 
     def before(operator: Operator) -> Tensor:
@@ -112,6 +119,7 @@ def measure_fused(size: str, kind: str, dtype: torch.dtype, runs: int) -> None:
                 "composed": lambda: before(reference.ms_deform_attn),
             },
             runs,
+            device,
         )
     line = f"{size} {kind:<9} {str(dtype)[6:]:<8} fused    {taken['ours'] * 1e3:7.2f} ms"
     for name in ("not fused", "composed"):
@@ -119,17 +127,22 @@ def measure_fused(size: str, kind: str, dtype: torch.dtype, runs: int) -> None:
     print(line, flush=True)
 
 
-def load_bandwidth(size: int) -> float:
+def load_bandwidth(size: int, device: str) -> float:
     """Measure the bytes per second of summing ``size`` bytes of float32."""
-    tensor = torch.ones(size // 4)
-    return size / seconds_in_turn({"sum": tensor.sum}, 25)["sum"]
+    tensor = torch.ones(size // 4, device=device)
+    return size / seconds_in_turn({"sum": tensor.sum}, 25, device)["sum"]
 
 
 def measure(
-    size: str, kind: str, dtype: torch.dtype, runs: int, operators: dict[str, Operator]
+    size: str,
+    kind: str,
+    dtype: torch.dtype,
+    runs: int,
+    operators: dict[str, Operator],
+    device: str,
 ) -> dict[str, float]:
     """Print a line for each direction; return the ratio of ``composed`` to ours for each."""
-    given = arguments(size, kind, dtype)
+    given = arguments(size, kind, dtype, device)
     # ``composed`` computes in the dtype of its locations. The other implementations need locations
     # in the dtype of the values.
     forward: dict[str, Callable[[], object]] = {}
@@ -146,11 +159,11 @@ def measure(
             o, i, g, retain_graph=True
         )
     read = given[3].numel() * 4 * given[0].shape[3] * given[0].element_size()
-    plain = load_bandwidth(given[0].numel() * given[0].element_size())
+    plain = load_bandwidth(given[0].numel() * given[0].element_size(), device)
     ratios = {}
     for direction, calls in (("forward", forward), ("backward", backward)):
         with torch.set_grad_enabled(direction == "backward"):
-            taken = seconds_in_turn(calls, runs)
+            taken = seconds_in_turn(calls, runs, device)
         line = f"{size} {kind:<9} {str(dtype)[6:]:<8} {direction:<8} {taken['ours'] * 1e3:7.2f} ms"
         for name, time_taken in taken.items():
             if name != "ours":
@@ -166,13 +179,14 @@ def measure(
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=9, help="rounds of which the median is taken")
+    parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     torch.manual_seed(0)
-    print(f"{implementation('cpu').why}; {torch.get_num_threads()} threads")
+    print(f"{implementation(options.device).why}; {torch.get_num_threads()} threads")
     operators = implementations()
     for dtype in (torch.float32, torch.bfloat16):
         found = {
-            (size, kind): measure(size, kind, dtype, options.runs, operators)
+            (size, kind): measure(size, kind, dtype, options.runs, operators, options.device)
             for size in HEADS
             for kind in ("injector", "extractor")
         }
@@ -184,4 +198,4 @@ if __name__ == "__main__":
             )
         for size in HEADS:
             for kind in ("injector", "extractor"):
-                measure_fused(size, kind, dtype, options.runs)
+                measure_fused(size, kind, dtype, options.runs, options.device)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchvision.ops import nms, roi_align
 
 from vitadapter_zoo.models import adapter, heads, necks, uniperceiver, vit, vit_adapter
-from vitadapter_zoo.models.boxes import ROI_STRIDES, anchors, decode
+from vitadapter_zoo.models.boxes import ROI_STRIDES, anchors, box_limits, decode
 
 Grid = tuple[int, int]
 
@@ -305,7 +305,7 @@ def propose(head: heads.RPNHead, maps: list[Tensor], size: Grid) -> heads.Propos
         scores, order = scores[: heads.PROPOSALS], order[: heads.PROPOSALS]
         grid = anchors(x.shape[2], x.shape[3], stride, x.device)
         deltas = deltas.permute(1, 2, 0).reshape(-1, 4)[order]
-        boxes = decode(grid[order], deltas, heads.RPN_STDS, size)
+        boxes = decode(grid[order], deltas, heads.RPN_STDS, box_limits([size], grid)[0])
         solid = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(dim=1)
         kept.append((boxes[solid], scores[solid], torch.full_like(order[solid], level)))
     boxes, scores, levels = (torch.cat(parts) for parts in zip(*kept, strict=True))
@@ -342,7 +342,8 @@ def detect_boxes(
     deltas = linear(head.fc_reg, x)
     classes = scores.shape[1]
     sources = proposals.boxes[:, None].expand(-1, classes, 4).reshape(-1, 4)
-    boxes = decode(sources, deltas.reshape(-1, 4), heads.BOX_STDS, size)
+    limits = box_limits([size], sources)[0]
+    boxes = decode(sources, deltas.reshape(-1, 4), heads.BOX_STDS, limits)
     boxes = boxes / boxes.new_tensor(scale)
     labels = torch.arange(classes, device=scores.device).expand_as(scores).reshape(-1)
     chosen = (scores.reshape(-1) > score_threshold).nonzero().squeeze(1)

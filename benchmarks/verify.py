@@ -67,20 +67,20 @@ def categories() -> list[dict[str, Any]]:
     return [{"id": key, "name": name} for key, name in pairs]
 
 
-def standin(name: str) -> MaskRCNN:
+def standin(name: str, device: str) -> MaskRCNN:
     """Build the row's detector with stand-in weights."""
     with torch.device("meta"):
         model = build(vitadapter_zoo.get_row(name))
     model.load_state_dict(standins.state_dict(name), assign=True)
-    return model.eval()
+    return model.to(device).eval()
 
 
-def measure_hours(count: int, folder: Path) -> None:
+def measure_hours(count: int, folder: Path, device: str) -> None:
     """Estimate the time of val2017 with each row from ``count`` images."""
     pictures = scenes.draw_pictures(folder / "val2017", count, size=SIZE)
     data = block_data(pictures, folder / "pictures.json")
     for name in vitadapter_zoo.list_models():
-        model = standin(name)
+        model = standin(name, device)
         with torch.inference_mode():
             model.detect([model.preprocess(pictures[0])])
         taken = seconds(lambda: vitadapter_zoo.verify(model, data, run=folder / name))  # noqa: B023
@@ -91,9 +91,9 @@ def measure_hours(count: int, folder: Path) -> None:
         )
 
 
-def measure_verify(name: str, count: int, folder: Path) -> None:
+def measure_verify(name: str, count: int, folder: Path, device: str) -> None:
     """Measure verifications of blocks of images and the network alone on the same images."""
-    model = standin(name)
+    model = standin(name, device)
     pictures = scenes.draw_pictures(folder / "val2017", count, size=SIZE)
     whole = {"verify": 0.0, "bare": 0.0}
     with torch.inference_mode():
@@ -305,15 +305,16 @@ def main() -> None:
     parser.add_argument("--model", default="adapter-t-deit-3x")
     parser.add_argument("--scored", type=int, default=5000)
     parser.add_argument("--hours", type=int, metavar="N")
+    parser.add_argument("--device", default="cpu", help="of the network")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if options.hours:
-            measure_hours(options.hours, folder)
+            measure_hours(options.hours, folder, options.device)
             return
         measure_masks(folder)
         measure_scoring(options.scored, folder)
-        measure_verify(options.model, options.images, folder)
+        measure_verify(options.model, options.images, folder, options.device)
 
 
 if __name__ == "__main__":

@@ -4,11 +4,22 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from gpu_common import PHOTO, Found, differentiable, in_turn, milliseconds, random_model, set_tf32
+from gpu_common import (
+    PHOTO,
+    Found,
+    Setting,
+    differentiable,
+    in_parts,
+    in_turn,
+    milliseconds,
+    random_model,
+    set_tf32,
+)
 from torch import Tensor
 
 from vitadapter_zoo import MaskRCNN
 from vitadapter_zoo.images import NetworkInput
+from vitadapter_zoo.models.graphs import CALLS_BEFORE
 from vitadapter_zoo.ops import ms_deform_attn, ms_deform_attn_fused, reference
 from vitadapter_zoo.ops.reference import locate
 
@@ -18,46 +29,82 @@ SIZES = {
     "B": "adapter-b-deit-3x",
     "L": "adapter-l-augreg-3x",
 }
-PRECISIONS = {
-    "float32": (torch.float32, False),
-    "tf32": (torch.float32, True),
-    "bfloat16": (torch.bfloat16, False),
-    "float16": (torch.float16, False),
-}
 Call = Callable[[], object]
 
 
-def operator_speed() -> Found:
+def attention(setting: Setting) -> Found:
+    """Find which kernel computes T's global and windowed attention; half precision: flash's."""
+    from vitadapter_zoo.models.vit import self_attention
+
+    def kernels(dtype: torch.dtype, length: int) -> list[str]:
+        qkv = torch.randn(4, length, 3 * 192, device=setting.device).to(dtype)
+        with torch.inference_mode():
+            names = _kernel_names(setting, partial(self_attention, qkv, 3))
+        if setting.on_gpu and dtype != torch.float32 and not any("flash" in x for x in names):
+            raise AssertionError(f"no flash kernel among {names}")
+        return names
+
+    return in_parts(
+        {
+            f"{label}, {length} tokens": partial(kernels, dtype, length)
+            for label, (dtype, _) in setting.precisions.items()
+            for length in (196, 400 if setting.quick else 3800)
+        }
+    )
+
+
+def _kernel_names(setting: Setting, call: Call) -> list[str]:
+    """Return the kernels of a call; on the CPU the operators."""
+    call()
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if setting.on_gpu:
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profiler:
+        call()
+        setting.synchronize()
+    kind = "CUDA" if setting.on_gpu else "CPU"
+    names = {event.name[:90] for event in profiler.events() if event.device_type.name == kind}
+    return sorted(names)
+
+
+def operator_speed(setting: Setting) -> Found:
     """Compare the operator with grid_sample, in eager mode and with torch.compile.
 
     Forward and backward times are between two events around a call, including Python's overhead.
     ``kernel`` is the time per call in a CUDA graph of 20 calls, without Python's overhead.
     """
-    found: Found = {"forward": [], "kernel": [], "backward": []}
-    for dtype in (torch.float32, torch.bfloat16):
-        for size in ("T", "L"):
-            for kind in ("injector", "extractor"):
-                plain, fused = _operator_arguments(size, kind, dtype)
-                label = f"{size} {kind} {str(dtype)[6:]}"
-                calls = _forward_calls(plain, fused, compiled=size == "T")
-                with torch.no_grad():
-                    found["forward"].append(_line(label, in_turn(calls)))
-                    kernels = {name: calls[name] for name in ("fused", "plain", "grid_sample")}
-                    found["kernel"].append(
-                        _line(label, {name: _in_graph(call) for name, call in kernels.items()})
-                    )
-                found["backward"].append(_line(label, in_turn(_backward_calls(plain, fused), 9)))
-    return found
+    sizes = ("T",) if setting.quick else ("T", "L")
+    dtypes = (torch.float32,) if setting.quick else (torch.float32, torch.bfloat16)
+    return in_parts(
+        {
+            f"{size} {kind} {str(dtype)[6:]}": partial(_operator_times, setting, size, kind, dtype)
+            for dtype in dtypes
+            for size in sizes
+            for kind in ("injector", "extractor")
+        }
+    )
+
+
+def _operator_times(setting: Setting, size: str, kind: str, dtype: torch.dtype) -> Found:
+    plain, fused = _operator_arguments(setting, size, kind, dtype)
+    calls = _forward_calls(plain, fused, compiled=size == "T" and setting.on_gpu)
+    with torch.no_grad():
+        forward = in_turn(setting, calls)
+        kernels = {
+            name: _in_graph(setting, calls[name]) for name in ("fused", "plain", "grid_sample")
+        }
+    backward = in_turn(setting, _backward_calls(plain, fused), 9)
+    return {"forward": _line(forward), "kernel": _line(kernels), "backward": _line(backward)}
 
 
 def _operator_arguments(
-    size: str, kind: str, dtype: torch.dtype
+    setting: Setting, size: str, kind: str, dtype: torch.dtype
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Create arguments of the plain and of the fused operator."""
     import ms_deform_attn as benchmark
 
     value, shapes, locations, weights = (
-        tensor.cuda() for tensor in benchmark.arguments(size, kind, dtype)
+        tensor.to(setting.device) for tensor in benchmark.arguments(size, kind, dtype)
     )
     points = locations[0, :, 0, 0, 0].contiguous()
     offsets = (torch.randn_like(locations) * benchmark.SPREAD).to(dtype)
@@ -100,8 +147,10 @@ def _backward_calls(plain: tuple[Tensor, ...], fused: tuple[Tensor, ...]) -> dic
     return calls
 
 
-def _in_graph(call: Call, times: int = 20) -> float:
-    """Measure the milliseconds per call in a CUDA graph of ``times`` calls."""
+def _in_graph(setting: Setting, call: Call, times: int = 20) -> float:
+    """Measure the milliseconds per call in a CUDA graph of ``times`` calls; a call on the CPU."""
+    if not setting.on_gpu:
+        return milliseconds(setting, call, runs=1)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         call()
@@ -110,36 +159,50 @@ def _in_graph(call: Call, times: int = 20) -> float:
     with torch.cuda.graph(graph):
         for _ in range(times):
             call()
-    return milliseconds(graph.replay, runs=10) / times
+    return milliseconds(setting, graph.replay, runs=10) / times
 
 
-def _line(label: str, taken: dict[str, float]) -> str:
-    return f"{label}: " + ", ".join(f"{name} {ms * 1e3:.0f} us" for name, ms in taken.items())
+def _line(taken: dict[str, float]) -> str:
+    return ", ".join(f"{name} {ms * 1e3:.0f} us" for name, ms in taken.items())
 
 
-def image_speed() -> Found:
+def image_speed(setting: Setting) -> Found:
     """Measure images per second of whole detectors, single images and batches, and the original."""
-    found: Found = {"images_per_second": []}
-    for size, name in SIZES.items():
-        for label, (dtype, tf32) in PRECISIONS.items():
-            set_tf32(tf32)  # for the parts that are called without `detect`
-            model = random_model(name, dtype, allow_tf32=tf32)
-            item = model.preprocess(str(PHOTO))
-            with torch.inference_mode():
-                rates = [_rate(model, item, batch, 8 if size in "TS" else 4) for batch in (1, 8)]
-                rates += _feature_times(model, item.tensor.to("cuda", dtype))
-            found["images_per_second"].append(f"{size} {label}: {', '.join(rates)}")
-            del model
-            torch.cuda.empty_cache()
-    return found
+    sizes = {"T": SIZES["T"]} if setting.quick else SIZES
+    return in_parts(
+        {
+            f"{size} {label}": partial(_image_rates, setting, size, dtype, allow_tf32=tf32)
+            for size in sizes
+            for label, (dtype, tf32) in setting.precisions.items()
+        }
+    )
 
 
-def _rate(model: MaskRCNN, item: NetworkInput, batch: int, runs: int) -> str:
-    ms = milliseconds(partial(model.detect, [item] * batch), runs=runs, warm_up=2)
-    return f"batch {batch}: {batch / ms * 1e3:.1f}"
+def _image_rates(setting: Setting, size: str, dtype: torch.dtype, *, allow_tf32: bool) -> str:
+    set_tf32(allow_tf32)  # for the parts that are called without `detect`
+    model = random_model(setting, SIZES[size], dtype, allow_tf32=allow_tf32)
+    item = model.preprocess(str(PHOTO))
+    runs = 8 if size in "TS" else 4
+    with torch.inference_mode():
+        rates = [_rate(setting, model, [item] * batch, runs) for batch in (1, 8)]
+        rates += [_rate(setting, model, [item] * n, runs, repeated=True) for n in (1, 8)]
+        rates += _feature_times(setting, model, item.tensor.to(setting.device, dtype))
+    del model
+    if setting.on_gpu:
+        torch.cuda.empty_cache()
+    return ", ".join(rates)
 
 
-def _feature_times(model: MaskRCNN, pixels: Tensor) -> list[str]:
+def _rate(
+    setting: Setting, model: MaskRCNN, items: list[NetworkInput], runs: int, repeated: bool = False
+) -> str:
+    call = partial(model.detect, items, repeated=repeated)
+    ms = milliseconds(setting, call, runs=runs, warm_up=CALLS_BEFORE + 1 if repeated else 2)
+    kind = " with a graph" if repeated else ""
+    return f"batch {len(items)}{kind}: {len(items) / ms * 1e3:.1f}/s"
+
+
+def _feature_times(setting: Setting, model: MaskRCNN, pixels: Tensor) -> list[str]:
     """Measure the milliseconds of backbone and neck, ours and in the original arrangement."""
     import original
 
@@ -149,45 +212,61 @@ def _feature_times(model: MaskRCNN, pixels: Tensor) -> list[str]:
     def theirs() -> object:
         return original.neck(model.neck, original.backbone(model.backbone, pixels))
 
-    lines = [f"backbone and neck {milliseconds(ours, runs=8, warm_up=1):.1f} ms"]
+    lines = [f"backbone and neck {milliseconds(setting, ours, runs=8, warm_up=1):.1f} ms"]
     if pixels.dtype == torch.float32:
-        lines.append(f"original arrangement {milliseconds(theirs, runs=8, warm_up=1):.1f} ms")
+        ms = milliseconds(setting, theirs, runs=8, warm_up=1)
+        lines.append(f"original arrangement {ms:.1f} ms")
     return lines
 
 
-def training_speed() -> Found:
+def training_speed(setting: Setting) -> Found:
     """Measure forward and backward of T's backbone and neck: 2 images, 512 x 512, bfloat16."""
     set_tf32(True)
-    model = random_model("adapter-t-deit-3x").train()
-    image = torch.randn(2, 3, 512, 512, device="cuda")
+    model = random_model(setting, SIZES["T"]).train()
+    side = 64 if setting.quick else 512
+    image = torch.randn(2, 3, side, side, device=setting.device)
 
     def step() -> None:
-        with torch.autocast("cuda", torch.bfloat16):
+        with torch.autocast(setting.device, torch.bfloat16):
             maps = model.neck(model.backbone(image))
             loss = torch.stack([level.float().square().mean() for level in maps]).sum()
         loss.backward()
         model.zero_grad()
 
-    return {
-        "backbone_and_neck_ms": round(milliseconds(step, runs=10), 1),
-        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
-    }
+    found: Found = {"backbone_and_neck_ms": round(milliseconds(setting, step, runs=10), 1)}
+    if setting.on_gpu:
+        found["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+    return found
 
 
-def profile() -> Found:
-    """Count kernels and synchronizations of T on an image in bfloat16; measure the busy share."""
-    model = random_model("adapter-t-deit-3x", torch.bfloat16)
+def profile(setting: Setting) -> Found:
+    """Count kernels and synchronizations of T on an image in bfloat16, without and with a graph."""
+    model = random_model(setting, SIZES["T"], torch.bfloat16)
     item = model.preprocess(str(PHOTO))
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    return in_parts(
+        {
+            "without_a_graph": partial(_profile_of, setting, partial(model.detect, [item])),
+            "with_a_graph": partial(
+                _profile_of, setting, partial(model.detect, [item], repeated=True)
+            ),
+        }
+    )
+
+
+def _profile_of(setting: Setting, call: Call) -> Found:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if setting.on_gpu:
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.inference_mode():
-        for _ in range(3):
-            model.detect([item])
-        torch.cuda.synchronize()
+        for _ in range(CALLS_BEFORE + 2):
+            call()
+        setting.synchronize()
         with torch.profiler.profile(activities=activities) as profiler:
-            model.detect([item])
-            torch.cuda.synchronize()
-    events = profiler.events()
-    kernels = [event for event in events if event.device_type.name == "CUDA"]
+            call()
+            setting.synchronize()
+    events = list(profiler.events())
+    kind = "CUDA" if setting.on_gpu else "CPU"
+    kernels = [event for event in events if event.device_type.name == kind]
     span = max(event.time_range.end for event in events)
     span -= min(event.time_range.start for event in events)
     times: dict[str, float] = {}

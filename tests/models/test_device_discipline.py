@@ -14,6 +14,7 @@ import pytest
 import scenes
 import torch
 from fake_cuda import Device, FakeTensor
+from recorded import RecordedCapture
 from torch import Tensor
 
 from vitadapter_zoo import MaskRCNN, ZooError, get_row
@@ -22,7 +23,10 @@ from vitadapter_zoo.evaluation.dataset import Image
 from vitadapter_zoo.evaluation.evaluator import Evaluator, Prepared, read
 from vitadapter_zoo.evaluation.identity import precision
 from vitadapter_zoo.models import boxes, build, heads
+from vitadapter_zoo.models.adapter import Geometry
+from vitadapter_zoo.models.graphs import CALLS_BEFORE, Graphs
 from vitadapter_zoo.models.losses import losses
+from vitadapter_zoo.models.vit import resized_position_embedding
 
 # Of one image: suppression of proposals, suppression of boxes, and the download.
 WAITS_OF_AN_IMAGE = 3
@@ -127,6 +131,59 @@ def test_verify_waits_three_times_an_image(cuda: Device, labelled: MaskRCNN, pic
         assert len(result.masks) > 3
 
     assert waits(cuda, one_image) <= WAITS_OF_AN_IMAGE
+
+
+def test_backbone_neck_and_proposal_head_fit_into_a_graph(
+    cuda: Device, labelled: MaskRCNN, nano: MaskRCNN, picture: Path
+) -> None:
+    capture = RecordedCapture(cuda)
+    labelled.graphs = Graphs(capture)
+    items = [labelled.preprocess(picture), labelled.preprocess(picture)]
+    items[1] = replace(items[1], tensor=items[1].tensor.flip(-1))
+    with torch.inference_mode():
+        expected = [nano.detect([item])[0] for item in items]
+        labelled.detect([items[0]])
+        cuda.launches = 0
+        labelled.detect([items[0]])
+        usual = cuda.launches
+        for number in range(CALLS_BEFORE + 4):
+            cuda.launches = 0
+            cuda.waits.clear()
+            found = labelled.detect([items[number % 2]], repeated=True)[0]
+            assert len(found.boxes) > 3
+            torch.testing.assert_close(found.boxes, expected[number % 2].boxes, rtol=1e-3, atol=0.1)
+    assert capture.captured == 1
+    assert capture.waits == 0
+    assert cuda.synchronisations <= WAITS_OF_AN_IMAGE
+    assert cuda.launches < 0.4 * usual, (cuda.launches, usual, capture.launches)
+
+
+def test_a_graph_keeps_the_constants_that_it_reads(
+    cuda: Device, labelled: MaskRCNN, picture: Path
+) -> None:
+    capture = RecordedCapture(cuda)
+    labelled.graphs = Graphs(capture)
+    item = labelled.preprocess(picture)
+    with torch.inference_mode():
+        for _ in range(CALLS_BEFORE + 1):
+            labelled.detect([item], repeated=True)
+    ((graph, _),) = labelled.graphs._graphs.values()
+    held = {id(tensor) for tensor in graph.held}
+    geometry = Geometry.of(item.tensor.to("cuda", non_blocking=True))
+    assert {id(x) for x in (geometry.prior_points, geometry.trunk_points)} <= held
+    assert {id(x) for x in labelled.backbone.parameters()} <= held
+
+
+def test_a_position_embedding_is_resized_by_products(cuda: Device) -> None:
+    for side, height, width in ((14, 50, 76), (14, 5, 9), (37, 37, 12)):
+        embedding = torch.randn(side * side, 8, generator=torch.Generator().manual_seed(0))
+        for dtype in (torch.float32, torch.bfloat16):
+            expected = resized_position_embedding(embedding.to(dtype), height, width)
+            found = resized_position_embedding(embedding.to(dtype).to("cuda"), height, width)
+            assert (found.dtype, found.shape) == (dtype, expected.shape)
+            torch.testing.assert_close(
+                found.cpu(), expected, atol=2e-6, rtol=1e-5 + 8e-3 * (dtype == torch.bfloat16)
+            )
 
 
 def test_tf32_is_part_of_a_run_s_identity(labelled: MaskRCNN, nano: MaskRCNN) -> None:

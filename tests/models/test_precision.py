@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vitadapter_zoo.models.precision import float32_precision
+from vitadapter_zoo.models.precision import float32_precision, usual_state
 
 
 def switches() -> tuple[str, str]:
@@ -32,3 +32,20 @@ def test_other_devices_leave_the_switches_alone() -> None:
     before = switches()
     with float32_precision(torch.device("cpu"), allow_tf32=True):
         assert switches() == before
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_programs_that_use_both_kinds_of_settings(device: str) -> None:
+    """Reading the older setting then raises an error."""
+    products = torch.backends.cuda.matmul
+    before = products.fp32_precision
+    products.fp32_precision = "tf32"
+    try:
+        with pytest.raises(RuntimeError, match="legacy"):
+            torch.get_float32_matmul_precision()
+        with float32_precision(torch.device(device), allow_tf32=False), usual_state():
+            assert products.fp32_precision == "ieee"
+            assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"  # type: ignore[attr-defined]
+        assert products.fp32_precision == "tf32"
+    finally:
+        products.fp32_precision = before

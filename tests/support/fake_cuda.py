@@ -65,6 +65,10 @@ class FakeTensor(Tensor):
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
+    def data_ptr(self) -> int:
+        """Return the address on the CPU; wrappers have none."""
+        return self.original_tensor.data_ptr()
+
     def tolist(self) -> Any:
         """Download, as `Tensor.tolist` does on CUDA; it refuses subclasses."""
         return self.cpu().tolist()

@@ -33,3 +33,20 @@ def usable_device(name: str) -> torch.device:
         reason = shown(str(error).splitlines()[0])
         raise ZooError(f"the device {quoted(name)} cannot be used here: {reason}") from error
     return device
+
+
+def chosen_device(name: str | None, *, quiet: bool = False) -> torch.device:
+    """Return the device of ``--device``; without that option the default, and say if it is a GPU.
+
+    Raises:
+        ZooError: as `usable_device`.
+    """
+    import click
+
+    device = usable_device(name or default_device())
+    if name is None and device.type == "cuda" and not quiet:
+        import torch
+
+        gpu = torch.cuda.get_device_name(device)
+        click.echo(f"computing on cuda ({gpu}); --device cpu takes the processor", err=True)
+    return device

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from vitadapter_zoo.cli import predict_output as output
-from vitadapter_zoo.cli.devices import default_device, usable_device
+from vitadapter_zoo.cli.devices import chosen_device
 from vitadapter_zoo.cli.models import check_presence, model_names
 from vitadapter_zoo.errors import ZooError
 
@@ -138,7 +138,7 @@ def predict(
     total = 0
     with overlays, output.progress_bar(chosen, shown=show_bar) as advance:
         images = items(chosen, stride=stride, max_frames=max_frames)
-        for item, found in model.stream_items(images, score, batch_size=batch_size):
+        for item, found in model.stream_items(images, score, batch_size=batch_size, repeated=True):
             drawn = overlays.add(item, found)
             if rows is not None:
                 rows.add(item, found)
@@ -210,7 +210,7 @@ def _load(
 
     from vitadapter_zoo.loader import load
 
-    place = usable_device(device or default_device())
+    place = chosen_device(device, quiet=quiet)
     if dtype == "float16" and place.type == "cpu":
         raise ZooError("float16 needs a GPU; take --dtype bfloat16 on the CPU")
     model = load(

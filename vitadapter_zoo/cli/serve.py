@@ -51,11 +51,11 @@ def serve(
     Ctrl-C stops it. Pictures are kept in a temporary folder, which is removed at the end.
     """
     from vitadapter_zoo import web
-    from vitadapter_zoo.cli.devices import default_device, usable_device
+    from vitadapter_zoo.cli.devices import chosen_device
     from vitadapter_zoo.web.app import temporary_folder
     from vitadapter_zoo.web.models import Work
 
-    place = str(usable_device(device or default_device()))
+    place = str(chosen_device(device))
     work = Work()
     with temporary_folder():
         page = web.build(models, device=place, work=work)

@@ -81,8 +81,8 @@ could not run, else 1 if any was refuted, else 3 if any was inconclusive.
     help="mmdet: run the same weights in mmdet, with its own test pipeline.",
 )  # fmt: skip
 @click.option(
-    "--batch-size", type=click.IntRange(1), default=1, show_default=True, metavar="N",
-    help="Images per forward pass; each N needs its own run.",
+    "--batch-size", type=click.IntRange(1), metavar="N",
+    help="Images per forward pass; each N needs its own run.  [default: 1; on a GPU by its memory]",
 )  # fmt: skip
 @click.option("--workers", type=click.IntRange(1), metavar="N", help="Number of worker processes.")
 @click.option("--ray", metavar="auto|ADDRESS", help="Run on the nodes of a Ray cluster.")
@@ -119,7 +119,7 @@ def verify(
     dtype: str,
     tf32: bool,
     backend: Literal["native", "mmdet"],
-    batch_size: int,
+    batch_size: int | None,
     workers: int | None,
     ray: str | None,
     threads: int | None,
@@ -143,11 +143,11 @@ def verify(
         check_presence(name, checkpoint, offline)
     import torch
 
-    from vitadapter_zoo.cli.devices import default_device, usable_device
+    from vitadapter_zoo.cli.devices import chosen_device, default_device
     from vitadapter_zoo.evaluation.options import Options
 
-    device = device or (default_device() if ray is None else "cpu")
-    if tf32 and (dtype != "float32" or not device.startswith("cuda")):
+    kind = device or (default_device() if ray is None else "cpu")
+    if tf32 and (dtype != "float32" or not kind.startswith("cuda")):
         raise click.UsageError("--tf32 needs --device cuda and --dtype float32")
     options = Options(
         checkpoint=checkpoint,
@@ -156,7 +156,7 @@ def verify(
         seed=seed,
         expected=expect,
         skip_bad_images=skip_bad_images,
-        device=usable_device(device) if ray is None else device,
+        device=chosen_device(device, quiet=quiet) if ray is None else kind,
         dtype=getattr(torch, dtype),
         backend=backend,
         workers=workers,
@@ -177,7 +177,9 @@ def verify(
         _tell_all(evaluate, data.annotations, as_json, folder)
 
 
-def _check_backend(backend: str, *, has_workers: bool, batch_size: int, ignore_exif: bool) -> None:
+def _check_backend(
+    backend: str, *, has_workers: bool, batch_size: int | None, ignore_exif: bool
+) -> None:
     """Refuse options that the backend does not have.
 
     Raises:
@@ -185,7 +187,7 @@ def _check_backend(backend: str, *, has_workers: bool, batch_size: int, ignore_e
     """
     if backend == "mmdet" and has_workers:
         raise click.UsageError("--backend mmdet runs in one process, without --workers and --ray")
-    if batch_size > 1 and (backend == "mmdet" or has_workers):
+    if (batch_size or 1) > 1 and (backend == "mmdet" or has_workers):
         raise click.UsageError("--batch-size needs one process and the native backend")
     if backend == "mmdet" and ignore_exif:
         raise click.UsageError("--ignore-exif needs --backend native: mmdet applies EXIF rotations")

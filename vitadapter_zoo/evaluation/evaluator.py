@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -21,10 +21,12 @@ from vitadapter_zoo.evaluation.ids import Id
 from vitadapter_zoo.evaluation.run import ImageResult
 from vitadapter_zoo.images import NetworkInput, stored_pixels
 from vitadapter_zoo.models import MaskRCNN
+from vitadapter_zoo.models.constants import pinned
 from vitadapter_zoo.ops.masks import paste_rle
 from vitadapter_zoo.text import shown
 
 DECODERS = 4  # threads that feed a GPU
+ENCODERS = 2  # threads that encode a GPU's masks
 MOST_WAITING = 4  # batches of images of different sizes in memory
 AHEAD = 2  # images that are decoded ahead of the network, and images that wait for encoding
 
@@ -75,12 +77,14 @@ class Evaluator:
         except ImageError as error:
             reason = f"{shown(image.path, 300)}: {error}"
             return ImageResult(image.image_id, image.size, image_sha256=digest, skipped=reason)
-        return Prepared(image, digest, prepared)
+        # Pinned here, beside the network, whose thread would otherwise copy the pixels.
+        weights = next(self.model.parameters())
+        return Prepared(image, digest, replace(prepared, tensor=pinned(prepared.tensor, weights)))
 
     @torch.inference_mode()
     def detect(self, prepared: Prepared) -> Instances | Detections:
         """Run the network."""
-        return self.model.detect([prepared.input])[0]
+        return self.model.detect([prepared.input], repeated=True)[0]
 
     @torch.inference_mode()
     def detect_together(
@@ -94,7 +98,8 @@ class Evaluator:
         if batch_size == 1:
             return [self.detect(prepared) for prepared in batch]
         filled = [*batch, *batch[-1:] * (batch_size - len(batch))]
-        return self.model.detect([prepared.input for prepared in filled])[: len(batch)]
+        inputs = [prepared.input for prepared in filled]
+        return self.model.detect(inputs, repeated=True)[: len(batch)]
 
     def finish(self, prepared: Prepared, found: Instances | Detections) -> ImageResult:
         """Encode detections as COCO results."""
@@ -164,36 +169,43 @@ def stream(
     *,
     batch_size: int = 1,
     decoders: int = 1,
+    encoders: int = 1,
 ) -> None:
     """Evaluate images; the network runs in this thread, decoding and encoding in others.
 
     Args:
         evaluator: the detector.
         tasks: the images; other threads take them, a few images ahead.
-        keep: called with each result, in another thread; in order if ``batch_size`` is 1 and there
-            is one decoder.
+        keep: called with each result, in another thread, one call at a time; in order if
+            ``batch_size`` is 1 and there is one decoder and one encoder.
         batch_size: images of one padded size that the network computes together.
         decoders: threads that decode.
+        encoders: threads that encode masks.
     """
     with (
         ThreadPoolExecutor(decoders, "decode") as decoder,
-        ThreadPoolExecutor(1, "encode") as encoder,
+        ThreadPoolExecutor(encoders, "encode") as encoder,
     ):
         ended = threading.Event()
         one_at_a_time = threading.Lock()
+        one_keeps = threading.Lock()
 
         def next_prepared() -> Prepared | ImageResult | None:
             with one_at_a_time:
                 task = None if ended.is_set() else next(tasks, None)
             return None if task is None else evaluator.prepare(task)
 
+        def store(result: ImageResult) -> None:
+            with one_keeps:
+                keep(result)
+
         def finish(prepared: Prepared, found: Instances | Detections) -> None:
-            keep(evaluator.finish(prepared, found))
+            store(evaluator.finish(prepared, found))
 
         def compute(batch: list[Prepared]) -> None:
             found = evaluator.detect_together(batch, batch_size)
             going.extend(encoder.submit(finish, *pair) for pair in zip(batch, found, strict=True))
-            while len(going) > AHEAD * batch_size:
+            while len(going) > AHEAD * batch_size * encoders:
                 going.popleft().result()
 
         coming = deque(decoder.submit(next_prepared) for _ in range(AHEAD * decoders))
@@ -206,7 +218,7 @@ def stream(
                     continue
                 coming.append(decoder.submit(next_prepared))
                 if isinstance(prepared, ImageResult):
-                    going.append(encoder.submit(keep, prepared))
+                    going.append(encoder.submit(store, prepared))
                     continue
                 for batch in batches.add(prepared):
                     compute(batch)

@@ -48,7 +48,7 @@ def run_identity(
         else found["machine"]["processor"]
     )
     wanted = ("vitadapter-zoo", "torch", "torchvision", "opencv-python-headless")
-    return {
+    identity = {
         "model": model.row.name,
         "backend": backend,
         "weights_sha256": weights_sha256(model),
@@ -65,9 +65,18 @@ def run_identity(
         "operator": "compiled" if found["operator"][kind]["compiled"] else "reference",
         "resize": "OpenCV bilinear",
         **({"exif": "ignored"} if data.ignore_exif else {}),
-        **({"batch_size": batch_size} if batch_size > 1 else {}),
         "versions": {name: found["versions"][name] for name in wanted},
     }
+    return with_batch_size(identity, batch_size)
+
+
+def with_batch_size(identity: dict[str, Any], batch_size: int) -> dict[str, Any]:
+    """The identity of the same run with another batch size; a single image is not mentioned."""
+    found = {key: value for key, value in identity.items() if key != "batch_size"}
+    if batch_size == 1:
+        return found
+    versions = found.pop("versions")
+    return {**found, "batch_size": batch_size, "versions": versions}
 
 
 def precision(model: MaskRCNN) -> str:

@@ -39,7 +39,7 @@ class Options:
     progress: bool = True
     allow_nonfinite: bool = False
     allow_tf32: bool = False
-    batch_size: int = 1
+    batch_size: int | None = None
 
     def __post_init__(self) -> None:
         if self.backend not in ("native", "mmdet"):
@@ -50,9 +50,10 @@ class Options:
             raise ValueError("limit and max_minutes must be above 0")
         if _is_below(self.workers, 1) or _is_below(self.threads, 1):
             raise ValueError("workers and threads must be at least 1")
-        if self.batch_size < 1 or (self.batch_size > 1 and self.backend == "mmdet"):
+        batch_size = 1 if self.batch_size is None else self.batch_size
+        if batch_size < 1 or (batch_size > 1 and self.backend == "mmdet"):
             raise ValueError("batch_size must be at least 1, and 1 with the mmdet backend")
-        if self.batch_size > 1 and self.has_workers:
+        if batch_size > 1 and self.has_workers:
             raise ValueError("workers compute one image at a time: leave batch_size or workers out")
         if self.expected is not None and not all(0 <= points <= 100 for points in self.expected):
             raise ValueError(f"expected={self.expected}: an AP lies in 0..100")

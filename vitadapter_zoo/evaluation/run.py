@@ -122,6 +122,14 @@ def open_run(directory: Path, identity: Mapping[str, Any]) -> Iterator[Run]:
         yield Run(directory, _read(directory / PREDICTIONS))
 
 
+def has_begun(directory: Path, identity: Mapping[str, Any]) -> bool:
+    """Whether the directory holds a run with this identity."""
+    try:
+        return parse_json((directory / RUN).read_bytes()) == json.loads(json.dumps(identity))
+    except (OSError, ValueError):
+        return False
+
+
 def _claim(path: Path, identity: Mapping[str, Any]) -> None:
     """Write the identity of the run, or check that the stored identity is the same."""
     wanted = json.loads(json.dumps(identity))

@@ -7,8 +7,9 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 
@@ -16,20 +17,21 @@ from vitadapter_zoo import settings
 from vitadapter_zoo.catalog import get_row, list_models
 from vitadapter_zoo.environment import environment
 from vitadapter_zoo.errors import DatasetError, ImageError
+from vitadapter_zoo.evaluation import batching, ids
 from vitadapter_zoo.evaluation import dataset as datasets
-from vitadapter_zoo.evaluation import ids
 from vitadapter_zoo.evaluation.dataset import Dataset, Image
 from vitadapter_zoo.evaluation.evaluator import (
     DECODERS,
+    ENCODERS,
     Evaluator,
     MmdetEvaluator,
     stream,
     until,
 )
-from vitadapter_zoo.evaluation.identity import facts_of, run_directory
+from vitadapter_zoo.evaluation.identity import Facts, facts_of, run_directory, with_batch_size
 from vitadapter_zoo.evaluation.loading import load_detector
 from vitadapter_zoo.evaluation.options import Options
-from vitadapter_zoo.evaluation.run import ImageResult, Run, open_run
+from vitadapter_zoo.evaluation.run import ImageResult, Run, has_begun, open_run
 from vitadapter_zoo.evaluation.verdict import Verification, judge
 from vitadapter_zoo.evaluation.workers.start import worker_pool
 from vitadapter_zoo.text import shown
@@ -69,7 +71,7 @@ def verify(
     progress: bool = True,
     allow_nonfinite: bool = False,
     allow_tf32: bool = False,
-    batch_size: int = 1,
+    batch_size: int | None = None,
     watch: Watch | None = None,
 ) -> Verification:
     """Evaluate a detector on COCO and compare with the published box and mask AP.
@@ -114,7 +116,8 @@ def verify(
         allow_tf32: let a float32 detector use TF32 on CUDA, in a run of its own. A loaded detector
             has an attribute of this name.
         batch_size: images of the same padded size per forward pass, in this process. The last bits
-            of the results depend on it, so each number has its own run.
+            of the results depend on it, so each number has its own run. By default 1 on the CPU;
+            on a GPU the number of the run that is continued, or 1 to 8 by the free memory.
         watch: called after each image with the run and the list of all images to evaluate.
 
     Raises:
@@ -176,14 +179,10 @@ def run_verification(
         else:
             stack.enter_context(_torch_threads(options.threads))
             detector, name = load_detector(model, options)
-            facts = facts_of(detector, data, options.backend, options.batch_size)
-            compute = _in_process(_evaluator(detector, data, options.backend), options.batch_size)
+            facts, batch_size = _batched_facts(detector, name, data, options)
+            compute = _in_process(_evaluator(detector, data, options.backend), batch_size)
         identity = facts.identity
-        place = (
-            run_directory(name, identity, options.cache_dir)
-            if options.run is None
-            else settings.expanded(options.run)
-        )
+        place = _run_place(name, identity, options)
         run = stack.enter_context(open_run(place, identity))
         before = sum(image.image_id in run.results for image in images)
         _evaluate(compute, images, run, deadline, options.skip_bad_images, watch)
@@ -213,6 +212,35 @@ def run_verification(
         images=data.folder,
         details=details,
     )
+
+
+def _run_place(name: str, identity: dict[str, Any], options: Options) -> Path:
+    if options.run is not None:
+        return settings.expanded(options.run)
+    return run_directory(name, identity, options.cache_dir)
+
+
+def _batched_facts(
+    model: MaskRCNN, name: str, data: Dataset, options: Options
+) -> tuple[Facts, int]:
+    """The facts about a detector in this process, and its batch size.
+
+    Where none is given, a run that has begun goes on with its own, whatever memory is free now.
+    """
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    size = 1 if on_cpu and options.batch_size is None else options.batch_size
+    if options.backend == "mmdet":
+        size = 1
+    if size is not None:
+        return facts_of(model, data, options.backend, size), size
+    facts = facts_of(model, data, options.backend)
+    for size in batching.SIZES:
+        identity = with_batch_size(facts.identity, size)
+        if has_begun(_run_place(name, identity, options), identity):
+            break
+    else:
+        size = batching.chosen_size(model)
+    return replace(facts, identity=with_batch_size(facts.identity, size)), size
 
 
 def _row_data(model: str | os.PathLike[str] | MaskRCNN) -> Dataset:
@@ -265,13 +293,13 @@ def _evaluator(model: MaskRCNN, data: Dataset, backend: str) -> Evaluator:
 
 def _in_process(evaluator: Evaluator, batch_size: int) -> Compute:
     on_cpu = next(evaluator.model.parameters()).device.type == "cpu"
-    decoders = 1 if on_cpu else DECODERS
+    decoders, encoders = (1, 1) if on_cpu else (DECODERS, ENCODERS)
 
     def compute(
         images: Iterator[Image], keep: Callable[[ImageResult], None], deadline: float | None
     ) -> None:
         tasks = until(deadline, images)
-        stream(evaluator, tasks, keep, batch_size=batch_size, decoders=decoders)
+        stream(evaluator, tasks, keep, batch_size=batch_size, decoders=decoders, encoders=encoders)
 
     return compute
 

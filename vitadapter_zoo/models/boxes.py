@@ -13,7 +13,7 @@ from torch import Tensor
 from torchvision.ops import nms
 from torchvision.ops import roi_align as torchvision_roi_align
 
-from vitadapter_zoo.models.constants import kept, uploaded
+from vitadapter_zoo.models.constants import constant, kept, uploaded
 from vitadapter_zoo.ops import roi_align as compiled_roi_align
 from vitadapter_zoo.ops.masks import paste_masks as paste_masks
 
@@ -75,19 +75,19 @@ def decode(
 
 
 def box_limits(sizes: Sequence[tuple[int, int]], like: Tensor) -> Tensor:
-    """Return the largest box coordinates of each image, ``[N, 1, 4]``.
+    """Return the largest box coordinates of each image, float32 ``[N, 1, 4]``.
 
     Args:
         sizes: (height, width) of the resized images without their padding.
         like: a tensor on the device of the boxes.
     """
     rows = [side for height, width in sizes for side in (width, height, width, height)]
-    return uploaded(rows, like).view(-1, 1, 4)
+    return uploaded(rows, like.new_empty(0, dtype=torch.float32)).view(-1, 1, 4)
 
 
 def apply_deltas(boxes: Tensor, deltas: Tensor, stds: tuple[float, float, float, float]) -> Tensor:
     """Apply box deltas (R-CNN, arXiv:1311.2524, appendix C) without clipping; see `decode`."""
-    deltas = deltas * uploaded(stds, deltas)
+    deltas = deltas * constant(stds, deltas.dtype, deltas.device)
     centres = (boxes[..., :2] + boxes[..., 2:]) * 0.5
     sides = boxes[..., 2:] - boxes[..., :2]
     centres = centres + sides * deltas[..., :2]
@@ -109,7 +109,8 @@ def encode(boxes: Tensor, targets: Tensor, stds: tuple[float, float, float, floa
     sides = boxes[..., 2:] - boxes[..., :2]
     shifts = (targets[..., :2] + targets[..., 2:]) * 0.5 - (boxes[..., :2] + boxes[..., 2:]) * 0.5
     growth = (targets[..., 2:] - targets[..., :2]) / sides
-    return torch.cat([shifts / sides, growth.log()], dim=-1) / uploaded(stds, boxes)
+    units = constant(stds, boxes.dtype, boxes.device)
+    return torch.cat([shifts / sides, growth.log()], dim=-1) / units
 
 
 def nms_by_group(

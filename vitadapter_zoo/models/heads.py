@@ -43,6 +43,22 @@ class Proposals(NamedTuple):
     scores: Tensor
 
 
+class Candidates(NamedTuple):
+    """Boxes before non-maximum suppression, as many for each image.
+
+    Attributes:
+        boxes: ``[N, M, 4]`` in network pixels.
+        scores: ``[N, M]`` in 0..1.
+        levels: of the map, int64 ``[N, M]``.
+        solid: whether the box has an area, bool ``[N, M]``.
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    levels: Tensor
+    solid: Tensor
+
+
 class BoxDetections(NamedTuple):
     """Detections of one image before their masks; boxes ``[N, 4]`` in image pixels."""
 
@@ -92,35 +108,55 @@ class RPNHead(nn.Module):
         return self.select(self(maps), sizes, PROPOSALS)
 
     def select(
-        self, outputs: list[tuple[Tensor, Tensor]], sizes: list[tuple[int, int]], candidates: int
+        self, outputs: list[tuple[Tensor, Tensor]], sizes: list[tuple[int, int]], count: int
     ) -> list[Proposals]:
         """Return the best 1000 boxes of each image.
 
         Args:
             outputs: from ``forward``.
             sizes: (height, width) of each resized image, network pixels.
-            candidates: boxes per level that enter non-maximum suppression.
+            count: boxes per level that enter non-maximum suppression.
+        """
+        return suppressed(self.candidates(outputs, box_limits(sizes, outputs[0][0]), count))
+
+    def candidates(
+        self, outputs: list[tuple[Tensor, Tensor]], limits: Tensor, count: int = PROPOSALS
+    ) -> Candidates:
+        """Return the boxes that enter non-maximum suppression.
+
+        The shapes of the results depend only on those of the arguments.
+
+        Args:
+            outputs: from ``forward``.
+            limits: `box_limits` of the images.
+            count: boxes per level.
         """
         shapes = tuple((logits.shape[2], logits.shape[3]) for logits, _ in outputs)
         grids = anchor_grids(shapes, RPN_STRIDES, outputs[0][0].device, self.anchor_scale)
-        limits = box_limits(sizes, grids[0])
         kept: list[tuple[Tensor, Tensor, Tensor]] = []
         for level, ((logits, deltas), grid) in enumerate(zip(outputs, grids, strict=True)):
             scores = logits.permute(0, 2, 3, 1).flatten(1).float().sigmoid()
-            scores, best = scores.topk(min(candidates, len(grid)))
+            scores, best = scores.topk(min(count, len(grid)))
             deltas = deltas.permute(0, 2, 3, 1).reshape(len(deltas), -1, 4)
             deltas = deltas.take_along_dim(best[..., None], dim=1).float()
             boxes = decode(grid[best], deltas, RPN_STDS, limits)
             kept.append((boxes, scores, torch.full_like(best, level)))
         boxes, scores, levels = (torch.cat(parts, dim=1) for parts in zip(*kept, strict=True))
         solid = (boxes[..., 2:] > boxes[..., :2]).all(dim=-1)
-        proposals = []
-        # One suppression per image: the shift of a group's boxes, which rounds their coordinates,
-        # depends on the image's largest box.
-        for parts in zip(boxes, scores, levels, solid, strict=True):
-            best = nms_by_group(*parts[:3], RPN_NMS, parts[3])[:PROPOSALS]
-            proposals.append(Proposals(parts[0][best], parts[1][best]))
-        return proposals
+        return Candidates(boxes, scores, levels, solid)
+
+
+def suppressed(found: Candidates) -> list[Proposals]:
+    """Return each image's best 1000 boxes that do not overlap a better box of their level.
+
+    There is one suppression per image: the shift of a group's boxes, which rounds their
+    coordinates, depends on the image's largest box.
+    """
+    proposals = []
+    for boxes, scores, levels, solid in zip(*found, strict=True):
+        best = nms_by_group(boxes, scores, levels, RPN_NMS, solid)[:PROPOSALS]
+        proposals.append(Proposals(boxes[best], scores[best]))
+    return proposals
 
 
 class BoxHead(nn.Module):
@@ -228,19 +264,17 @@ class RoIHead(nn.Module):
         else:
             pending.finite.append(scores.isfinite().all())
         detections = []
-        for proposal, image_scores, image_deltas, size, scale in zip(
+        for proposal, image_scores, image_deltas, limits, scale in zip(
             proposals,
             scores.split(counts),
             deltas.float().split(counts),
-            sizes,
-            scales,
+            box_limits(sizes, scores),
+            uploaded(scales, scores),
             strict=True,
         ):
             rows, labels, valid = _candidates(image_scores, score_threshold, pending)
             chosen_deltas = image_deltas.unflatten(1, (-1, 4))[rows, labels]
-            limits = box_limits([size], chosen_deltas)[0]
-            boxes = decode(proposal.boxes[rows], chosen_deltas, BOX_STDS, limits)
-            boxes = boxes / uploaded(scale, boxes)
+            boxes = decode(proposal.boxes[rows], chosen_deltas, BOX_STDS, limits) / scale
             chosen_scores = image_scores[rows, labels]
             best = nms_by_group(boxes, chosen_scores, labels, BOX_NMS, valid)[:MAX_DETECTIONS]
             detections.append(BoxDetections(boxes[best], chosen_scores[best], labels[best]))
@@ -256,10 +290,8 @@ class RoIHead(nn.Module):
 
         Each mask is that of the detection's class.
         """
-        boxes = [
-            found.boxes * uploaded(scale, found.boxes)
-            for found, scale in zip(detections, scales, strict=True)
-        ]
+        rows = uploaded(scales, detections[0].boxes)
+        boxes = [found.boxes * scale for found, scale in zip(detections, rows, strict=True)]
         labels = torch.cat([found.labels for found in detections])
         logits = self.mask_head(pool_rois(maps, _rois(boxes), 14, self.finest_scale), labels)
         return list(logits.float().sigmoid().split([len(found.labels) for found in detections]))

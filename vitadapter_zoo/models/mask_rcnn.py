@@ -1,9 +1,11 @@
 """The detector: Mask R-CNN, from images to detections or, in training, to losses."""
 
+from __future__ import annotations
+
+import contextlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from os import PathLike
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -13,19 +15,25 @@ from vitadapter_zoo.detections import Detections, Instances
 from vitadapter_zoo.errors import ImageError
 from vitadapter_zoo.images import ImageInput, NetworkInput, network_input
 from vitadapter_zoo.images.sources import Item, Source, expand, expand_lazily, items
-from vitadapter_zoo.models.boxes import ROI_STRIDES
-from vitadapter_zoo.models.constants import uploaded_pixels
+from vitadapter_zoo.models.boxes import ROI_STRIDES, box_limits
+from vitadapter_zoo.models.constants import uploaded_batch
+from vitadapter_zoo.models.graphs import Graphs
 from vitadapter_zoo.models.heads import (
     BoxDetections,
+    Candidates,
     Pending,
     Proposals,
     RoIHead,
     RPNHead,
     not_finite,
+    suppressed,
 )
 from vitadapter_zoo.models.losses import losses
 from vitadapter_zoo.models.objects import Target
-from vitadapter_zoo.models.precision import float32_precision
+from vitadapter_zoo.models.precision import channels_last_weights, float32_precision
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 SCORE_THRESHOLD = 0.05  # as the published AP was measured
 
@@ -47,9 +55,14 @@ class MaskRCNN(nn.Module):
     Attributes:
         allow_tf32: whether a float32 detector on CUDA may use TF32, which is several times faster
             and outside the tolerance of the comparison with the original; False at first.
+        cuda_graphs: on CUDA, whether backbone, neck and proposal head are replayed as a CUDA graph
+            from the third image of a padded shape on. Up to 8 shapes are kept, with the memory that
+            their maps need. None, as at first, does so where many images are expected: in `stream`,
+            ``verify`` and `detect` with ``repeated=True``. See `graphs.Graphs`.
     """
 
     allow_tf32: bool = False
+    cuda_graphs: bool | None = None
 
     def __init__(
         self,
@@ -68,6 +81,7 @@ class MaskRCNN(nn.Module):
         self.neck = neck
         self.rpn_head = rpn_head or RPNHead()
         self.roi_head = roi_head or RoIHead(len(categories))
+        self.graphs: Graphs[tuple[list[Tensor], Candidates]] = Graphs()
 
     def preprocess(self, image: ImageInput) -> NetworkInput:
         """Decode, resize, normalise and pad one image, as in the evaluation of the row's weights.
@@ -79,6 +93,18 @@ class MaskRCNN(nn.Module):
             ImageError: the input is not an image.
         """
         return network_input(image, self.row.input_size, self.row.mean, self.row.std)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training or evaluation mode; training frees the CUDA graphs."""
+        if mode:
+            self.graphs.clear()
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:  # of .to(), .half(), .cuda(), ...
+        self.graphs.clear()
+        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        channels_last_weights(self)
+        return self
 
     def compile(self, **options: Any) -> None:
         """Compile backbone, neck and proposal head in place, with ``torch.compile``'s options.
@@ -140,16 +166,22 @@ class MaskRCNN(nn.Module):
         inputs: Sequence[NetworkInput],
         score_threshold: float,
         images: Sequence[ImageInput | None],
+        *,
+        repeated: bool = False,
     ) -> list[Detections]:
         with evaluating(self), torch.inference_mode():
-            instances = self.detect(inputs, score_threshold)
+            instances = self.detect(inputs, score_threshold, repeated=repeated)
         return [
             Detections.of(found, self.categories, image)
             for found, image in zip(instances, images, strict=True)
         ]
 
     def detect(
-        self, inputs: Sequence[NetworkInput], score_threshold: float = SCORE_THRESHOLD
+        self,
+        inputs: Sequence[NetworkInput],
+        score_threshold: float = SCORE_THRESHOLD,
+        *,
+        repeated: bool = False,
     ) -> list[Instances]:
         """Detect objects; leave the masks at 28x28 pixels instead of pasting them into the image.
 
@@ -158,6 +190,8 @@ class MaskRCNN(nn.Module):
         Args:
             inputs: outputs of ``preprocess`` whose tensors have the same shape.
             score_threshold: lowest score of a detection, 0..1.
+            repeated: many images follow, so CUDA graphs are worth their capture; see
+                ``cuda_graphs``.
 
         Raises:
             ValueError: the tensors' shapes differ; ``predict`` sorts that out.
@@ -169,11 +203,22 @@ class MaskRCNN(nn.Module):
                 f"all images of a batch must have the same padded shape, got {sorted(shapes)}"
             )
         weights = next(self.parameters())
-        x = uploaded_pixels(torch.cat([item.tensor for item in inputs]), weights)
-        sizes = [item.resized for item in inputs]
-        with float32_precision(weights.device, allow_tf32=self.allow_tf32):
-            maps: list[Tensor] = self.neck(self.backbone(x))
-            proposals = self.rpn_head.propose(maps, sizes)
+        wanted = repeated if self.cuda_graphs is None else self.cuda_graphs
+        graphs = self.graphs if wanted and weights.device.type == "cuda" else None
+        x = uploaded_batch([item.tensor for item in inputs], weights)
+        limits = box_limits([item.resized for item in inputs], weights)
+        with (
+            float32_precision(weights.device, allow_tf32=self.allow_tf32),
+            contextlib.nullcontext() if graphs is None else graphs.lock,
+        ):
+            if graphs is None:
+                maps, candidates = self._candidates(x, limits)
+            else:
+                parts = (self.backbone, self.neck, self.rpn_head)
+                maps, candidates = graphs.run(
+                    self._candidates, (x, limits), parts, key=self.allow_tf32
+                )
+            proposals = suppressed(candidates)
             found, complete = self._regions(
                 maps, proposals, inputs, score_threshold, all_candidates=False
             )
@@ -182,6 +227,18 @@ class MaskRCNN(nn.Module):
                     maps, proposals, inputs, score_threshold, all_candidates=True
                 )
         return found
+
+    def _candidates(self, x: Tensor, limits: Tensor) -> tuple[list[Tensor], Candidates]:
+        """Compute the neck's maps and what enters non-maximum suppression.
+
+        The shapes of all results depend on the shape of ``x`` only.
+
+        Args:
+            x: the images, ``[N, 3, H, W]``.
+            limits: see `boxes.box_limits`.
+        """
+        maps: list[Tensor] = self.neck(self.backbone(x))
+        return maps, self.rpn_head.candidates(self.rpn_head(maps), limits)
 
     def _regions(
         self,
@@ -297,13 +354,21 @@ class MaskRCNN(nn.Module):
         """
         chosen = expand_lazily(source) if isinstance(source, Iterator) else expand(source)
         images = items(chosen, stride=stride, max_frames=max_frames)
-        found = self.stream_items(images, score_threshold, batch_size=batch_size)
+        found = self.stream_items(images, score_threshold, batch_size=batch_size, repeated=True)
         return (detections for _, detections in found)
 
     def stream_items(
-        self, images: Iterator[Item], score_threshold: float, *, batch_size: int = 1
+        self,
+        images: Iterator[Item],
+        score_threshold: float,
+        *,
+        batch_size: int = 1,
+        repeated: bool = False,
     ) -> Iterator[tuple[Item, Detections]]:
-        """`stream` for images from ``sources.items``, each with its result."""
+        """`stream` for images from ``sources.items``, each with its result.
+
+        ``repeated`` is that of `detect`.
+        """
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if not 0 <= score_threshold <= 1:
@@ -318,6 +383,7 @@ class MaskRCNN(nn.Module):
                     [inputs for _, inputs in batch],
                     score_threshold,
                     [item.image for item, _ in batch],
+                    repeated=repeated,
                 ),
                 strict=True,
             )
@@ -350,7 +416,7 @@ def downloaded(
     return parts, passed
 
 
-@contextmanager
+@contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Use evaluation mode within the block, then restore the mode of each module."""
     training = [module for module in model.modules() if module.training]

@@ -58,8 +58,9 @@ def save_pretrained(
         target.mkdir(parents=True, exist_ok=True)
         (target / CONFIG).unlink(missing_ok=True)
         metadata = {"format": "pt", "model": row.name, "license": row.license}
+        # Weights on CUDA are in channels-last order, which the format does not have.
         tensors = {
-            name: value.cpu()
+            name: value.cpu().contiguous()
             for name, value in model.state_dict().items()
             if not (reference_backbone and name.startswith(TRUNK))
         }

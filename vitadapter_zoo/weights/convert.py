@@ -153,7 +153,8 @@ def write_safetensors(
     with atomic.replacing(target) as partial:
         atomic.check_space(target.parent, _size(tensors))
         try:
-            safetensors.torch.save_file(dict(tensors), partial, metadata)
+            contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+            safetensors.torch.save_file(contiguous, partial, metadata)
         except safetensors.SafetensorError as error:  # a full disk too
             raise ZooError(
                 f"cannot write the converted weights to {target.parent}: {error}; make room there "
