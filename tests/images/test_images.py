@@ -82,8 +82,8 @@ def test_resized_size(size: tuple[int, int], expected: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("size", [(1, 1), (100, 4000)])
-def test_odd_sizes_are_detected_on(tiny: MaskRCNN, size: tuple[int, int]) -> None:
-    detections = tiny.predict(np.full((*size, 3), 90, np.uint8))[0]
+def test_odd_sizes_are_detected_on(small: MaskRCNN, size: tuple[int, int]) -> None:
+    detections = small.predict(np.full((*size, 3), 90, np.uint8))[0]
     assert detections.masks.shape == (len(detections), *size)
     height, width = size
     limit = torch.tensor([width, height, width, height]) + 1e-3
@@ -110,9 +110,9 @@ def test_the_half_normalisation() -> None:
         (7, "not int"),
     ],
 )
-def test_what_is_not_an_image_is_said(tiny: MaskRCNN, image: ImageInput, message: str) -> None:
+def test_what_is_not_an_image_is_said(small: MaskRCNN, image: ImageInput, message: str) -> None:
     with pytest.raises(ImageError, match=message):
-        tiny.predict(image)
+        small.predict(image)
 
 
 def test_a_truncated_png_through_pil(tmp_path: Path) -> None:

@@ -181,27 +181,27 @@ def test_a_network_that_computes_nan_says_so(part: str, small: MaskRCNN, picture
         model.predict(picture, 0.01)
 
 
-def test_predict_returns_plain_cpu_tensors_in_image_pixels(tiny: MaskRCNN) -> None:
-    one, two = tiny.predict([standins.PHOTO, str(standins.PHOTO)], batch_size=2)
+def test_predict_returns_plain_cpu_tensors_in_image_pixels(small: MaskRCNN) -> None:
+    one, two = small.predict([standins.PHOTO, str(standins.PHOTO)], batch_size=2)
     assert one.boxes.dtype == one.scores.dtype == torch.float32
     assert one.masks.dtype == torch.bool
     assert one.masks.shape == (len(one), 427, 640)
     assert (one.scores > 0.05).all()
     assert (one.scores.diff() <= 0).all()
     torch.testing.assert_close(one.scores, two.scores, rtol=1e-3, atol=1e-3)
-    assert len(tiny.predict(standins.PHOTO, score_threshold=0.9)[0]) < len(one)
-    assert tiny.predict([]) == []
+    assert len(small.predict(standins.PHOTO, score_threshold=0.9)[0]) < len(one)
+    assert small.predict([]) == []
 
 
-def test_predict_checks_its_options(tiny: MaskRCNN) -> None:
+def test_predict_checks_its_options(small: MaskRCNN) -> None:
     with pytest.raises(ValueError, match="batch_size"):
-        tiny.predict(standins.PHOTO, batch_size=0)
+        small.predict(standins.PHOTO, batch_size=0)
     with pytest.raises(ValueError, match="score_threshold"):
-        tiny.predict(standins.PHOTO, score_threshold=5)
+        small.predict(standins.PHOTO, score_threshold=5)
 
 
-def test_nothing_found_is_an_empty_result(tiny: MaskRCNN) -> None:
-    found = tiny.predict(standins.PHOTO, score_threshold=1.0)[0]
+def test_nothing_found_is_an_empty_result(small: MaskRCNN) -> None:
+    found = small.predict(standins.PHOTO, score_threshold=1.0)[0]
     assert len(found) == 0
     assert found.masks.shape == (0, 427, 640)
     assert found.to_coco(1) == []
