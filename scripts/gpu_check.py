@@ -3,9 +3,10 @@
     python scripts/gpu_check.py [--out gpu-check.json] [--device cpu --quick] [SECTION ...]
 
 The script needs torch, torchvision, timm, safetensors, huggingface_hub, opencv and nvcc, but no
-network. Without a GPU every section says "no CUDA device". Each section runs in its own process with a time
-limit, so a crash or a hang affects only that section. The JSON file is updated after every section,
-and a table is printed at the end. The exit status is 1 if a section failed, otherwise 0.
+network. Without a GPU every section says "no CUDA device". Each section runs in its own process
+with a time limit, so a crash or a hang affects only that section, and the failure of a part does
+not keep a section's other parts from running. The JSON file is updated after every section, and a
+table is printed at the end. The exit status is 1 if a section failed, otherwise 0.
 
 ``--device cpu --quick`` executes the sections on the CPU with a small network, to find mistakes in
 this script before a GPU's time is spent on it. Its numbers mean nothing.
