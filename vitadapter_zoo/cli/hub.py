@@ -39,9 +39,11 @@ def chosen_names(names: tuple[str, ...], everything: bool) -> list[str]:
 @click.argument("names", nargs=-1, metavar="NAME...", shell_complete=model_names)
 @click.option("--all", "everything", is_flag=True, help="Every model of the catalog.")
 @click.option(
-    "--jobs", type=click.IntRange(1, 16), default=3, show_default=True, help="Downloads at a time."
+    "--jobs", type=click.IntRange(1, 16), default=3, show_default=True, help="Parallel downloads."
 )
-@click.option("--checkpoint", metavar="SOURCE", help="Another source for the one NAME.")
+@click.option(
+    "--checkpoint", metavar="SOURCE", help="Another source for NAME; needs exactly one NAME."
+)
 @click.option("--accept-change", is_flag=True, help="Accept a source whose content has changed.")
 @click.option("--allow-nonfinite", is_flag=True, help="Accept NaN and infinite weights.")
 @click.option("--offline", is_flag=True, help="Never use the network; list what is missing.")
@@ -62,7 +64,7 @@ def download(
     """
     chosen = chosen_names(names, everything)
     if checkpoint and len(chosen) != 1:
-        raise click.UsageError("--checkpoint goes with one NAME")
+        raise click.UsageError("--checkpoint needs exactly one NAME")
     from concurrent.futures import ThreadPoolExecutor
 
     from vitadapter_zoo.weights import resolve
@@ -155,7 +157,7 @@ def cache_verify() -> None:
 
 @cache_group.command("prune")
 @click.option(
-    "--older-than", metavar="AGE", help="Remove complete files of this age too: 12h, 30d or 8w."
+    "--older-than", metavar="AGE", help="Also remove complete files that are older: 12h, 30d or 8w."
 )
 @click.option("--all", "everything", is_flag=True, help="Remove everything.")
 def cache_prune(older_than: str | None, everything: bool) -> None:
@@ -184,7 +186,7 @@ def cache_prune(older_than: str | None, everything: bool) -> None:
     "name",
     shell_complete=model_names,
     metavar="NAME",
-    help="Load name, see `list`; a folder knows it.",
+    help="Load name, see `list`. Not needed for a folder.",
 )
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="File to write.")
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]))
@@ -215,7 +217,7 @@ def convert(
     """
     is_folder = settings.expanded(source).is_dir()
     if not is_folder and name is None:
-        raise click.UsageError("--model NAME says which network SRC belongs to; see `list`")
+        raise click.UsageError("the network of SRC is not known: give --model NAME, see `list`")
     found = find(settings.expanded(source) if is_folder else str(name), offline=offline or None)
     if is_folder and name not in (None, found.row.name):
         raise click.UsageError(f"{source} holds {found.row.name}: leave --model out")

@@ -104,10 +104,10 @@ Examples:
     "patterns",
     metavar="GLOB",
     multiple=True,
-    help="Only names that fit, like 'adapter-*'; may be repeated.",
+    help="Only names that match, like 'adapter-*'; may be repeated.",
 )
 @click.option(
-    "--exclude", metavar="GLOB", multiple=True, help="Leave out names that fit; may be repeated."
+    "--exclude", metavar="GLOB", multiple=True, help="Leave out names that match; may be repeated."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON with every field.")
 @click.option("--csv", "as_csv", is_flag=True, help="Print CSV with every field.")
@@ -119,7 +119,7 @@ def list_command(
         raise click.UsageError("choose one of --json and --csv")
     rows = [get_row(name) for name in list_models(patterns or None, exclude_filters=exclude)]
     if not rows:
-        wanted = " or ".join(f"'{shown(pattern)}'" for pattern in patterns) or "what is left"
+        wanted = " or ".join(f"'{shown(pattern)}'" for pattern in patterns) or "the filters"
         raise UnknownModelError(f"no model fits {wanted}; `vitadapter-zoo list` shows them all")
     if as_json:
         click.echo(json.dumps([_record(row) for row in rows], indent=2))
@@ -206,7 +206,7 @@ def _wrapped(text: str) -> list[str]:
 
 
 def _published(row: Row) -> list[str]:
-    """Return the facts about a row that do not concern its network."""
+    """Format a row's figures, training, advice, speed and download."""
     gains = [
         "" if gain is None else f" (+{gain:.1f} over the plain ViT)"
         for gain in (row.box_gain, row.mask_gain)
@@ -224,7 +224,7 @@ def _published(row: Row) -> list[str]:
     if advice:
         facts["advice"] = advice
     if row.name in SECONDS:
-        memory = f", {MEMORY[row.size]} MB beside the weights" if row.has_adapter else ""
+        memory = f", {MEMORY[row.size]} MB in addition to the weights" if row.has_adapter else ""
         facts["an image"] = f"{SECONDS[row.name]:.1f} s on 2 CPU cores{memory}"
     cached = cached_bytes(row)
     if row.made_here:
@@ -253,7 +253,7 @@ def _classes(categories: Sequence[str]) -> str:
 
 
 def _size_of(place: object) -> str:
-    """Return the facts about the weights in a local folder."""
+    """Format the size of the weights in a local folder; no text for a repository."""
     if not isinstance(place, Path):
         return ""
     size = sum(path.stat().st_size for path in place.glob("*.safetensors"))
@@ -288,7 +288,7 @@ def _record(row: Row) -> dict[str, Any]:
 
 
 def _print_csv(records: list[dict[str, Any]]) -> None:
-    """Format comma-separated values with a header; lists are written as JSON."""
+    """Print comma-separated values with a header; lists are written as JSON."""
     writer = csv.DictWriter(sys.stdout, fieldnames=list(records[0]), lineterminator="\n")
     writer.writeheader()
     for record in records:
