@@ -283,6 +283,8 @@ ALIASES = "\n".join(
         ("names: [a]\ntrain: 2024-13-45 10:00:00", "is not a YOLO data set"),
         ("names: ['\\e[2J']\ntrain: '\\e[2J'", "is not there"),
         ("names: [a]", "has no images in train"),
+        ("names: {-1: a}\ntrain: images", "'-1' is not the number of a class"),
+        ("names: {a: 0}\ntrain: images", "is not a YOLO data set"),
     ],
 )
 def test_bad_yolo_descriptions_are_one_error(content: str, message: str, tmp_path: Path) -> None:
@@ -320,6 +322,28 @@ def test_bad_yolo_labels_are_refused(line: str, message: str, tmp_path: Path) ->
     root = shapes.yolo(tmp_path)
     (root / "train" / "labels" / "000.txt").write_text(line)
     with pytest.raises(DatasetError, match=message):
+        read_data(root)
+
+
+@pytest.mark.parametrize("keys", [("3", "11"), ("'3'", "'11'")])
+def test_yolo_class_numbers_may_have_gaps(keys: tuple[str, str], tmp_path: Path) -> None:
+    """As in data sets that number their classes as COCO does."""
+    root = shapes.yolo(tmp_path)
+    plain = read_data(root)
+    (root / "data.yaml").write_text(
+        f"train: train/images\nval: valid/images\nnames:\n  {keys[1]}: square\n"
+        f"  {keys[0]}: circle\n"
+    )
+    for path in root.rglob("labels/*.txt"):
+        lines = path.read_text().splitlines()
+        path.write_text("".join(f"{(3, 11)[int(line[0])]}{line[1:]}\n" for line in lines))
+    found = read_data(root)
+    assert found.classes == ("circle", "square")
+    assert [one.instances for one in found.train.samples] == [
+        one.instances for one in plain.train.samples
+    ]
+    (root / "train" / "labels" / "000.txt").write_text("4 0.1 0.1 0.2 0.1 0.2 0.2")
+    with pytest.raises(DatasetError, match=r"has class 4, but .* names 2 classes, 3 to 11"):
         read_data(root)
 
 

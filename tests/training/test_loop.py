@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -178,6 +179,10 @@ def test_the_command_trains_from_a_folder(
     assert "train: 4 images, 8 objects" in done.stderr
     assert read_log(out)[-1]["mask_ap"] > 80
     assert f"vitadapter-zoo predict IMAGE --model {out / 'best'}" in done.stdout
+    verify = shlex.split(done.stdout.splitlines()[-1].partition("vitadapter-zoo ")[2])
+    judged = run(*verify, "--run", str(tmp_path / "verified"))
+    assert judged.returncode == 3, judged.stderr
+    assert "no published values belong to this data" in judged.stdout
     assert load(out / "best").categories == shapes.CLASSES
 
 
@@ -270,9 +275,12 @@ def test_twenty_kills_change_nothing(data: Path, tmp_path: Path) -> None:
     options = [*OPTIONS, "--epochs", "30", "--ema", "0.9", "--eval-every", "3"]
     environment = {"OMP_NUM_THREADS": "1"}
     arguments = ("train", NANO, "--data", str(data), *options, "--out")
+    began = time.monotonic()
     whole = workers().run(COMMAND, *arguments, str(tmp_path / "whole"), environment=environment)
     assert whole.returncode == 0, whole.stderr
+    seconds = time.monotonic() - began
     generator, kills, parts = random.Random(0), 0, 0
+    continued = set()  # steps at which a killed run went on
     while kills < 20:
         parts += 1
         out, status = tmp_path / f"parts-{parts}", 1
@@ -281,18 +289,22 @@ def test_twenty_kills_change_nothing(data: Path, tmp_path: Path) -> None:
                 COMMAND, *arguments, str(out), "--resume", environment=environment
             )
             if kills < 20:
-                time.sleep(generator.uniform(1, 8))
+                time.sleep(generator.uniform(0.1, 0.6) * seconds)
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(worker.pid, signal.SIGKILL)
             done = worker.wait()
             status = done.returncode
             assert status in (0, -signal.SIGKILL), done.stderr
             kills += status != 0
-            for name in ("last", "best"):  # whole or absent, whatever moment it was
+            state = read_state(out)  # whole or absent, whatever moment it was
+            if status and state is not None:
+                continued.add((parts, state["step"]))
+            for name in ("last", "best"):
                 if (out / name).exists():
                     load(out / name)
         assert same(tmp_path / "whole" / "last", out / "last")
         assert same(tmp_path / "whole" / "best", out / "best")
+    assert len(continued) >= 5, continued  # the kills came at different places of the run
 
 
 def test_another_run_is_not_continued(trained: TrainingResult, data: Path) -> None:
@@ -320,6 +332,8 @@ def test_bad_data_are_told_before_the_first_step(tmp_path: Path) -> None:
     message = failure("train", NANO, "--data", str(root), "--out", str(tmp_path / "cli"), *OPTIONS)
     assert "1 are not there" in message
     assert message.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "cli").exists()
 
 
 def test_frozen_parts_stay_as_they_are(trained: TrainingResult, data: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vitadapter_zoo.catalog import COCO_CLASSES
+from vitadapter_zoo.catalog import COCO_CLASSES, get_row
 from vitadapter_zoo.cli.models import check_presence, model_names
 from vitadapter_zoo.errors import ZooError
 from vitadapter_zoo.text import PATH, quoted, shown
@@ -138,6 +138,8 @@ def predict(
     inputs = [*chosen, *_model_files(name), *([checkpoint] if checkpoint else [])]
     results = outputs.checked(coco_json, inputs) if coco_json else None
     model = _load(name, checkpoint, device, dtype, offline, quiet)
+    if name == "adapter-n-emoji" and not checkpoint and not quiet:
+        _say_that_it_knows_drawings(chosen)
     weights = next(model.parameters())
     if tf32 and (weights.device.type != "cuda" or str(weights.dtype) != "torch.float32"):
         raise click.UsageError("--tf32 needs --device cuda and --dtype float32")
@@ -174,6 +176,18 @@ def predict(
         outputs.write(results, json.dumps(rows.rows).encode())
     if not sum(totals.values()) and (as_json or any(is_video(source) for source in chosen)):
         click.echo(_nothing(score), err=True)
+
+
+def _say_that_it_knows_drawings(chosen: Sequence[Source]) -> None:
+    """Warn who tries the detector in the package on pictures of their own."""
+    files = get_row("adapter-n-emoji").data_files
+    own = [one for one in chosen if not files or files[1] not in Path(str(one)).parents]
+    if own:
+        click.echo(
+            "adapter-n-emoji knows drawn emoji only and guesses on photos; for photos take "
+            "adapter-t-deit-3x, for instance",
+            err=True,
+        )
 
 
 def _source(text: str) -> Source:
