@@ -327,10 +327,10 @@ def test_a_run_that_diverges_stops(data: Path, tmp_path: Path) -> None:
 def test_bad_data_are_told_before_the_first_step(tmp_path: Path) -> None:
     root = shapes.roboflow(tmp_path / "data")
     (root / "train" / "000.png").unlink()
-    with pytest.raises(DatasetError, match="1 are not there"):
+    with pytest.raises(DatasetError, match="1 is missing"):
         train(NANO, root, tmp_path / "run", epochs=1, **QUICK)
     message = failure("train", NANO, "--data", str(root), "--out", str(tmp_path / "cli"), *OPTIONS)
-    assert "1 are not there" in message
+    assert "1 is missing" in message
     assert message.count("\n") == 1
     assert not (tmp_path / "run").exists()
     assert not (tmp_path / "cli").exists()

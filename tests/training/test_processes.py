@@ -93,7 +93,7 @@ def trained_by_hand(data: Path) -> tuple[dict[str, torch.Tensor], list[float]]:
 def test_two_processes_step_by_the_mean_of_their_gradients(tmp_path: Path) -> None:
     """By gloo, against a loop in one process that takes both processes' images in turn."""
     data, out = shapes.coco(tmp_path / "data"), tmp_path / "run"
-    launch = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [sys.executable, "-m", *launch, "-m", "vitadapter_zoo", "train", NANO]
     done = subprocess.run(
         [*command, "--data", data, "--out", out, *OPTIONS, "--batch-size", str(EACH)],
@@ -102,6 +102,7 @@ def test_two_processes_step_by_the_mean_of_their_gradients(tmp_path: Path) -> No
         check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         preexec_fn=heed_interrupts,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr
     assert f"{EPOCHS} steps of {2 * EACH} images" in done.stderr

@@ -76,6 +76,13 @@ def read_data(
     else:
         parts = _read_folder(expanded(data or ""))
     checked = [_checked(part) for part in parts]
+    for part in checked[1:]:
+        if not any(sample.instances for sample in part.samples):
+            raise DatasetError(
+                f"{shown(part.source, PATH)} has no objects in its validation images (left out: "
+                f"{counted(part.ignored) or 'none'}), so nothing can be evaluated: annotate them, "
+                "or train without validation images by --train FILE DIR"
+            )
     return TrainingData(
         _for_training(checked[0], keep_empty),
         checked[1] if len(checked) > 1 else None,
@@ -209,7 +216,7 @@ def _yolo_part(source: Path, root: Path, entries: list[str], classes: dict[int, 
     labels = {number: label for label, number in enumerate(classes)}
     for number, (path, size) in enumerate(zip(paths, _file_sizes(paths), strict=True), 1):
         if isinstance(size, str):
-            raise DatasetError(f"{shown(path, PATH)} {size}; restore the file, or remove it")
+            raise DatasetError(f"{shown(path, PATH)} is {size}; restore the file, or remove it")
         instances = read_yolo_labels(_yolo_label(path), size, labels, ignored)
         samples.append(Sample(number, str(path), size, instances))
     if ignored[NO_MASK] and not any(sample.instances for sample in samples):
@@ -274,7 +281,7 @@ def _checked(split: Split) -> Split:
         if isinstance(size, str):
             wrong.setdefault(size, []).append(shown(sample.path, PATH))
         elif sample.size is not None and sample.size != size:
-            wrong.setdefault("have another size than annotated", []).append(
+            wrong.setdefault("of another size than annotated", []).append(
                 f"{shown(sample.path, PATH)} ({size[1]} x {size[0]} instead of "
                 f"{sample.size[1]} x {sample.size[0]})"
             )
@@ -282,7 +289,8 @@ def _checked(split: Split) -> Split:
             samples.append(replace(sample, size=size))
     if wrong:
         faults = "; ".join(
-            f"{len(names):,} {reason}, {names[0]} for instance" for reason, names in wrong.items()
+            f"{len(names):,} {'is' if len(names) == 1 else 'are'} {reason}, {names[0]} for instance"
+            for reason, names in wrong.items()
         )
         raise DatasetError(
             f"of the {len(paths):,} images of {shown(split.source, PATH)}, {faults}: restore the "
@@ -307,10 +315,10 @@ def _file_size(path: Path) -> tuple[int, int] | str:
                 width, height = height, width
             return height, width
     except FileNotFoundError:
-        return "are not there"
+        return "missing"
     # Pillow's decoders raise whatever their arithmetic does on a damaged header.
     except Exception:
-        return "cannot be decoded"
+        return "damaged"
 
 
 def _for_training(split: Split, keep_empty: bool) -> Split:
@@ -338,7 +346,7 @@ def _for_training(split: Split, keep_empty: bool) -> Split:
 
 def counted(ignored: Counter[str]) -> str:
     """The reasons with their numbers, most frequent first."""
-    return ", ".join(f"{number:,} {reason}" for reason, number in ignored.most_common())
+    return ", ".join(f"{reason} ({number:,})" for reason, number in ignored.most_common())
 
 
 def described(split: Split, name: str) -> str:
