@@ -87,7 +87,11 @@ def seconds_in_turn(
     calls: dict[str, Callable[[], object]], runs: int, device: str = "cpu"
 ) -> dict[str, float]:
     """Measure the median time of each call over ``runs`` rounds, after a warm-up call."""
-    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+
+    def wait() -> None:
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+
     taken: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(runs + 1):
         for name, call in calls.items():

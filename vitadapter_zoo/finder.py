@@ -10,11 +10,13 @@ from pathlib import Path
 
 from vitadapter_zoo import settings
 from vitadapter_zoo.catalog import Row, get_row, list_models
-from vitadapter_zoo.errors import CheckpointError
+from vitadapter_zoo.errors import CheckpointError, DownloadError
 from vitadapter_zoo.text import quoted
 from vitadapter_zoo.weights import cache
 from vitadapter_zoo.weights.progress import bars
 from vitadapter_zoo.weights.source import HubFile, LocalFile, parse
+
+EXPLICIT = ("hf://", "hf_hub:", "hf-hub:")  # prefixes of a repository's name
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,18 @@ def find(
     folder = place
     if isinstance(folder, HubFile):
         home, without_network = settings.home(cache_dir), settings.is_offline(offline)
-        with bars(progress) as lines:
-            folder = fetch_configuration(folder, home, lines(str(folder)), offline=without_network)
+        try:
+            with bars(progress) as lines:
+                folder = fetch_configuration(
+                    folder, home, lines(str(folder)), offline=without_network
+                )
+        except DownloadError as error:
+            if text.startswith(EXPLICIT):
+                raise
+            # A mistyped folder looks like a repository.
+            raise type(error)(
+                f"there is no folder {quoted(text, 200)} here, and {error}"
+            ) from error
     read = read_configuration(folder)
     return Found(text, read.row, read.categories, read.dtype, place)
 

@@ -87,38 +87,38 @@ def box(one: dict[str, Any], *values: float) -> None:
 
 # A change to the first annotation, and what is counted for it.
 LEFT_OUT: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
-    "outside": (lambda one: box(one, 70, 5, 10, 10), "1 objects outside of their image"),
-    "no width": (lambda one: box(one, 5, 5, 0, 10), "1 objects without an area"),
-    "no area": (lambda one: one.update(area=0), "1 objects without an area"),
+    "outside": (lambda one: box(one, 70, 5, 10, 10), "objects outside of their image (1)"),
+    "no width": (lambda one: box(one, 5, 5, 0, 10), "objects without an area (1)"),
+    "no area": (lambda one: one.update(area=0), "objects without an area (1)"),
     "not a number": (
         lambda one: box(one, 5, 5, float("nan"), 10),
-        "1 objects whose box is not four numbers",
+        "objects whose box is not four numbers (1)",
     ),
-    "three numbers": (lambda one: box(one, 5, 5, 10), "1 objects whose box is not four numbers"),
-    "infinite area": (lambda one: one.update(area=math.inf), "1 objects without an area"),
+    "three numbers": (lambda one: box(one, 5, 5, 10), "objects whose box is not four numbers (1)"),
+    "infinite area": (lambda one: one.update(area=math.inf), "objects without an area (1)"),
     "a polygon with NaN": (
         lambda one: one.update(segmentation=[[1, 1, math.nan, 5, 9, 9]]),
-        "1 objects without a mask",
+        "objects without a mask (1)",
     ),
-    "no mask": (lambda one: one.update(segmentation=[]), "1 objects without a mask"),
-    "a line": (lambda one: one.update(segmentation=[[1, 1, 5, 5]]), "1 objects without a mask"),
+    "no mask": (lambda one: one.update(segmentation=[]), "objects without a mask (1)"),
+    "a line": (lambda one: one.update(segmentation=[[1, 1, 5, 5]]), "objects without a mask (1)"),
     "other size": (
         lambda one: one.update(segmentation={"size": [64, 65], "counts": [64 * 65]}),
-        "1 objects whose mask has another size than their image",
+        "objects whose mask has another size than their image (1)",
     ),
     "runs too long": (
         lambda one: one.update(segmentation={"size": [64, 64], "counts": [10, 5000]}),
-        "1 objects whose mask has another size than their image",
+        "objects whose mask has another size than their image (1)",
     ),
     "runs of another image": (
         lambda one: one.update(segmentation={"size": [64, 64], "counts": "0PP1"}),  # 32 x 32
-        "1 objects whose mask has another size than their image",
+        "objects whose mask has another size than their image (1)",
     ),
     "damaged runs": (
         lambda one: one.update(segmentation={"size": [64, 64], "counts": "PPPPPPPPP"}),
-        "1 objects whose mask has another size than their image",
+        "objects whose mask has another size than their image (1)",
     ),
-    "crowd": (lambda one: one.update(iscrowd=1), "1 crowds"),
+    "crowd": (lambda one: one.update(iscrowd=1), "crowds (1)"),
 }
 
 
@@ -142,7 +142,7 @@ def test_images_without_objects(content: dict[str, Any], tmp_path: Path) -> None
     content["annotations"] = [one for one in content["annotations"] if one["image_id"] != 1]
     found, _ = read(content, tmp_path)
     assert [sample.image_id for sample in found.train.samples] == [0, 2]
-    assert "1 images without objects" in described(found.train, "train")
+    assert "images without objects (1)" in described(found.train, "train")
     found, _ = read(content, tmp_path, keep_empty=True)
     assert [len(sample.instances) for sample in found.train.samples] == [2, 0, 2]
 
@@ -152,7 +152,15 @@ def test_annotations_that_are_there_twice(content: dict[str, Any], tmp_path: Pat
     content["annotations"][2]["id"] = content["annotations"][1]["id"]  # another object
     found, _ = read(content, tmp_path)
     assert sum(len(sample.instances) for sample in found.train.samples) == 6
-    assert "1 annotations that are there twice" in described(found.train, "train")
+    assert "annotations that are there twice (1)" in described(found.train, "train")
+
+
+def test_validation_images_without_objects_are_one_error(tmp_path: Path) -> None:
+    root = shapes.roboflow(tmp_path)
+    source = root / "valid" / "_annotations.coco.json"
+    source.write_text(json.dumps({**json.loads(source.read_text()), "annotations": []}))
+    with pytest.raises(DatasetError, match="has no objects in its validation images"):
+        read_data(root)
 
 
 def drop_file(content: dict[str, Any], folder: Path) -> None:
@@ -171,15 +179,15 @@ def resize_file(content: dict[str, Any], folder: Path) -> None:
 REFUSED: dict[str, tuple[Callable[[dict[str, Any], Path], Any], str]] = {
     "no objects": (
         lambda content, _: content.update(annotations=[]),
-        r"no objects to train on \(left out: 3 images without objects\)",
+        r"no objects to train on \(left out: images without objects \(3\)\)",
     ),
     "no masks": (
         lambda content, _: [one.update(segmentation=[]) for one in content["annotations"]],
-        r"no objects to train on \(left out: 6 objects without a mask, 3 images",
+        r"no objects to train on \(left out: objects without a mask \(6\), images",
     ),
-    "missing file": (drop_file, r"of the 3 images of .*, 1 are not there, .*001.png"),
-    "damaged file": (break_file, r"1 cannot be decoded, .*001.png"),
-    "other size": (resize_file, r"1 have another size than annotated, .*\(64 x 32 instead of 64"),
+    "missing file": (drop_file, r"of the 3 images of .*, 1 is missing, .*001.png"),
+    "damaged file": (break_file, r"1 is damaged, .*001.png"),
+    "other size": (resize_file, r"1 is of another size than annotated, .*\(64 x 32 instead of 64"),
     "image id twice": (lambda content, _: content["images"][1].update(id=0), "image id 0 twice"),
     "category id twice": (
         lambda content, _: content["categories"][1].update(id=1),
@@ -283,6 +291,8 @@ ALIASES = "\n".join(
         ("names: [a]\ntrain: 2024-13-45 10:00:00", "is not a YOLO data set"),
         ("names: ['\\e[2J']\ntrain: '\\e[2J'", "is not there"),
         ("names: [a]", "has no images in train"),
+        ("names: {-1: a}\ntrain: images", "'-1' is not the number of a class"),
+        ("names: {a: 0}\ntrain: images", "is not a YOLO data set"),
     ],
 )
 def test_bad_yolo_descriptions_are_one_error(content: str, message: str, tmp_path: Path) -> None:
@@ -320,6 +330,28 @@ def test_bad_yolo_labels_are_refused(line: str, message: str, tmp_path: Path) ->
     root = shapes.yolo(tmp_path)
     (root / "train" / "labels" / "000.txt").write_text(line)
     with pytest.raises(DatasetError, match=message):
+        read_data(root)
+
+
+@pytest.mark.parametrize("keys", [("3", "11"), ("'3'", "'11'")])
+def test_yolo_class_numbers_may_have_gaps(keys: tuple[str, str], tmp_path: Path) -> None:
+    """As in data sets that number their classes as COCO does."""
+    root = shapes.yolo(tmp_path)
+    plain = read_data(root)
+    (root / "data.yaml").write_text(
+        f"train: train/images\nval: valid/images\nnames:\n  {keys[1]}: square\n"
+        f"  {keys[0]}: circle\n"
+    )
+    for path in root.rglob("labels/*.txt"):
+        lines = path.read_text().splitlines()
+        path.write_text("".join(f"{(3, 11)[int(line[0])]}{line[1:]}\n" for line in lines))
+    found = read_data(root)
+    assert found.classes == ("circle", "square")
+    assert [one.instances for one in found.train.samples] == [
+        one.instances for one in plain.train.samples
+    ]
+    (root / "train" / "labels" / "000.txt").write_text("4 0.1 0.1 0.2 0.1 0.2 0.2")
+    with pytest.raises(DatasetError, match=r"has class 4, but .* names 2 classes, 3 to 11"):
         read_data(root)
 
 

@@ -104,9 +104,12 @@ def test_twenty_kills_change_nothing(data: Path, tmp_path: Path) -> None:
     options = [*OPTIONS, "--epochs", "30", "--ema", "0.9", "--eval-every", "3"]
     environment = {"OMP_NUM_THREADS": "1"}
     arguments = ("train", NANO, "--data", str(data), *options, "--out")
+    began = time.monotonic()
     whole = workers().run(COMMAND, *arguments, str(tmp_path / "whole"), environment=environment)
     assert whole.returncode == 0, whole.stderr
+    seconds = time.monotonic() - began
     generator, kills, parts = random.Random(0), 0, 0
+    continued = set()  # steps at which a killed run went on
     while kills < 20:
         parts += 1
         out, status = tmp_path / f"parts-{parts}", 1
@@ -115,15 +118,19 @@ def test_twenty_kills_change_nothing(data: Path, tmp_path: Path) -> None:
                 COMMAND, *arguments, str(out), "--resume", environment=environment
             )
             if kills < 20:
-                time.sleep(generator.uniform(1, 8))
+                time.sleep(generator.uniform(0.1, 0.6) * seconds)
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(worker.pid, signal.SIGKILL)
             done = worker.wait()
             status = done.returncode
             assert status in (0, -signal.SIGKILL), done.stderr
             kills += status != 0
-            for name in ("last", "best"):  # whole or absent, whatever moment it was
+            state = read_state(out)  # whole or absent, whatever moment it was
+            if status and state is not None:
+                continued.add((parts, state["step"]))
+            for name in ("last", "best"):
                 if (out / name).exists():
                     load(out / name)
         assert same(tmp_path / "whole" / "last", out / "last")
         assert same(tmp_path / "whole" / "best", out / "best")
+    assert len(continued) >= 5, continued  # the kills came at different places of the run

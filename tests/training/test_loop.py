@@ -1,6 +1,7 @@
 """Training runs: a nano network learns a handful of images, and a run can be continued."""
 
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,10 @@ def test_the_command_trains_from_a_folder(
     assert "train: 4 images, 8 objects" in done.stderr
     assert read_log(out)[-1]["mask_ap"] > 80
     assert f"vitadapter-zoo predict IMAGE --model {out / 'best'}" in done.stdout
+    verify = shlex.split(done.stdout.splitlines()[-1].partition("vitadapter-zoo ")[2])
+    judged = run(*verify, "--run", str(tmp_path / "verified"))
+    assert judged.returncode == 3, judged.stderr
+    assert "no published values belong to this data" in judged.stdout
     assert load(out / "best").categories == shapes.CLASSES
 
 
@@ -148,11 +153,13 @@ def test_a_run_that_diverges_stops(data: Path, tmp_path: Path) -> None:
 def test_bad_data_are_told_before_the_first_step(tmp_path: Path) -> None:
     root = shapes.roboflow(tmp_path / "data")
     (root / "train" / "000.png").unlink()
-    with pytest.raises(DatasetError, match="1 are not there"):
+    with pytest.raises(DatasetError, match="1 is missing"):
         train(NANO, root, tmp_path / "run", epochs=1, **QUICK)
     message = failure("train", NANO, "--data", str(root), "--out", str(tmp_path / "cli"), *OPTIONS)
-    assert "1 are not there" in message
+    assert "1 is missing" in message
     assert message.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "cli").exists()
 
 
 def test_frozen_parts_stay_as_they_are(trained: TrainingResult, data: Path, tmp_path: Path) -> None:

@@ -43,7 +43,8 @@ class _ZooGroup(click.Group):
         if not standalone_mode:
             return run()
         try:
-            status = run() or 0
+            with failures.plain_warnings():
+                status = run() or 0
         except click.ClickException as error:
             status = failures.status_after(error)
         except click.Abort:

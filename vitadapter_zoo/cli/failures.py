@@ -8,6 +8,8 @@ import os
 import signal
 import sys
 import traceback
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -52,6 +54,26 @@ def add_debug_option(command: click.Command) -> None:
     if isinstance(command, click.Group):
         for inner in command.commands.values():
             add_debug_option(inner)
+
+
+@contextlib.contextmanager
+def plain_warnings() -> Iterator[None]:
+    """While it is open, a warning is one line on stderr, without a line of code, shown once."""
+    shown_before: set[str] = set()
+    usual = warnings.showwarning
+
+    def show_once(message: Warning | str, *_: object, **__: object) -> None:
+        text = str(message)
+        if text not in shown_before:
+            shown_before.add(text)
+            with contextlib.suppress(OSError):
+                click.echo(f"Warning: {text}", err=True)
+
+    warnings.showwarning = show_once
+    try:
+        yield
+    finally:
+        warnings.showwarning = usual
 
 
 def failure(

@@ -141,13 +141,15 @@ def cache_list() -> None:
 @cache_group.command("verify")
 def cache_verify() -> None:
     """Check every file against its checksum; exit 1 if one is damaged."""
-    wrong = []
-    for item in cache.listing():
+    wrong, listed = [], list(cache.listing())
+    for item in listed:
         intact = item.provenance is not None and item.entry.is_intact(item.provenance)
         state = "intact" if intact else "unfinished" if item.state == "unfinished" else "DAMAGED"
         click.echo(f"{state:<10} {item.entry.weights}")
         if state == "DAMAGED":
             wrong.append(str(item.entry.weights))
+    if not listed:
+        click.echo(f"nothing in {settings.home()}")
     if wrong:
         raise click.ClickException(  # exit status 1: the check found damage
             f"{len(wrong)} damaged: {', '.join(wrong)}; the next load converts them again, and "

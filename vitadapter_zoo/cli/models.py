@@ -364,10 +364,6 @@ def _print_table(console: Console, rows: list[Row], title: str, caption: str) ->
             f"{cached / 1e6:.0f} MB" if cached else "-",
         )
     console.print(table)
-    if any(row.made_here for row in rows):
-        click.echo(
-            "adapter-n-emoji is for demonstrations; its figures are measured on its own images."
-        )
 
 
 def _with_gain(value: float, gain: float | None) -> str:

@@ -131,6 +131,8 @@ def predict(
     inputs = [*chosen, *_model_files(name), *([checkpoint] if checkpoint else [])]
     results = outputs.checked(coco_json, inputs) if coco_json else None
     model = _load(name, checkpoint, device, dtype, tf32=tf32, offline=offline, quiet=quiet)
+    if model.row.made_here and not checkpoint and not quiet:
+        _warn_about_photos(model, chosen)
     taken = {outputs.key(results)} if results else set()
     overlays = output.Overlays(settings.expanded(out), inputs, taken)
     rows = output.CocoResults(model.categories, output.image_ids(chosen)) if results else None
@@ -155,6 +157,17 @@ def predict(
         outputs.write(results, json.dumps(rows.rows).encode())
     if not total and (as_json or any(is_video(source) for source in chosen)):
         click.echo(output.nothing_found(score), err=True)
+
+
+def _warn_about_photos(model: MaskRCNN, chosen: Sequence[Source]) -> None:
+    """Say what the detector in the package detects, unless the pictures are its own."""
+    files = model.row.data_files
+    if any(not files or files[1] not in Path(str(one)).parents for one in chosen):
+        click.echo(
+            f"{model.row.name} detects drawn emoji; on photos it guesses. For photos use, for "
+            "example, adapter-t-deit-3x",
+            err=True,
+        )
 
 
 def _source(text: str) -> Source:

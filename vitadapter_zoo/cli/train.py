@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -259,6 +260,7 @@ def train(
         raise click.UsageError("--val belongs to --train; --data has its own validation images")
     from vitadapter_zoo.cli.devices import usable_device
     from vitadapter_zoo.training.run import train as run
+    from vitadapter_zoo.training.state import VALIDATION
 
     if device is not None:
         usable_device(device)
@@ -307,4 +309,8 @@ def train(
             f"box AP {result.figures['box_ap']:.1f}, mask AP {result.figures['mask_ap']:.1f} "
             f"(best {result.best_mask_ap:.1f})"
         )
-    click.echo(f"{result.best}: vitadapter-zoo predict IMAGE --model {result.best}")
+    click.echo(f"detect: vitadapter-zoo predict IMAGE --model {shlex.quote(str(result.best))}")
+    if result.valid_images is not None:
+        files = ["--annotations", result.directory / VALIDATION, "--images", result.valid_images]
+        command = ["vitadapter-zoo", "verify", result.best, *files]
+        click.echo(f"all figures: {shlex.join(map(str, command))}")

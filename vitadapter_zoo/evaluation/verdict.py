@@ -217,8 +217,8 @@ def _decide(
 ) -> tuple[Verdict, str]:
     if any(one.published is None for one in comparisons):
         return "inconclusive", (
-            "no published values belong to these data: the tables' are for the whole of COCO "
-            "val2017"
+            "no published values belong to this data: they are for all of COCO val2017; "
+            "--expect BOX MASK compares with values of your own"
         )
     if any(one.measured == NOTHING for one in comparisons):
         return "inconclusive", "the evaluated images have no annotated objects"

@@ -112,7 +112,7 @@ def implementation() -> Implementation:
         ZooError: ``VITADAPTER_ZOO_OP=compiled`` and the compiled kernel cannot be used, or the
             variable has another value.
     """
-    found = library.implementation("cpu")
+    found = library.implementation(torch.device("cpu"))
     if not found.compiled:
         return found
     fuses = _fuses()

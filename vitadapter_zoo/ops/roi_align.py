@@ -75,7 +75,7 @@ def usable() -> bool:
     Raises:
         ZooError: ``VITADAPTER_ZOO_OP=compiled`` and the kernel cannot be used.
     """
-    return library.implementation("cpu").compiled and _works()
+    return library.implementation(torch.device("cpu")).compiled and _works()
 
 
 @functools.cache

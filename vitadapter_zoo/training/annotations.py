@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -324,7 +324,7 @@ def _bounds(segmentation: Any) -> Box:
 
 
 def read_yolo_labels(
-    path: Path, size: tuple[int, int], classes: tuple[str, ...], ignored: Counter[str]
+    path: Path, size: tuple[int, int], labels: Mapping[int, int], ignored: Counter[str]
 ) -> tuple[Instance, ...]:
     """The objects of one label file of YOLO's segmentation format.
 
@@ -333,7 +333,7 @@ def read_yolo_labels(
     Args:
         path: the file; where there is none, the image has no objects.
         size: (height, width) of the image in pixels.
-        classes: names that the labels number.
+        labels: the model's label by the class number in the file.
         ignored: counts what is left out.
 
     Raises:
@@ -354,21 +354,21 @@ def read_yolo_labels(
             continue
         try:
             first, *relative = (float(x) for x in line.split())
-            label = int(first)
+            number_of_class = int(first)
         except (ValueError, OverflowError) as error:
             raise DatasetError(
                 f"line {number} of {shown(path, PATH)} is not `class x1 y1 x2 y2 x3 y3 ...`: "
                 f"{quoted(line)}; "
                 "export the data set again as YOLO segmentation"
             ) from error
-        if label != first or not 0 <= label < len(classes):
+        if number_of_class != first or number_of_class not in labels:
             raise DatasetError(
                 f"line {number} of {shown(path, PATH)} has class {first:g}, but data.yaml names "
-                f"{len(classes)} classes, 0 to {len(classes) - 1}; correct one of them"
+                f"{len(labels)} classes, {min(labels)} to {max(labels)}; correct one of them"
             )
         scale = (width, height)
         polygon = [x * scale[place % 2] for place, x in enumerate(relative)]
-        instance = _instance({"segmentation": [polygon]}, label, size)
+        instance = _instance({"segmentation": [polygon]}, labels[number_of_class], size)
         if isinstance(instance, str):
             ignored[instance] += 1
         else:

@@ -76,6 +76,13 @@ def read_data(
     else:
         parts = _read_folder(expanded(data or ""))
     checked = [_checked(part) for part in parts]
+    for part in checked[1:]:
+        if not any(sample.instances for sample in part.samples):
+            raise DatasetError(
+                f"{shown(part.source, PATH)} has no objects in its validation images (left out: "
+                f"{counted(part.ignored) or 'none'}), so nothing can be evaluated: annotate them, "
+                "or train without validation images by --train FILE DIR"
+            )
     return TrainingData(
         _for_training(checked[0], keep_empty),
         checked[1] if len(checked) > 1 else None,
@@ -149,9 +156,10 @@ def _read_yolo(source: Path) -> list[Split]:
     try:
         content = yaml.safe_load(source.read_text(encoding="utf-8"))
         names = content["names"]
-        if isinstance(names, dict):
-            names = [names[label] for label in range(len(names))]
-        classes = tuple(_plain(name) for name in names)
+        if not isinstance(names, dict):
+            names = dict(enumerate(names))
+        # Some data sets number their classes as COCO does, with gaps.
+        classes = {_class_number(key): _plain(names[key]) for key in names}
         train, valid = (_entries(content.get(key)) for key in ("train", "val"))
         valid = valid or _entries(content.get("valid"))
         root = source.parent / _plain(content.get("path") or "")
@@ -162,13 +170,22 @@ def _read_yolo(source: Path) -> list[Split]:
             f"{shown(source, PATH)} is not a YOLO data set ({type(error).__name__}: "
             f"{shown(error, PATH)}): it needs train, val and names"
         ) from error
-    if not classes or len(set(classes)) < len(classes):
-        listed = ", ".join(map(quoted, classes[:8]))
+    if not classes or len(set(classes.values())) < len(names):
+        listed = ", ".join(map(quoted, [*classes.values()][:8]))
         raise DatasetError(f"{shown(source, PATH)} names no class, or a class twice: {listed}")
-    parts = [_yolo_part(source, root, train, classes)]
+    ordered = dict(sorted(classes.items()))
+    parts = [_yolo_part(source, root, train, ordered)]
     if valid:
-        parts.append(_yolo_part(source, root, valid, classes))
+        parts.append(_yolo_part(source, root, valid, ordered))
     return parts
+
+
+def _class_number(key: Any) -> int:
+    """A key of ``names`` in ``data.yaml``: a number, or the text of one."""
+    number = int(_plain(key))
+    if number < 0 or isinstance(key, (bool, float)):
+        raise ValueError(f"{quoted(str(key))} is not the number of a class")
+    return number
 
 
 def _plain(value: Any) -> str:
@@ -188,17 +205,19 @@ def _entries(value: Any) -> list[str]:
     return [_plain(one) for one in (value if isinstance(value, list) else [value])]
 
 
-def _yolo_part(source: Path, root: Path, entries: list[str], classes: tuple[str, ...]) -> Split:
+def _yolo_part(source: Path, root: Path, entries: list[str], classes: dict[int, str]) -> Split:
+    """The images that the entries name; ``classes`` are names by the labels' numbers."""
     paths = [path for entry in entries for path in _yolo_images(source, root, entry)]
     if not paths:
         listed = ", ".join(map(quoted, entries[:4])) or "train"
         raise DatasetError(f"{shown(source, PATH)} has no images in {listed}; unpack them there")
     ignored: Counter[str] = Counter()
     samples = []
+    labels = {number: label for label, number in enumerate(classes)}
     for number, (path, size) in enumerate(zip(paths, _file_sizes(paths), strict=True), 1):
         if isinstance(size, str):
-            raise DatasetError(f"{shown(path, PATH)} {size}; restore the file, or remove it")
-        instances = read_yolo_labels(_yolo_label(path), size, classes, ignored)
+            raise DatasetError(f"{shown(path, PATH)} is {size}; restore the file, or remove it")
+        instances = read_yolo_labels(_yolo_label(path), size, labels, ignored)
         samples.append(Sample(number, str(path), size, instances))
     if ignored[NO_MASK] and not any(sample.instances for sample in samples):
         raise DatasetError(
@@ -206,7 +225,7 @@ def _yolo_part(source: Path, root: Path, entries: list[str], classes: tuple[str,
             "YOLO segmentation, with polygons"
         )
     folder = paths[0].parent if len({path.parent for path in paths}) == 1 else root
-    return Split(source, folder.absolute(), classes, tuple(samples), ignored)
+    return Split(source, folder.absolute(), tuple(classes.values()), tuple(samples), ignored)
 
 
 def _yolo_images(source: Path, root: Path, entry: str) -> list[Path]:
@@ -262,7 +281,7 @@ def _checked(split: Split) -> Split:
         if isinstance(size, str):
             wrong.setdefault(size, []).append(shown(sample.path, PATH))
         elif sample.size is not None and sample.size != size:
-            wrong.setdefault("have another size than annotated", []).append(
+            wrong.setdefault("of another size than annotated", []).append(
                 f"{shown(sample.path, PATH)} ({size[1]} x {size[0]} instead of "
                 f"{sample.size[1]} x {sample.size[0]})"
             )
@@ -270,7 +289,8 @@ def _checked(split: Split) -> Split:
             samples.append(replace(sample, size=size))
     if wrong:
         faults = "; ".join(
-            f"{len(names):,} {reason}, {names[0]} for instance" for reason, names in wrong.items()
+            f"{len(names):,} {'is' if len(names) == 1 else 'are'} {reason}, {names[0]} for instance"
+            for reason, names in wrong.items()
         )
         raise DatasetError(
             f"of the {len(paths):,} images of {shown(split.source, PATH)}, {faults}: restore the "
@@ -295,10 +315,10 @@ def _file_size(path: Path) -> tuple[int, int] | str:
                 width, height = height, width
             return height, width
     except FileNotFoundError:
-        return "are not there"
+        return "missing"
     # Pillow's decoders raise whatever their arithmetic does on a damaged header.
     except Exception:
-        return "cannot be decoded"
+        return "damaged"
 
 
 def _for_training(split: Split, keep_empty: bool) -> Split:
@@ -326,7 +346,7 @@ def _for_training(split: Split, keep_empty: bool) -> Split:
 
 def counted(ignored: Counter[str]) -> str:
     """The reasons with their numbers, most frequent first."""
-    return ", ".join(f"{number:,} {reason}" for reason, number in ignored.most_common())
+    return ", ".join(f"{reason} ({number:,})" for reason, number in ignored.most_common())
 
 
 def described(split: Split, name: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -68,6 +69,8 @@ class TrainingResult:
             points, 0..100; empty without validation images.
         best_mask_ap: in points; -1 without validation images.
         is_main_process: whether this is the process, of several, that wrote the files.
+        valid_images: folder of the validation images, for ``verify`` with the run's
+            ``valid.json``; None without validation images.
     """
 
     directory: Path
@@ -78,6 +81,7 @@ class TrainingResult:
     figures: dict[str, float]
     best_mask_ap: float
     is_main_process: bool
+    valid_images: Path | None
 
 
 def train(
@@ -239,6 +243,7 @@ def train(
     return TrainingResult(
         directory, directory / disk.LAST, directory / disk.BEST, done.step, found.classes,
         done.figures, done.best, accelerator.is_main_process,
+        None if found.valid is None else found.valid.folder,
     )  # fmt: skip
 
 
@@ -291,10 +296,15 @@ def _own_directory(out: str | os.PathLike[str], accelerator: Accelerator) -> Ite
     if not accelerator.is_main_process:
         yield directory
         return
+    fresh = not directory.exists()
     with atomic.writing_to(directory):
         directory.mkdir(parents=True, exist_ok=True)
-    with cache.locked(directory, directory.name, wait=False):
-        yield directory
+    try:
+        with cache.locked(directory, directory.name, wait=False):
+            yield directory
+    finally:
+        if fresh and {path.name for path in directory.iterdir()} <= {cache.LOCKS}:
+            shutil.rmtree(directory)  # an error before the first step leaves nothing
 
 
 def _saved(directory: Path, resume: bool) -> dict[str, Any] | None:

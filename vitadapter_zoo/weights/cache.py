@@ -36,6 +36,7 @@ from vitadapter_zoo.weights import atomic
 logger = logging.getLogger(__name__)
 
 LARGEST_RECORD = 16 << 20  # bytes
+LOCKS = ".locks"  # folder of the lock files
 
 # Only files of this form are ever removed: the folder may hold the user's own files too.
 OWN_FILE = re.compile(
@@ -190,7 +191,7 @@ class Entry:
 @contextlib.contextmanager
 def locked(root: Path, name: str, *, wait: bool = True) -> Iterator[None]:
     """Hold the lock of a name; the lock of a killed process is released."""
-    path = root / ".locks" / f"{name}.lock"
+    path = root / LOCKS / f"{name}.lock"
     with atomic.writing_to(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path)
