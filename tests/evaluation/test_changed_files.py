@@ -23,9 +23,9 @@ from changed_files import (
     changed_text,
 )
 from coco_oracle import evaluated
-from examples import MANY, SECONDS
 from hypothesis import HealthCheck, given, settings
 
+from examples import MANY, SECONDS
 from vitadapter_zoo import DatasetError
 from vitadapter_zoo.evaluation import read_dataset, read_results
 from vitadapter_zoo.evaluation.scoring import KINDS

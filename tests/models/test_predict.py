@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 from vitadapter_zoo import Detections, MaskRCNN, ZooError
+from vitadapter_zoo.backends.comparison import native_stages
+from vitadapter_zoo.models.modes import evaluating
 
 Ambient = Callable[[], AbstractContextManager[None]]
 
@@ -135,6 +137,30 @@ def test_predict_leaves_modes_and_statistics_as_they_were(
     assert [module.training for module in model.modules()] == modes
     assert any(modes)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_every_way_to_detect_evaluates(tiny: MaskRCNN, picture: Path, expected: Detections) -> None:
+    model = scenes.small(tiny).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    prepared = model.preprocess(picture)
+    found = model.detect([prepared])[0]  # with gradients on
+    assert same(Detections.of(found, model.categories), expected)
+    assert not found.boxes.requires_grad
+    assert same(native_stages(model, prepared).detections, expected)
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_calls_of_several_threads_may_overlap(tiny: MaskRCNN) -> None:
+    """The call that ends first leaves the modes alone until the last has ended."""
+    model = scenes.small(tiny).train()
+    first, second = evaluating(model), evaluating(model)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert not any(module.training for module in model.modules())
+    second.__exit__(None, None, None)
+    assert all(module.training for module in model.modules())
 
 
 def test_modes_come_back_after_an_error(tiny: MaskRCNN, picture: Path) -> None:

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from examples import MANY, SECONDS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from examples import MANY, SECONDS
 from vitadapter_zoo import CheckpointError
 from vitadapter_zoo.weights import checkpoint
 

@@ -16,6 +16,7 @@ import click
 
 from vitadapter_zoo.catalog import COCO_CLASSES
 from vitadapter_zoo.cli.models import check_presence, model_names
+from vitadapter_zoo.cli.numbers import FiniteRange
 from vitadapter_zoo.errors import ZooError
 from vitadapter_zoo.text import PATH, quoted, shown
 
@@ -71,7 +72,7 @@ Examples:
 )
 @click.option(
     "--score",
-    type=click.FloatRange(0, 1),
+    type=FiniteRange(0, 1),
     default=0.3,
     show_default=True,
     help="Lowest score that is drawn, printed and written.",

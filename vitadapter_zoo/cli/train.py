@@ -8,6 +8,8 @@ from typing import Any, Literal, cast
 import click
 
 from vitadapter_zoo.cli.models import model_names
+from vitadapter_zoo.cli.numbers import FiniteRange
+from vitadapter_zoo.settings import LARGEST_SEED, MOST_PROCESSES
 
 
 @click.command(
@@ -76,7 +78,7 @@ Examples:
 )
 @click.option(
     "--lr",
-    type=click.FloatRange(0, min_open=True),
+    type=FiniteRange(0, min_open=True),
     help="Learning rate. [paper] 1e-4 (3x) or 2e-4 (1x) for 16 images a step, scaled linearly.",
 )
 @click.option(
@@ -84,16 +86,14 @@ Examples:
     type=click.Choice(["step", "cosine"]),
     help="[paper] step: divided by 10 after 3/4 and 11/12 of the epochs (1x: 2/3).",
 )
-@click.option("--weight-decay", type=click.FloatRange(0), help="[paper] 0.05 (3x), 0.01 (1x).")
+@click.option("--weight-decay", type=FiniteRange(0), help="[paper] 0.05 (3x), 0.01 (1x).")
 @click.option(
     "--layer-decay",
-    type=click.FloatRange(0, 1, min_open=True),
+    type=FiniteRange(0, 1, min_open=True),
     help="[paper] 0.8 (AugReg-L, DINOv2-L), 0.7 (DINOv2-S, -B), 0.65 (Uni-Perceiver-B), none for "
     "the others.",
 )
-@click.option(
-    "--clip", type=click.FloatRange(0, min_open=True), help="Largest norm of the gradient."
-)
+@click.option("--clip", type=FiniteRange(0, min_open=True), help="Largest norm of the gradient.")
 @click.option(
     "--augment",
     type=click.Choice(["multi-scale", "flip", "none"]),
@@ -101,7 +101,7 @@ Examples:
 )
 @click.option(
     "--ema",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    type=FiniteRange(0, 1, min_open=True, max_open=True),
     help="Decay of a moving average of the weights, 0.999 for instance.",
 )
 @click.option(
@@ -139,7 +139,7 @@ Examples:
 )
 @click.option(
     "--max-minutes",
-    type=click.FloatRange(0, min_open=True),
+    type=FiniteRange(0, min_open=True),
     help="End after that time; the schedule ends with it.",
 )
 @click.option(
@@ -152,12 +152,16 @@ Examples:
 @click.option("--device", help="cpu, cuda, cuda:1, ...; the best that is there by default.")
 @click.option(
     "--workers",
-    type=click.IntRange(0),
+    type=click.IntRange(0, MOST_PROCESSES),
     help="Processes that prepare images; one for each core but the last by default.",
 )
 @click.option("--tensorboard", is_flag=True, help="Write TensorBoard files.")
 @click.option(
-    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of all that is random."
+    "--seed",
+    type=click.IntRange(0, LARGEST_SEED),
+    default=0,
+    show_default=True,
+    help="Of all that is random.",
 )
 @click.option("--offline", is_flag=True, help="Never use the network.")
 @click.option("--quiet", is_flag=True, help="Show nothing but errors.")

@@ -12,6 +12,7 @@ import click
 
 from vitadapter_zoo.cli.failures import COULD_NOT_RUN
 from vitadapter_zoo.cli.models import check_presence, model_names
+from vitadapter_zoo.cli.numbers import FiniteRange
 from vitadapter_zoo.cli.verdicts import (
     EXIT_STATUS,
     REPORT,
@@ -24,6 +25,7 @@ from vitadapter_zoo.cli.verdicts import (
     report_folder,
     tell,
 )
+from vitadapter_zoo.settings import MOST_PROCESSES
 
 if TYPE_CHECKING:
     from vitadapter_zoo.evaluation.dataset import Dataset
@@ -59,7 +61,7 @@ could not run, else 1 if any was refuted, else 3 if any was inconclusive.
 @click.option("--checkpoint", metavar="SOURCE", help="As for `predict`.")
 @click.option(
     "--max-minutes",
-    type=click.FloatRange(0, min_open=True),
+    type=FiniteRange(0, min_open=True),
     help="Start no further image after M minutes.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the sample.")
@@ -86,11 +88,11 @@ could not run, else 1 if any was refuted, else 3 if any was inconclusive.
     "--batch-size", type=click.IntRange(1), default=1, show_default=True, metavar="N",
     help="Images of one padded size computed together; each N is a run of its own.",
 )  # fmt: skip
-@click.option("--workers", type=click.IntRange(1), help="Number of processes.")
+@click.option("--workers", type=click.IntRange(1, MOST_PROCESSES), help="Number of processes.")
 @click.option("--ray", metavar="auto|ADDRESS", help="Run on the nodes of a Ray cluster.")
 @click.option(
     "--threads",
-    type=click.IntRange(1),
+    type=click.IntRange(1, MOST_PROCESSES),
     help="CPU threads of each process; the same in all of a run.",
 )
 @click.option("--run", type=click.Path(path_type=Path, file_okay=False), help="Run directory.")

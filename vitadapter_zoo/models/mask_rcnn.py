@@ -1,7 +1,6 @@
 """The detector: Mask R-CNN, from images to detections or, in training, to losses."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from os import PathLike
 from typing import Any, overload
 
@@ -24,6 +23,7 @@ from vitadapter_zoo.models.heads import (
     not_finite,
 )
 from vitadapter_zoo.models.losses import losses
+from vitadapter_zoo.models.modes import evaluating
 from vitadapter_zoo.models.objects import Target
 from vitadapter_zoo.models.precision import float32_precision
 
@@ -141,7 +141,7 @@ class MaskRCNN(nn.Module):
         score_threshold: float,
         images: Sequence[ImageInput | None],
     ) -> list[Detections]:
-        with evaluating(self), torch.inference_mode():
+        with torch.inference_mode():
             instances = self.detect(inputs, score_threshold)
         return [
             Detections.of(found, self.categories, image)
@@ -153,7 +153,9 @@ class MaskRCNN(nn.Module):
     ) -> list[Instances]:
         """Detect objects; leave the masks at 28x28 pixels instead of pasting them into the image.
 
-        From a GPU everything is downloaded in one copy; the results are on the CPU.
+        The network computes in evaluation mode and without gradients, and each module has its own
+        mode afterwards. From a GPU everything is downloaded in one copy; the results are on the
+        CPU.
 
         Args:
             inputs: outputs of ``preprocess`` whose tensors have the same shape.
@@ -171,7 +173,9 @@ class MaskRCNN(nn.Module):
         weights = next(self.parameters())
         x = uploaded_pixels(torch.cat([item.tensor for item in inputs]), weights)
         sizes = [item.resized for item in inputs]
-        with float32_precision(weights.device, allow_tf32=self.allow_tf32):
+        tf32 = self.allow_tf32
+        # With gradients, other kernels would give other last digits.
+        with evaluating(self), torch.no_grad(), float32_precision(weights.device, allow_tf32=tf32):
             maps: list[Tensor] = self.neck(self.backbone(x))
             proposals = self.rpn_head.propose(maps, sizes)
             found, complete = self._regions(
@@ -235,8 +239,8 @@ class MaskRCNN(nn.Module):
         """Detect objects in one or several images.
 
         The network computes in evaluation mode; every module's own mode is restored after each
-        batch. Nothing else of the process changes the result: not the default dtype or device, nor
-        whether gradients are on.
+        batch. The process's default dtype and device, and whether gradients are on, do not change
+        the result. ``torch.autocast`` around the call does, because it is asked for there.
 
         Args:
             images: paths, folders, patterns like ``"*.jpg"``, http(s) URLs, bytes of image files,
@@ -348,19 +352,6 @@ def downloaded(
         tuple(next(values).view(x.shape).to(x.dtype, copy=True) for x in part) for part in parts
     ]
     return parts, passed
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode within the block; afterwards each module has its own mode again."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _batches(
