@@ -6,7 +6,6 @@ import io
 import pickle
 import struct
 import subprocess
-import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from forked import workers
+from helpers import forget_the_peak, resident
 from torch import Tensor
 
 from vitadapter_zoo import CheckpointError, UnsafeCheckpointError
@@ -29,8 +29,8 @@ from pathlib import Path
 from vitadapter_zoo import CheckpointError
 from vitadapter_zoo.weights import checkpoint
 held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-# The file is mapped once to be interpreted and once for its tensors.
-most = held + {allowance} + 2 * Path(sys.argv[1]).stat().st_size
+# The file's size, and its two maps: to be interpreted, and for its tensors.
+most = held + {allowance} + 3 * Path(sys.argv[1]).stat().st_size
 resource.setrlimit(resource.RLIMIT_AS, (most, most))
 used = resource.getrusage(resource.RUSAGE_SELF)
 limit = int(used.ru_utime + used.ru_stime) + {seconds}
@@ -65,7 +65,7 @@ def read_within_limits(path: Path) -> str:
     and which gets no more memory than the file's size and an allowance: where the reader has no
     limits, the test fails and the machine is left alone.
     """
-    code = BOUNDED.format(seconds=SECONDS, allowance=path.stat().st_size + ALLOWANCE)
+    code = BOUNDED.format(seconds=SECONDS, allowance=ALLOWANCE)
     done = workers().run(code, str(path))
     assert done.returncode == 0, done.stderr
     assert len(done.stdout) < 2000
