@@ -11,6 +11,10 @@ from vitadapter_zoo.errors import ZooError
 
 Home: TypeAlias = str | os.PathLike[str] | None
 
+# More processes or threads than that are a mistake, and starting them takes the machine down.
+MOST_PROCESSES = 1024
+LARGEST_SEED = 2**63 - 1  # of torch's generators
+
 # Bytes; the limits of Linux and of its usual file systems. Beyond them even the question whether a
 # file exists is an error.
 LONGEST_PATH, LONGEST_NAME = 4095, 255

@@ -24,6 +24,25 @@ def broken(module: str, name: str, error: str, *arguments: str) -> Done:
 
 
 @pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (("train", "adapter-n-emoji", "--out", "x", "--lr", "nan"), "nan is not a finite number"),
+        (("train", "adapter-n-emoji", "--out", "x", "--clip", "inf"), "inf is not a finite number"),
+        (("train", "adapter-n-emoji", "--out", "x", "--workers", "1000000000"), "not in the range"),
+        (("train", "adapter-n-emoji", "--out", "x", "--seed", "9" * 30), "not in the range"),
+        (("verify", "adapter-n-emoji", "--max-minutes", "nan"), "nan is not a finite number"),
+        (("verify", "adapter-n-emoji", "--workers", "1000000000"), "not in the range"),
+        (("predict", "a.jpg", "--model", "x", "--score", "nan"), "nan is not a finite number"),
+    ],
+)
+def test_numbers_that_are_none_or_absurd(arguments: tuple[str, ...], reason: str) -> None:
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert reason in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
     ("error", "shown"),
     [
         ("TypeError('no such thing')", "TypeError: no such thing"),

@@ -1,12 +1,14 @@
 """Valid annotation and result files with one thing changed: one error, or pycocotools' figures.
 
-A short run belongs to every test run; `make test-slow` tries 10,000 examples of each kind.
+A short run belongs to every test run; `make test-slow` tries 10,000 examples of each kind, and
+``EXAMPLES=500 pytest -m slow tests/evaluation/test_changed_files.py`` 500.
 """
 
 import copy
 import json
 import math
 import resource
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from changed_files import (
 from coco_oracle import evaluated
 from hypothesis import HealthCheck, given, settings
 
+from examples import MANY, SECONDS
 from vitadapter_zoo import DatasetError
 from vitadapter_zoo.evaluation import read_dataset, read_results
 from vitadapter_zoo.evaluation.scoring import KINDS
@@ -30,16 +33,16 @@ from vitadapter_zoo.evaluation.verdict import judge
 from vitadapter_zoo.training.annotations import read_coco
 from vitadapter_zoo.training.data import described
 
-SECONDS, GIGABYTES = 10, 2  # of one example
+GIGABYTES = 2  # of one example
 LARGEST_FOR_PYCOCOTOOLS = 1e5  # pixels: its memory grows with the length of a polygon
 
 QUICK = settings(
     max_examples=60,
-    deadline=1000 * SECONDS,
+    deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-THOROUGH = settings(QUICK, max_examples=10_000, derandomize=False, database=None)
+THOROUGH = settings(QUICK, max_examples=MANY, derandomize=False, database=None)
 
 
 def check(annotations: bytes, results: bytes, folder: Path) -> None:
@@ -47,7 +50,7 @@ def check(annotations: bytes, results: bytes, folder: Path) -> None:
     paths = folder / "annotations.json", folder / "results.json"
     for path, content in zip(paths, (annotations, results), strict=True):
         path.write_bytes(content)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     try:
         data = read_dataset(paths[0], folder)
         found = judge("model", data, read_results(paths[1], data), (50.0, 50.0))
@@ -59,6 +62,7 @@ def check(annotations: bytes, results: bytes, folder: Path) -> None:
     finally:
         grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
         assert grown < GIGABYTES << 20  # in KiB
+        assert time.process_time() - start < SECONDS
     ours = [*found.box.figures.values(), *found.mask.figures.values()]
     assert all(-1 <= value <= 1 for value in ours)
     theirs = pycocotools(json.loads(annotations), json.loads(results))
@@ -93,12 +97,14 @@ def check_training(annotations: bytes, folder: Path) -> None:
     """Training reads the file, or says what is wrong with it in one error of one short line."""
     path = folder / "annotations.json"
     path.write_bytes(annotations)
+    start = time.process_time()
     try:
         split = read_coco(path, folder)
     except DatasetError as error:
         message = str(error)
     else:
         message = described(split, "train")
+    assert time.process_time() - start < SECONDS
     assert message.isprintable()
     assert len(message) < 1200
 
@@ -112,7 +118,7 @@ def test_a_changed_annotation_file_for_training(tmp_path: Path, files: Files) ->
 @pytest.mark.slow
 @THOROUGH
 @given(changed_annotations())
-def test_ten_thousand_changed_annotation_files_for_training(tmp_path: Path, files: Files) -> None:
+def test_many_changed_annotation_files_for_training(tmp_path: Path, files: Files) -> None:
     check_training(as_bytes(files)[0], tmp_path)
 
 
@@ -131,21 +137,21 @@ def test_files_with_changed_bytes(tmp_path: Path, files: tuple[bytes, bytes]) ->
 @pytest.mark.slow
 @THOROUGH
 @given(changed_annotations())
-def test_ten_thousand_changed_annotation_files(tmp_path: Path, files: Files) -> None:
+def test_many_changed_annotation_files(tmp_path: Path, files: Files) -> None:
     check(*as_bytes(files), tmp_path)
 
 
 @pytest.mark.slow
 @THOROUGH
 @given(changed_results())
-def test_ten_thousand_changed_result_files(tmp_path: Path, files: Files) -> None:
+def test_many_changed_result_files(tmp_path: Path, files: Files) -> None:
     check(*as_bytes(files), tmp_path)
 
 
 @pytest.mark.slow
 @THOROUGH
 @given(changed_text())
-def test_ten_thousand_files_with_changed_bytes(tmp_path: Path, files: tuple[bytes, bytes]) -> None:
+def test_many_files_with_changed_bytes(tmp_path: Path, files: tuple[bytes, bytes]) -> None:
     check(*files, tmp_path)
 
 

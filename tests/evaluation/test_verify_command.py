@@ -98,7 +98,7 @@ def test_with_expect_nothing_is_called_published(
 
 
 def test_results_from_elsewhere_are_judged(
-    coco: Path, undisturbed: Verification, tmp_path: Path
+    saved: Path, coco: Path, undisturbed: Verification, tmp_path: Path
 ) -> None:
     path = tmp_path / "results.json"
     detections = [one for result in undisturbed.results for one in result.to_coco()]
@@ -117,6 +117,11 @@ def test_results_from_elsewhere_are_judged(
     record = json.loads(found.stdout)
     assert record["box"]["figures"] == undisturbed.box.figures
     assert record["mask"]["figures"] == undisturbed.mask.figures
+
+    box, mask = (round(one.measured, 1) for one in undisturbed.comparisons)
+    of_folder = command("score", path, "--coco", coco, "--model", saved, "--expect", box, mask)
+    assert of_folder.exit_code == 0
+    assert "both are within 0.1 of the expected values" in of_folder.stdout
 
     def refused(content: Any) -> str:
         path.write_text(json.dumps(content))

@@ -118,17 +118,25 @@ def test_a_file_without_this_package_gives_the_same_detections(
 
 
 def test_torch_export_keeps_the_operator(model: MaskRCNN, tmp_path: Path) -> None:
-    written = vitadapter_zoo.export(model, tmp_path, format="pt2", sizes=[SIZE])
+    (tmp_path / "adapter-n-emoji-128x160.pt2").write_bytes(b"of an earlier export")
+    written = vitadapter_zoo.export(model, tmp_path, format="pt2", sizes=[SIZE], force=True)
     assert all(stage.agrees for stage in written[0].differences)
     program = torch.export.load(written[0].path)
     targets = {str(node.target) for node in program.graph.nodes}
     assert any("vitadapter_zoo" in target and "ms_deform_attn" in target for target in targets)
+
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ZooError, match=r"adapter-n-emoji-128x160\.pt2 is there already: --force"):
+        vitadapter_zoo.export(model, tmp_path, format="pt2", sizes=[SIZE])
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 @pytest.mark.slow
 def test_aot_inductor(model: MaskRCNN, tmp_path: Path) -> None:
     written = vitadapter_zoo.export(model, tmp_path, format="aoti", sizes=[SIZE])
     assert written[0].path.name.endswith(".aoti.pt2")
+    metadata = torch._inductor.aoti_load_package(str(written[0].path)).loader.get_metadata()
+    assert json.loads(metadata["vitadapter_zoo"]) == exporting.settings_of(model, SIZE)
     assert all(stage.agrees for stage in written[0].differences)
 
 
@@ -196,8 +204,8 @@ def test_postprocess_prepares_as_the_detector_does(model: MaskRCNN) -> None:
         ({"sizes": [(100, 128)]}, "100x128 is outside the range"),
         ({"sizes": [(64, 8192)]}, "64x8192 is outside the range"),
         ({"sizes": []}, "no size"),
-        ({"precision": "int8"}, "'int8' is none of"),
-        ({"precision": "float16"}, "float16 is for openvino only"),
+        ({"precision": "int8"}, "onnx has no precision 'int8'; there are onnx: float32; openvino"),
+        ({"precision": "float16"}, "onnx has no precision 'float16'"),
     ],
 )
 def test_wrong_arguments_are_one_error(
@@ -215,6 +223,26 @@ def test_a_file_that_computes_something_else_is_refused(
     with pytest.raises(ZooError, match=r"computes something else than the detector, first in prop"):
         vitadapter_zoo.export(model, tmp_path / "out", format="pt2", sizes=[SIZE])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_an_input_is_never_replaced(force: bool, model: MaskRCNN, tmp_path: Path) -> None:
+    given = tmp_path / "adapter-n-emoji-128x160.json"
+    given.write_bytes(picture(0).read_bytes())
+    with pytest.raises(ZooError, match="never replaced"):
+        vitadapter_zoo.export(model, tmp_path, format="pt2", sizes=[SIZE], image=given, force=force)
+    assert given.read_bytes() == picture(0).read_bytes()
+    assert list(tmp_path.iterdir()) == [given]
+
+
+@pytest.mark.parametrize("name", ["postprocess.py", "adapter-n-emoji-128x160.json"])
+def test_a_file_of_somebody_else_is_not_replaced(
+    name: str, model: MaskRCNN, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ZooError, match=f"{name} is there already"):
+        vitadapter_zoo.export(model, tmp_path, format="pt2", sizes=[SIZE])
+    assert (tmp_path / name).read_text() == "mine"
 
 
 def test_another_dtype_is_refused(tmp_path: Path) -> None:

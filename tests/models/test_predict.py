@@ -14,6 +14,8 @@ import torch
 from torch import nn
 
 from vitadapter_zoo import Detections, MaskRCNN, ZooError
+from vitadapter_zoo.backends.comparison import native_stages
+from vitadapter_zoo.models.modes import evaluating
 
 Ambient = Callable[[], AbstractContextManager[None]]
 
@@ -137,6 +139,32 @@ def test_predict_leaves_modes_and_statistics_as_they_were(
     assert [module.training for module in model.modules()] == modes
     assert any(modes)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_every_way_to_detect_evaluates(
+    small: MaskRCNN, picture: Path, expected: Detections
+) -> None:
+    model = copy.deepcopy(small).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    prepared = model.preprocess(picture)
+    found = model.detect([prepared])[0]  # with gradients on
+    assert same(Detections.of(found, model.categories), expected)
+    assert not found.boxes.requires_grad
+    assert same(native_stages(model, prepared).detections, expected)
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_calls_of_several_threads_may_overlap(small: MaskRCNN) -> None:
+    """The call that ends first leaves the modes alone until the last has ended."""
+    model = copy.deepcopy(small).train()
+    first, second = evaluating(model), evaluating(model)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert not any(module.training for module in model.modules())
+    second.__exit__(None, None, None)
+    assert all(module.training for module in model.modules())
 
 
 def test_modes_come_back_after_an_error(small: MaskRCNN, picture: Path) -> None:

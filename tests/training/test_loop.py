@@ -1,6 +1,7 @@
 """Training runs: a nano network learns a handful of images, and a run can be continued."""
 
 import json
+import math
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -177,6 +178,14 @@ def test_wrong_arguments(data: Path, tmp_path: Path) -> None:
         train(NANO, data, tmp_path / "run", **{**QUICK, "batch_size": 0})
     with pytest.raises(ValueError, match="ema is a decay between 0 and 1"):
         train(NANO, data, tmp_path / "run", ema=2.0, **QUICK)
+    nan = float("nan")
+    for wrong in ({"lr": nan}, {"clip": math.inf}, {"weight_decay": -1.0}, {"weight_decay": nan},
+                  {"layer_decay": nan}, {"layer_decay": 5.0}, {"seed": 2**64},
+                  {"workers": 10**9}):  # fmt: skip
+        name = next(iter(wrong))
+        with pytest.raises(ValueError, match=f"{name} must "):
+            train(NANO, data, tmp_path / "run", **{**QUICK, **wrong})
+    assert not (tmp_path / "run").exists()
     assert "give --data DIR" in failure("train", NANO, "--out", str(tmp_path / "run"))
 
 

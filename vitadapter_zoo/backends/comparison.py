@@ -14,6 +14,7 @@ from torchvision.ops import box_iou
 from vitadapter_zoo.detections import Detections
 from vitadapter_zoo.images import ImageInput, NetworkInput
 from vitadapter_zoo.models import MaskRCNN
+from vitadapter_zoo.models.modes import evaluating
 
 INPUT_LIMIT = 1e-6
 FEATURE_LIMIT = 1e-4  # relative to the tensor's largest magnitude
@@ -88,11 +89,12 @@ def native_stages(model: MaskRCNN, image: ImageInput | NetworkInput) -> Stages:
         for name in ("backbone", "neck")
     ]
     try:
-        detections = model([prepared])[0]
+        with evaluating(model):
+            detections = model([prepared])[0]
+            proposals = model.rpn_head.propose(seen["neck"], [prepared.resized])[0]
     finally:
         for hook in hooks:
             hook.remove()
-    proposals = model.rpn_head.propose(seen["neck"], [prepared.resized])[0]
     return Stages(
         input=prepared.tensor,
         resized=prepared.resized,

@@ -62,6 +62,7 @@ Examples:
 )
 @click.option("--image", help="Picture for the comparison. Default: one in the package.")
 @click.option("--checkpoint", help="File or URL of other weights of this model.")
+@click.option("--force", is_flag=True, help="Replace the files of an earlier export.")
 @click.option("--offline", is_flag=True, help="Use cached files only.")
 @click.option("--quiet", is_flag=True, help="No progress bars.")
 def export(
@@ -72,6 +73,7 @@ def export(
     precision: Literal["float32", "float16"],
     image: str | None,
     checkpoint: str | None,
+    force: bool,
     offline: bool,
     quiet: bool,
 ) -> None:
@@ -82,6 +84,7 @@ def export(
     with names, sizes and normalisation, and postprocess.py, which needs numpy only, lie beside it.
     """
     from vitadapter_zoo.exporting.export import export as write
+    from vitadapter_zoo.exporting.formats import STAGES_OF
     from vitadapter_zoo.loader import load
 
     model = load(
@@ -94,8 +97,10 @@ def export(
         sizes=sizes or None,
         precision=precision,
         image=None if image is None else expanded(image),
+        force=force,
     )
     for one in written:
         click.echo(f"{shown(one.path, PATH)}: largest differences from the detector")
+        click.echo(f"  before the detections: {STAGES_OF[kind]}; the rest: the file itself")
         for stage in one.differences:
             click.echo(f"  {stage.stage:<12} {stage.measured:>9.2g}, at most {stage.limit:.2g}")

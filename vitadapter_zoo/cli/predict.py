@@ -14,6 +14,7 @@ import click
 from vitadapter_zoo.cli import predict_output as output
 from vitadapter_zoo.cli.devices import chosen_device
 from vitadapter_zoo.cli.models import check_presence, model_names
+from vitadapter_zoo.cli.numbers import FiniteRange
 from vitadapter_zoo.errors import ZooError
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ Examples:
 )
 @click.option(
     "--score",
-    type=click.FloatRange(0, 1),
+    type=FiniteRange(0, 1),
     default=0.3,
     show_default=True,
     help="Lowest score of the detections that are drawn, printed and written.",

@@ -8,7 +8,6 @@ from pathlib import Path
 import click
 
 from vitadapter_zoo import settings
-from vitadapter_zoo.catalog import get_row
 from vitadapter_zoo.cli.models import model_names
 from vitadapter_zoo.cli.verdicts import (
     VerdictCommand,
@@ -18,6 +17,7 @@ from vitadapter_zoo.cli.verdicts import (
     report_folder,
     tell,
 )
+from vitadapter_zoo.finder import find
 
 
 @click.command(
@@ -37,7 +37,7 @@ Exit status: as for `verify`.
     required=True,
     shell_complete=model_names,
     metavar="NAME",
-    help="Load name, see `list`.",
+    help="What `load` takes; the published AP of a name from `list` is compared.",
 )
 @output_options
 def score(
@@ -53,7 +53,7 @@ def score(
 ) -> None:
     """Score a file of COCO results, for example of the original code, and give a verdict."""
     started = time.monotonic()
-    row = get_row(name)
+    detector = find(name)
     results, folder = settings.expanded(results), report_folder(folder, [results, annotations])
     data = dataset(name, coco, annotations, images, ignore_exif)
     from vitadapter_zoo.evaluation.results_file import read_results
@@ -61,7 +61,9 @@ def score(
     from vitadapter_zoo.evaluation.verdict import judge
     from vitadapter_zoo.weights import atomic
 
-    published = (row.box_ap, row.mask_ap) if data.is_measured(row) else None
+    row = detector.row
+    is_published = detector.place is None and data.is_measured(row)
+    published = (row.box_ap, row.mask_ap) if is_published else None
     judged = read_results(results, data)
     details = {
         "results": str(results),
@@ -70,7 +72,7 @@ def score(
         "environment": {"versions": versions()},
     }
     found = judge(
-        row.name,
+        detector.name,
         data,
         judged,
         expect or published,

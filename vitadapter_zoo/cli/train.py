@@ -9,6 +9,8 @@ from typing import Any, Literal, cast
 import click
 
 from vitadapter_zoo.cli.models import model_names
+from vitadapter_zoo.cli.numbers import FiniteRange
+from vitadapter_zoo.settings import LARGEST_SEED, MOST_PROCESSES
 
 
 @click.command(
@@ -117,7 +119,7 @@ Examples:
 )
 @click.option(
     "--lr",
-    type=click.FloatRange(0, min_open=True),
+    type=FiniteRange(0, min_open=True),
     help="Learning rate. [paper] 1e-4 (3x) or 2e-4 (1x) for 16 images per step, scaled linearly.",
 )
 @click.option(
@@ -126,16 +128,14 @@ Examples:
     help="Learning rate over time. [paper] step: divided by 10 after 3/4 (1x: 2/3) and 11/12 of "
     "the epochs.",
 )
-@click.option("--weight-decay", type=click.FloatRange(0), help="[paper] 0.05 (3x), 0.01 (1x).")
+@click.option("--weight-decay", type=FiniteRange(0), help="[paper] 0.05 (3x), 0.01 (1x).")
 @click.option(
     "--layer-decay",
-    type=click.FloatRange(0, 1, min_open=True),
+    type=FiniteRange(0, 1, min_open=True),
     help="[paper] 0.8 (AugReg-L, DINOv2-L), 0.7 (DINOv2-S, -B), 0.65 (Uni-Perceiver-B), none for "
     "the others.",
 )
-@click.option(
-    "--clip", type=click.FloatRange(0, min_open=True), help="Clip gradients to this norm."
-)
+@click.option("--clip", type=FiniteRange(0, min_open=True), help="Clip gradients to this norm.")
 @click.option(
     "--augment",
     type=click.Choice(["multi-scale", "flip", "none"]),
@@ -143,7 +143,7 @@ Examples:
 )
 @click.option(
     "--ema",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    type=FiniteRange(0, 1, min_open=True, max_open=True),
     help="Decay of a moving average of the weights, 0.999 for instance.",
 )
 @click.option(
@@ -181,7 +181,7 @@ Examples:
 )
 @click.option(
     "--max-minutes",
-    type=click.FloatRange(0, min_open=True),
+    type=FiniteRange(0, min_open=True),
     metavar="M",
     help="Stop after M minutes; the schedule is shortened to end then.",
 )
@@ -195,14 +195,14 @@ Examples:
 @click.option("--device", help="cpu, cuda, cuda:1, ...  [default: the best available]")
 @click.option(
     "--workers",
-    type=click.IntRange(0),
+    type=click.IntRange(0, MOST_PROCESSES),
     metavar="N",
     help="Processes that prepare images.  [default: the number of cores minus one]",
 )
 @click.option("--tensorboard", is_flag=True, help="Write TensorBoard files.")
 @click.option(
     "--seed",
-    type=click.IntRange(0),
+    type=click.IntRange(0, LARGEST_SEED),
     default=0,
     show_default=True,
     help="Seed of all random numbers.",

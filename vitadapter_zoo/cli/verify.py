@@ -12,6 +12,7 @@ import click
 
 from vitadapter_zoo.cli.failures import COULD_NOT_RUN
 from vitadapter_zoo.cli.models import check_presence, model_names
+from vitadapter_zoo.cli.numbers import FiniteRange
 from vitadapter_zoo.cli.verdicts import (
     EXIT_STATUS,
     VerdictCommand,
@@ -22,6 +23,7 @@ from vitadapter_zoo.cli.verdicts import (
     report_folder,
     tell,
 )
+from vitadapter_zoo.settings import MOST_PROCESSES
 
 if TYPE_CHECKING:
     from vitadapter_zoo.evaluation.dataset import Dataset
@@ -61,7 +63,7 @@ could not run, else 1 if any was refuted, else 3 if any was inconclusive.
 )
 @click.option(
     "--max-minutes",
-    type=click.FloatRange(0, min_open=True),
+    type=FiniteRange(0, min_open=True),
     metavar="M",
     help="Start no more images after M minutes.",
 )
@@ -84,11 +86,16 @@ could not run, else 1 if any was refuted, else 3 if any was inconclusive.
     "--batch-size", type=click.IntRange(1), metavar="N",
     help="Images per forward pass; each N needs its own run.  [default: 1; on a GPU by its memory]",
 )  # fmt: skip
-@click.option("--workers", type=click.IntRange(1), metavar="N", help="Number of worker processes.")
+@click.option(
+    "--workers",
+    type=click.IntRange(1, MOST_PROCESSES),
+    metavar="N",
+    help="Number of worker processes.",
+)
 @click.option("--ray", metavar="auto|ADDRESS", help="Run on the nodes of a Ray cluster.")
 @click.option(
     "--threads",
-    type=click.IntRange(1),
+    type=click.IntRange(1, MOST_PROCESSES),
     metavar="N",
     help="CPU threads per process; a run must keep the same number.",
 )

@@ -36,8 +36,8 @@ def compressed(segmentation: Any, size: tuple[int, int]) -> bytes:
         size: (height, width) of the image in pixels.
 
     Raises:
-        MaskError: none of these forms, without a single polygon of three points, or an RLE that
-            is damaged, empty or of another size.
+        MaskError: none of these forms, without a single polygon of three points, polygons that
+            cannot cover a pixel, or an RLE that is damaged, empty or of another size.
     """
     if isinstance(segmentation, list):
         return _of_polygons(segmentation, size)
@@ -63,9 +63,23 @@ def _of_polygons(polygons: list[Any], size: tuple[int, int]) -> bytes:
             parts.append(numbers)
     if not parts:
         raise MaskError("has no mask: none of its polygons has three points")
-    rles = [coco_mask.fr_poly(part, *size) for part in parts]
-    counts: bytes = coco_mask.merge(rles)["counts"]
+    merged = coco_mask.merge([coco_mask.fr_poly(part, *size) for part in parts])
+    # COCO's rasteriser also loses objects that are smaller than a pixel. Those are scored.
+    if not any(_has_extent(part, size) for part in parts) and not coco_mask.area(merged):
+        raise MaskError(
+            "has no mask: its polygons are points or lines, or lie outside of the image, and cover "
+            "no pixel"
+        )
+    counts: bytes = merged["counts"]
     return counts
+
+
+def _has_extent(polygon: list[float], size: tuple[int, int]) -> bool:
+    """Whether a polygon has an area, some of it perhaps in the image."""
+    xs, ys = polygon[0::2], polygon[1::2]
+    inside = max(xs) > 0 and max(ys) > 0 and min(xs) < size[1] and min(ys) < size[0]
+    pairs = zip(xs, ys, [*xs[1:], xs[0]], [*ys[1:], ys[0]], strict=True)
+    return inside and sum(x1 * y2 - x2 * y1 for x1, y1, x2, y2 in pairs) != 0
 
 
 def _of_rle(rle: dict[str, Any], size: tuple[int, int]) -> bytes:

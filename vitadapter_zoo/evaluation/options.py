@@ -47,9 +47,11 @@ class Options:
         if self.backend == "mmdet" and self.has_workers:
             raise ValueError("the mmdet backend runs in this process: leave workers and ray out")
         if _is_below(self.limit, 1) or not (self.max_minutes is None or self.max_minutes > 0):
-            raise ValueError("limit and max_minutes must be above 0")
+            raise ValueError("limit and max_minutes must be numbers above 0")
         if _is_below(self.workers, 1) or _is_below(self.threads, 1):
             raise ValueError("workers and threads must be at least 1")
+        if max(self.workers or 1, self.threads or 1) > settings.MOST_PROCESSES:
+            raise ValueError(f"workers and threads must be at most {settings.MOST_PROCESSES}")
         batch_size = 1 if self.batch_size is None else self.batch_size
         if batch_size < 1 or (batch_size > 1 and self.backend == "mmdet"):
             raise ValueError("batch_size must be at least 1, and 1 with the mmdet backend")

@@ -24,10 +24,11 @@ from vitadapter_zoo.backends.comparison import (
 )
 from vitadapter_zoo.catalog import get_row
 from vitadapter_zoo.detections import Detections
+from vitadapter_zoo.detections.output_files import refuse_inputs
 from vitadapter_zoo.errors import ConfigError, ZooError
 from vitadapter_zoo.exporting import formats, postprocess
 from vitadapter_zoo.exporting.detector import OUTPUTS, Exportable
-from vitadapter_zoo.exporting.formats import FORMATS, SUFFIXES, Format
+from vitadapter_zoo.exporting.formats import FORMATS, PRECISIONS, SUFFIXES, Format
 from vitadapter_zoo.images import PAD_MULTIPLE, ImageInput, NetworkInput, read_image
 from vitadapter_zoo.models import MaskRCNN
 from vitadapter_zoo.models.mask_rcnn import SCORE_THRESHOLD
@@ -48,7 +49,9 @@ class Exported:
     Attributes:
         path: the file; a JSON file of the same stem and ``postprocess.py`` lie beside it.
         size: (height, width) of its input in pixels.
-        differences: to the detector, stage by stage.
+        differences: to the detector, stage by stage. Detections, boxes, scores and masks are those
+            of the file in its own runtime; the stages before them, which a file does not return,
+            are those of the program that it was made from.
     """
 
     path: Path
@@ -64,6 +67,7 @@ def export(
     sizes: Sequence[tuple[int, int]] | None = None,
     precision: Literal["float32", "float16"] = "float32",
     image: ImageInput | None = None,
+    force: bool = False,
 ) -> list[Exported]:
     """Write a detector for another runtime: one file for each size.
 
@@ -80,19 +84,22 @@ def export(
         sizes: (height, width) of the inputs in pixels, multiples of 32 in 64..4096; by default
             that of a landscape image of the row's size.
         precision: ``"float16"`` stores the weights of an OpenVINO file in float16.
-        image: for the comparison; by default one of the package's own.
+        image: for the comparison; by default one of the package's own. It is never replaced.
+        force: replace the files of an earlier export, once the new ones are complete.
 
     Raises:
         ConfigError: an argument outside its range.
         ImageError: the image cannot be read.
-        ZooError: a package is missing, the folder cannot be written to, the format's own tool
-            fails, or the file computes something else than the detector. Nothing is written then.
+        ZooError: a file is there and ``force`` is not given, a package is missing, the folder
+            cannot be written to, the format's own tool fails, or the file computes something else
+            than the detector. Nothing is written then.
     """
     wanted = list(sizes) if sizes is not None else [default_size(model)]
     _check(model, format, wanted, precision)
     formats.check_packages(format)
     pixels = read_image(_picture() if image is None else image)
     target = expanded(directory)
+    _check_targets([target / name for name in _names(model, format, wanted)], image, force)
     with atomic.writing_to(target), _removed_on_failure(target):
         target.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".export-", dir=target) as partial:
@@ -100,10 +107,45 @@ def export(
                 _export_one(model, Path(partial), format, size, precision, pixels)
                 for size in wanted
             ]
-            shutil.copy(postprocess.__file__, Path(partial) / "postprocess.py")
+            shutil.copy(postprocess.__file__, partial)
             for path in sorted(Path(partial).iterdir()):
                 path.replace(target / path.name)
     return [replace(one, path=target / one.path.name) for one in found]
+
+
+def _stem(model: MaskRCNN, size: tuple[int, int]) -> str:
+    return f"{model.row.name}-{size[0]}x{size[1]}"
+
+
+def _names(model: MaskRCNN, kind: Format, sizes: Sequence[tuple[int, int]]) -> list[str]:
+    """The names of the files that an export writes."""
+    endings = [SUFFIXES[kind], ".json", *([".bin"] if kind == "openvino" else [])]
+    stems = [_stem(model, size) for size in sizes]
+    return [*(stem + ending for stem in stems for ending in endings), _postprocess_name()]
+
+
+def _postprocess_name() -> str:
+    """The name of the copy of `postprocess` that lies beside the files."""
+    return Path(postprocess.__file__).name
+
+
+def _check_targets(targets: Sequence[Path], image: ImageInput | None, force: bool) -> None:
+    """Refuse to write over an input, a folder, or a file that nobody allowed to replace.
+
+    The copy of `postprocess` of another export is no obstacle.
+    """
+    refuse_inputs(targets, [image])
+    own = Path(postprocess.__file__).read_bytes()
+    for path in targets:
+        if path.is_dir():
+            raise ZooError(f"cannot write {shown(path, PATH)}: it is a folder")
+        if force or not path.exists():
+            continue
+        if path.name != _postprocess_name() or path.read_bytes() != own:
+            raise ZooError(
+                f"{shown(path, PATH)} is there already: --force (force=True) replaces it, or "
+                "choose another folder"
+            )
 
 
 @contextmanager
@@ -133,10 +175,9 @@ def _picture() -> Path:
 def _check(model: MaskRCNN, kind: str, sizes: Sequence[tuple[int, int]], precision: str) -> None:
     if kind not in FORMATS:
         raise ConfigError(f"the format {shown(kind)!r} is none of {', '.join(FORMATS)}")
-    if precision not in ("float32", "float16"):
-        raise ConfigError(f"the precision {shown(precision)!r} is none of float32, float16")
-    if precision == "float16" and kind != "openvino":
-        raise ConfigError(f"float16 is for openvino only, not for {kind}: leave the precision out")
+    if precision not in PRECISIONS[kind]:
+        pairs = "; ".join(f"{name}: {', '.join(known)}" for name, known in PRECISIONS.items())
+        raise ConfigError(f"{kind} has no precision {shown(precision)!r}; there are {pairs}")
     if not sizes:
         raise ConfigError("no size: give at least one (height, width)")
     for size in sizes:
@@ -177,7 +218,7 @@ def _export_one(
     pixels: Any,
 ) -> Exported:
     settings = settings_of(model, size)
-    stem = f"{model.row.name}-{size[0]}x{size[1]}"
+    stem = _stem(model, size)
     path = folder / f"{stem}{SUFFIXES[kind]}"
     prepared = postprocess.prepare(pixels, settings)
     example = [torch.from_numpy(value) for value in prepared.inputs(SCORE_THRESHOLD).values()]

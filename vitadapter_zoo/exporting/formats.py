@@ -19,6 +19,20 @@ from vitadapter_zoo.exporting.detector import INPUTS, OUTPUTS, STAGES, Exportabl
 Format = Literal["onnx", "openvino", "pt2", "aoti"]
 FORMATS: tuple[str, ...] = get_args(Format)
 SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "pt2": ".pt2", "aoti": ".aoti.pt2"}
+# float16: the weights are stored in float16.
+PRECISIONS: dict[str, tuple[str, ...]] = {
+    "onnx": ("float32",),
+    "openvino": ("float32", "float16"),
+    "pt2": ("float32",),
+    "aoti": ("float32",),
+}
+# What the stages before the detections are measured on: a file itself returns none.
+STAGES_OF = {
+    "onnx": "the ONNX graph with its stages as outputs",
+    "openvino": "the ONNX graph that the file was made from, in ONNX Runtime",
+    "pt2": "the exported program, before it was written",
+    "aoti": "the exported program, before it was compiled",
+}
 OPSET = 18
 Array = npt.NDArray[Any]
 Arrays = list[Array]
@@ -112,9 +126,12 @@ def finish(
             else:
                 # With its layouts the mask head's convolutions, whose batch is the number of
                 # detections, give wrong results in torch 2.14.
-                plain = {"layout_optimization": False}
+                options = {
+                    "layout_optimization": False,
+                    "aot_inductor.metadata": {"vitadapter_zoo": text},
+                }
                 torch._inductor.aoti_compile_and_package(
-                    program, package_path=str(path), inductor_configs=plain
+                    program, package_path=str(path), inductor_configs=options
                 )
 
 

@@ -29,6 +29,7 @@ from vitadapter_zoo.models.heads import (
     suppressed,
 )
 from vitadapter_zoo.models.losses import losses
+from vitadapter_zoo.models.modes import evaluating
 from vitadapter_zoo.models.objects import Target
 from vitadapter_zoo.models.precision import channels_last_weights, float32_precision
 
@@ -169,7 +170,7 @@ class MaskRCNN(nn.Module):
         *,
         repeated: bool = False,
     ) -> list[Detections]:
-        with evaluating(self), torch.inference_mode():
+        with torch.inference_mode():
             instances = self.detect(inputs, score_threshold, repeated=repeated)
         return [
             Detections.of(found, self.categories, image)
@@ -185,7 +186,9 @@ class MaskRCNN(nn.Module):
     ) -> list[Instances]:
         """Detect objects; leave the masks at 28x28 pixels instead of pasting them into the image.
 
-        From a GPU everything is downloaded in one copy; the results are on the CPU.
+        The network computes in evaluation mode and without gradients, and each module has its own
+        mode afterwards. From a GPU everything is downloaded in one copy; the results are on the
+        CPU.
 
         Args:
             inputs: outputs of ``preprocess`` whose tensors have the same shape.
@@ -208,6 +211,8 @@ class MaskRCNN(nn.Module):
         x = uploaded_batch([item.tensor for item in inputs], weights)
         limits = box_limits([item.resized for item in inputs], weights)
         with (
+            evaluating(self),
+            torch.no_grad(),  # with gradients, other kernels would give other last digits
             float32_precision(weights.device, allow_tf32=self.allow_tf32),
             contextlib.nullcontext() if graphs is None else graphs.lock,
         ):
@@ -292,8 +297,8 @@ class MaskRCNN(nn.Module):
         """Detect objects in one or several images.
 
         The network computes in evaluation mode; every module's own mode is restored after each
-        batch. Nothing else of the process changes the result: not the default dtype or device, nor
-        whether gradients are on.
+        batch. The process's default dtype and device, and whether gradients are on, do not change
+        the result. ``torch.autocast`` around the call does, because it is asked for there.
 
         Args:
             images: paths, folders, patterns like ``"*.jpg"``, http(s) URLs, bytes of image files,
@@ -414,19 +419,6 @@ def downloaded(
         tuple(next(values).view(x.shape).to(x.dtype, copy=True) for x in part) for part in parts
     ]
     return parts, passed
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Use evaluation mode within the block, then restore the mode of each module."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _batches(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shutil
 import time
@@ -16,7 +17,7 @@ from vitadapter_zoo.errors import ZooError
 from vitadapter_zoo.evaluation.dataset import Dataset, read_dataset
 from vitadapter_zoo.models import MaskRCNN
 from vitadapter_zoo.models.precision import usual_state
-from vitadapter_zoo.settings import expanded
+from vitadapter_zoo.settings import LARGEST_SEED, MOST_PROCESSES, expanded
 from vitadapter_zoo.text import shown
 from vitadapter_zoo.timm_detector import TimmDetector
 from vitadapter_zoo.training import state as disk
@@ -195,6 +196,10 @@ def train(
     asked = asked_for(
         name, backbone, adapter=adapter, checkpoint=checkpoint, freeze=freeze_backbone, start=start
     )
+    _check_ranges(
+        layer_decay=(layer_decay, 0, 1), weight_decay=(weight_decay, 0, math.inf),
+        workers=(workers, 0, MOST_PROCESSES), seed=(seed, 0, LARGEST_SEED),
+    )  # fmt: skip
     began = time.monotonic()
     accelerator = accelerator_of(precision, device, accumulate)
     images = batch_size * accumulate * accelerator.num_processes
@@ -285,8 +290,14 @@ _PROGRESS = tuple(field.name for field in fields(Progress))
 
 def _check_positive(**values: float | None) -> None:
     for name, value in values.items():
-        if value is not None and not value > 0:
+        if value is not None and not 0 < value < math.inf:
             raise ValueError(f"{name} must be above 0, got {value}")
+
+
+def _check_ranges(**values: tuple[float | None, float, float]) -> None:
+    for name, (value, low, high) in values.items():
+        if value is not None and not (low <= value <= high and value < math.inf):
+            raise ValueError(f"{name} must lie in {low:g}..{high:g}, got {value}")
 
 
 @contextlib.contextmanager
