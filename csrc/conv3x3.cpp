@@ -55,8 +55,8 @@ std::int64_t tiles_per_piece(const ConvShape& s, std::int64_t tiles, std::int64_
   return std::max(rows, std::min(most, wanted));
 }
 
-// Transforms the weights [K, C, 3, 3]. This is done in every call: it takes about as long as reading
-// them twice, and keeping the result would take four times the memory of the weights.
+// Transforms the weights [K, C, 3, 3]. This is done in every call, because keeping the result would
+// take four times the memory of the weights.
 template <typename V>
 Scratch pack(const ConvShape& s, const ConvKernels<V>& kernels, const V* weight) {
   Scratch packed(values(s.tile) * s.channels * s.outputs);
