@@ -10,8 +10,8 @@ maps and weights would be rounded first. Processors with AMX multiply bfloat16 s
 PyTorch's convolution takes a third of the kernel's time; there it is used.
 
 The weights are transformed in each call. For 256 channels this takes 3 ms of one core (13 times in
-an image). A module that kept the result would need four times the memory of its weights, and another
-copy to notice changed weights.
+an image). A module that kept the result would need four times the memory of its weights, and a copy
+of them to notice changes.
 
 NaN and infinite values: wherever PyTorch's convolution returns one of them, so does this operator.
 It may return them at other pixels of the same 4x4 tile too, because all pixels of a tile are
@@ -37,8 +37,8 @@ LIBRARY.define(
 )
 LANES = 16  # channels are multiples of this
 MOST_CHANNELS = 512
-# Maps with fewer pixels are faster with PyTorch: the kernel transforms the weights first. The number
-# of maps does not count, so that a result does not depend on the other maps of the batch.
+# Maps with fewer pixels are faster with PyTorch, because the kernel transforms the weights first.
+# The number of maps does not count: a result must not depend on the other maps of the batch.
 FEWEST_PIXELS = 14 * 14
 TOLERANCE = 1e-5  # largest error that the check allows, relative to the largest value
 # What the kernel computes, and how far its results are rounded, relative to the largest value.
