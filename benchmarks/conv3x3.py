@@ -20,7 +20,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from vitadapter_zoo.ops.conv3x3 import accepts, conv3x3, pack, tile_size
+from vitadapter_zoo.ops.conv3x3 import accepts, conv3x3, tile_size
 from vitadapter_zoo.ops.library import implementation
 
 SHAPES = (  # images, channels, height, width
@@ -64,10 +64,9 @@ def measure(shape: tuple[int, int, int, int], clock: Clock, runs: int) -> dict[s
     if not accepts(x, weight, bias):
         raise SystemExit("the compiled convolution is not used here; see `vitadapter-zoo env`")
     tile = tile_size(height, width)
-    packed = pack(weight, tile)
     taken = medians(
         {
-            "ours": lambda: conv3x3(x, weight, bias, packed=packed),
+            "ours": lambda: conv3x3(x, weight, bias),
             "torch": lambda: F.conv2d(x, weight, bias, padding=1),
         },
         clock,

@@ -17,6 +17,7 @@ constexpr float SQUARE_A = POINT_A * POINT_A, SQUARE_B = POINT_B * POINT_B;
 constexpr int CONV_ROWS = ZOO_VECTOR_BYTES == 64 ? 12 : 6;
 constexpr std::int64_t PANEL = 2 * lanes<float>;  // output channels of a register block
 constexpr std::int64_t LINE = 16;                 // floats in a line of the cache
+typedef float HalfFloats __attribute__((vector_size(ZOO_VECTOR_BYTES / 2)));
 
 // Transforms T input values along one axis. F is a vector of channels.
 template <typename F>
@@ -58,11 +59,12 @@ ZOO_INLINE void transform_output(const F (&m)[4], F (&y)[2]) {
   y[1] = m[1] - m[2] + m[3];
 }
 
-// Transforms three weights along one axis, in double.
-ZOO_INLINE void transform_weight(const double (&g)[3], double (&u)[6]) {
+// Transforms three weights along one axis. F is a vector of output channels, in double.
+template <typename F>
+ZOO_INLINE void transform_weight(const F (&g)[3], F (&u)[6]) {
   constexpr double A = POINT_A, B = POINT_B, AA = SQUARE_A, BB = SQUARE_B;
   constexpr double of_a = 1 / (2 * AA * (AA - BB)), of_b = 1 / (2 * BB * (BB - AA));
-  u[0] = g[0] / (AA * BB);
+  u[0] = g[0] * (1 / (AA * BB));
   u[1] = (g[0] + A * g[1] + AA * g[2]) * of_a;
   u[2] = (g[0] - A * g[1] + AA * g[2]) * of_a;
   u[3] = (g[0] + B * g[1] + BB * g[2]) * of_b;
@@ -70,36 +72,44 @@ ZOO_INLINE void transform_weight(const double (&g)[3], double (&u)[6]) {
   u[5] = g[2];
 }
 
-ZOO_INLINE void transform_weight(const double (&g)[3], double (&u)[4]) {
+template <typename F>
+ZOO_INLINE void transform_weight(const F (&g)[3], F (&u)[4]) {
   u[0] = g[0];
-  u[1] = (g[0] + g[1] + g[2]) / 2;
-  u[2] = (g[0] - g[1] + g[2]) / 2;
+  u[1] = (g[0] + g[1] + g[2]) * 0.5;
+  u[2] = (g[0] - g[1] + g[2]) * 0.5;
   u[3] = g[2];
 }
 
 // The packed weights are [panels][T * T][channels][PANEL]; the last panel may be half as wide.
-template <int M>
+template <int M, typename V>
 void conv_pack_tiles(
-    const ConvShape& s, const float* weight, float* packed, std::int64_t begin, std::int64_t end) {
+    const ConvShape& s, const V* weight, float* packed, std::int64_t begin, std::int64_t end) {
   constexpr int T = M + 2;
+  using D = Vector<double>;
   for (std::int64_t first = 0; first < s.outputs; first += PANEL) {
     const std::int64_t wide = std::min(PANEL, s.outputs - first);
     float* panel = packed + first * T * T * s.channels;
     for (std::int64_t c = begin; c < end; ++c) {
-      float transformed[T * T][PANEL];
+      double filters[9][PANEL];
       for (std::int64_t k = 0; k < wide; ++k) {
-        const float* from = weight + ((first + k) * s.channels + c) * 9;
-        double columns[T][3];
+        const V* from = weight + ((first + k) * s.channels + c) * 9;
+        for (int i = 0; i < 9; ++i) filters[i][k] = load<float>(from + i);
+      }
+      float transformed[T * T][PANEL];
+      for (std::int64_t k = 0; k < wide; k += lanes<double>) {
+        D columns[T][3];
         for (int x = 0; x < 3; ++x) {
-          const double g[3] = {from[x], from[3 + x], from[6 + x]};
-          double u[T];
+          const D g[3] = {
+              load<D>(filters[x] + k), load<D>(filters[3 + x] + k), load<D>(filters[6 + x] + k)};
+          D u[T];
           transform_weight(g, u);
           for (int i = 0; i < T; ++i) columns[i][x] = u[i];
         }
         for (int i = 0; i < T; ++i) {
-          double u[T];
+          D u[T];
           transform_weight(columns[i], u);
-          for (int j = 0; j < T; ++j) transformed[i * T + j][k] = float(u[j]);
+          for (int j = 0; j < T; ++j)
+            store(transformed[i * T + j] + k, convert<HalfFloats>(u[j]));
         }
       }
       for (int xy = 0; xy < T * T; ++xy)
@@ -109,9 +119,10 @@ void conv_pack_tiles(
   }
 }
 
+template <typename V>
 void conv_pack(
-    const ConvShape& s, const float* weight, float* packed, std::int64_t begin, std::int64_t end) {
-  const auto run = s.tile == 4 ? conv_pack_tiles<4> : conv_pack_tiles<2>;
+    const ConvShape& s, const V* weight, float* packed, std::int64_t begin, std::int64_t end) {
+  const auto run = s.tile == 4 ? conv_pack_tiles<4, V> : conv_pack_tiles<2, V>;
   run(s, weight, packed, begin, end);
 }
 
@@ -150,13 +161,13 @@ struct TilePlace {
 };
 
 // Transforms the input of one tile. Pixels outside of the map are zeros.
-template <int M>
+template <int M, typename V>
 ZOO_INLINE void conv_input_tile(
-    const ConvShape& s, const TilePlace& at, const float* input, const float* zeros,
+    const ConvShape& s, const TilePlace& at, const V* input, const V* zeros,
     std::int64_t block, float* to) {
   constexpr int T = M + 2;
   using F = Vector<float>;
-  const float* pixel[T][T];
+  const V* pixel[T][T];
   for (int i = 0; i < T; ++i)
     for (int j = 0; j < T; ++j) {
       const std::int64_t y = at.y + i - 1, x = at.x + j - 1;
@@ -182,15 +193,15 @@ ZOO_INLINE void conv_input_tile(
 
 // Transforms the products of one tile for N vectors of output channels, adds the bias and writes
 // the pixels that are inside of the map.
-template <int M, int N>
+template <int M, int N, typename V>
 ZOO_INLINE void conv_output_tile(
     const ConvShape& s, const TilePlace& at, const float* products, std::int64_t block,
-    const float* bias, float* output) {
+    const float* bias, V* output) {
   constexpr int T = M + 2;
   using F = Vector<float>;
   const int down = int(std::min<std::int64_t>(M, s.height - at.y));
   const int across = int(std::min<std::int64_t>(M, s.width - at.x));
-  float* first = output + ((at.image * s.height + at.y) * s.width + at.x) * s.outputs;
+  V* first = output + ((at.image * s.height + at.y) * s.width + at.x) * s.outputs;
   for (int n = 0; n < N; ++n) {
     const int c = n * lanes<float>;
     const F shift = load<F>(bias + c);
@@ -204,7 +215,7 @@ ZOO_INLINE void conv_output_tile(
     for (int i = 0; i < down; ++i) {
       F y[M];
       transform_output(columns[i], y);
-      float* row = first + i * s.width * s.outputs + c;
+      V* row = first + i * s.width * s.outputs + c;
       for (int j = 0; j < M; ++j) {
         F value = y[j] + shift;
         if (s.relu) value = value < 0 ? F{} : value;  // NaN stays NaN
@@ -253,21 +264,21 @@ ZOO_INLINE void conv_multiply_rows(
 
 // Prefetches the output pixels of one tile for N vectors of channels. Otherwise each store to a line
 // that is not in the cache waits for the line to be read.
-template <int M, int N>
-ZOO_INLINE void conv_prefetch_tile(const ConvShape& s, const TilePlace& at, const float* output) {
-  const float* first = output + ((at.image * s.height + at.y) * s.width + at.x) * s.outputs;
+template <int M, int N, typename V>
+ZOO_INLINE void conv_prefetch_tile(const ConvShape& s, const TilePlace& at, const V* output) {
+  const V* first = output + ((at.image * s.height + at.y) * s.width + at.x) * s.outputs;
   for (int i = 0; i < std::min<std::int64_t>(M, s.height - at.y); ++i)
     for (int j = 0; j < std::min<std::int64_t>(M, s.width - at.x); ++j)
-      for (int c = 0; c < N * lanes<float>; c += LINE)
+      for (int c = 0; c < N * lanes<float>; c += LINE * int(sizeof(float) / sizeof(V)))
         __builtin_prefetch(first + (i * s.width + j) * s.outputs + c, 1, 2);
 }
 
 // Computes N vectors of output channels of the tiles. Meanwhile it prefetches the weights of the
 // next products and the output.
-template <int M, int N>
+template <int M, int N, typename V>
 void conv_panel(
     const ConvShape& s, const ConvScratch& at, const std::vector<TilePlace>& places,
-    const float* weights, const float* bias, float* output, float* scratch) {
+    const float* weights, const float* bias, V* output, float* scratch) {
   constexpr int VALUES = (M + 2) * (M + 2);
   const std::int64_t tiles = std::int64_t(places.size());
   const std::int64_t size = s.channels * N * lanes<float>;
@@ -289,14 +300,15 @@ void conv_panel(
         s, places[tile], products + tile * PANEL, at.product_block, bias, output);
 }
 
-template <int M>
+template <int M, typename V>
 void conv_run_tiles(
-    const ConvShape& s, const float* input, const float* packed, const float* bias, float* output,
+    const ConvShape& s, const V* input, const float* packed, const float* bias, V* output,
     float* scratch, std::int64_t begin, std::int64_t end) {
   constexpr int VALUES = (M + 2) * (M + 2);
   const ConvScratch at(s, end - begin);
-  float* zeros = scratch + at.zeros;
-  std::fill(zeros, zeros + s.channels, 0.0f);
+  // Zeros have the same bits in every type.
+  std::fill(scratch + at.zeros, scratch + at.zeros + s.channels, 0.0f);
+  const V* zeros = reinterpret_cast<const V*>(scratch + at.zeros);
   std::vector<TilePlace> places;
   for (std::int64_t tile = begin; tile < end; ++tile) {
     places.emplace_back(s, tile);
@@ -304,14 +316,15 @@ void conv_run_tiles(
         s, places.back(), input, zeros, at.input_block, scratch + (tile - begin) * at.row);
   }
   for (std::int64_t k = 0; k < s.outputs; k += PANEL) {
-    const auto panel = k + PANEL <= s.outputs ? conv_panel<M, 2> : conv_panel<M, 1>;
+    const auto panel = k + PANEL <= s.outputs ? conv_panel<M, 2, V> : conv_panel<M, 1, V>;
     panel(s, at, places, packed + k * VALUES * s.channels, bias + k, output + k, scratch);
   }
 }
 
+template <typename V>
 void conv_run(
-    const ConvShape& s, const float* input, const float* packed, const float* bias, float* output,
+    const ConvShape& s, const V* input, const float* packed, const float* bias, V* output,
     float* scratch, std::int64_t begin, std::int64_t end) {
-  const auto run = s.tile == 4 ? conv_run_tiles<4> : conv_run_tiles<2>;
+  const auto run = s.tile == 4 ? conv_run_tiles<4, V> : conv_run_tiles<2, V>;
   run(s, input, packed, bias, output, scratch, begin, end);
 }

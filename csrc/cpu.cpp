@@ -10,6 +10,7 @@
 
 #include "arguments.h"
 #include "cpu_kernels.h"
+#include "pieces.h"
 
 namespace vitadapter_zoo {
 namespace {
@@ -88,7 +89,7 @@ void use_huge_pages(const Tensor& output) {
 #endif
 }
 
-constexpr std::int64_t GRAIN = 64;  // fewest queries per thread
+constexpr std::int64_t GRAIN = 64;  // fewest queries of a piece
 
 // run(kernels, shape, output, begin, end) computes the queries from begin to end.
 template <typename F>
@@ -99,10 +100,9 @@ Tensor run_forward(const Arguments& a, const F& run) {
   if (a.empty()) return torch::stable::zero_(output);
   use_huge_pages(output);
   dispatch(a, [&]<typename V, typename W, typename A>(const Kernels<V, W, A>& kernels) {
-    torch::stable::parallel_for(
-        0, a.batch * a.queries, GRAIN, [&](std::int64_t begin, std::int64_t end) {
-          run(kernels, shape, mutable_data<V>(output), begin, end);
-        });
+    in_pieces(a.batch * a.queries, GRAIN, [&](std::int64_t begin, std::int64_t end) {
+      run(kernels, shape, mutable_data<V>(output), begin, end);
+    });
   });
   return output;
 }
@@ -144,13 +144,12 @@ std::tuple<Tensor, Tensor, Tensor> backward(
   const Gradients grads(a, grad_output);
   if (a.empty()) return grads.result(a);
   dispatch(a, [&]<typename V, typename W, typename A>(const Kernels<V, W, A>& kernels) {
-    torch::stable::parallel_for(
-        0, a.batch * a.heads, 1, [&](std::int64_t begin, std::int64_t end) {
-          kernels.backward(
-              shape, data<V>(grads.output), data<V>(a.value), data<A>(a.locations),
-              data<W>(a.weights), mutable_data<A>(grads.value), mutable_data<A>(grads.locations),
-              mutable_data<W>(grads.weights), begin, end);
-        });
+    in_pieces(a.batch * a.heads, 1, [&](std::int64_t begin, std::int64_t end) {
+      kernels.backward(
+          shape, data<V>(grads.output), data<V>(a.value), data<A>(a.locations),
+          data<W>(a.weights), mutable_data<A>(grads.value), mutable_data<A>(grads.locations),
+          mutable_data<W>(grads.weights), begin, end);
+    });
   });
   return grads.result(a);
 }

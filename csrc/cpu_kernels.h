@@ -53,18 +53,22 @@ struct Bins {
   int most;
 };
 
-// maps [images, height, width, channels], output [regions, size, size, channels].
+// maps [images, height, width, channels], output [rows, size, size, channels]. The arrays have an
+// element for each region.
 struct RoiShape {
   std::int64_t height, width, channels, regions;
   int size;
-  const std::int64_t* image;  // one per region
-  const Bins *x, *y;          // one per region
+  const std::int64_t *image, *row;  // a region's image and its row of the output
+  const Bins *x, *y;
 };
 
 struct RoiKernels {
   // Computes the output of the regions begin <= region < end.
   void (*forward)(
       const RoiShape&, const float* maps, float* output, std::int64_t begin, std::int64_t end);
+  void (*forward_bfloat16)(
+      const RoiShape&, const BFloat16* maps, BFloat16* output, std::int64_t begin,
+      std::int64_t end);
   // Adds the gradients of the channels begin <= channel < end to grad_maps.
   void (*backward)(
       const RoiShape&, const float* grad_output, float* grad_maps, std::int64_t begin,
@@ -79,16 +83,18 @@ struct ConvShape {
   bool relu;
 };
 
+// V is the type of maps, weights and output. The transforms and the products are float.
+template <typename V>
 struct ConvKernels {
   // Transforms weight [outputs, channels, 3, 3] for the input channels begin <= channel < end.
   void (*pack)(
-      const ConvShape&, const float* weight, float* packed, std::int64_t begin, std::int64_t end);
+      const ConvShape&, const V* weight, float* packed, std::int64_t begin, std::int64_t end);
   // Returns how many floats of scratch memory `run` needs for this number of tiles.
   std::int64_t (*scratch)(const ConvShape&, std::int64_t tiles);
   // Computes the tiles begin <= tile < end of output [images, height, width, outputs] from input
   // [images, height, width, channels]. `scratch` is aligned to 64 bytes.
   void (*run)(
-      const ConvShape&, const float* input, const float* packed, const float* bias, float* output,
+      const ConvShape&, const V* input, const float* packed, const float* bias, V* output,
       float* scratch, std::int64_t begin, std::int64_t end);
   int rows;  // tiles that the products process at a time; the best `end - begin` is a multiple
 };
@@ -100,7 +106,8 @@ struct InstructionSet {
   Kernels<BFloat16, BFloat16, float> bfloat16;
   Kernels<BFloat16, float, float> bfloat16_float_weights;
   RoiKernels roi_align;
-  ConvKernels conv3x3;
+  ConvKernels<float> conv3x3;
+  ConvKernels<BFloat16> conv3x3_bfloat16;
 };
 
 extern const InstructionSet portable;

@@ -448,8 +448,9 @@ extern const InstructionSet ZOO_INSTRUCTION_SET = {
      backward<BFloat16, BFloat16, float>},
     {forward<BFloat16, float, float>, forward_fused<BFloat16, float, float>,
      backward<BFloat16, float, float>},
-    {roi_align, roi_align_backward},
-    {conv_pack, conv_scratch, conv_run, CONV_ROWS},
+    {roi_align<float>, roi_align<BFloat16>, roi_align_backward},
+    {conv_pack<float>, conv_scratch, conv_run<float>, CONV_ROWS},
+    {conv_pack<BFloat16>, conv_scratch, conv_run<BFloat16>, CONV_ROWS},
 };
 
 }  // namespace vitadapter_zoo

@@ -6,10 +6,12 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <vector>
 
 #include "arguments.h"
 #include "cpu_kernels.h"
+#include "pieces.h"
 
 namespace vitadapter_zoo {
 namespace {
@@ -77,11 +79,13 @@ class Axes {
   std::vector<Bins> bins_;
 };
 
-// Calls run(shape) for `rois` [R, 5] on maps of this size.
+// Calls run(shape) for `rois` [R, 5] on maps of this size. Region r is in row rows[r] of the output,
+// by default in row r.
 template <typename F>
 void with_shape(
     const Tensor& rois, std::int64_t images, std::int64_t height, std::int64_t width,
-    std::int64_t channels, std::int64_t size, double scale, const F& run) {
+    std::int64_t channels, std::int64_t size, double scale, const F& run,
+    const std::int64_t* rows = nullptr) {
   require(
       rois.dim() == 2 && rois.size(1) == 5 && rois.scalar_type() == ScalarType::Float,
       "rois must be float32 [R, 5]", NAME);
@@ -91,7 +95,11 @@ void with_shape(
       "the maps or the bins have no size", NAME);
   const Tensor boxes = torch::stable::contiguous(rois);
   const std::int64_t regions = boxes.size(0);
-  std::vector<std::int64_t> image(regions);
+  std::vector<std::int64_t> image(regions), row(regions);
+  if (rows)
+    std::copy(rows, rows + regions, row.begin());
+  else
+    std::iota(row.begin(), row.end(), 0);
   Axes x(regions, int(size)), y(regions, int(size));
   const float factor = float(scale);
   for (std::int64_t r = 0; r < regions; ++r) {
@@ -101,7 +109,8 @@ void with_shape(
     x.add(box[1] * factor - 0.5f, box[3] * factor - 0.5f, int(width));
     y.add(box[2] * factor - 0.5f, box[4] * factor - 0.5f, int(height));
   }
-  run(RoiShape{height, width, channels, regions, int(size), image.data(), x.bins(), y.bins()});
+  run(RoiShape{
+      height, width, channels, regions, int(size), image.data(), row.data(), x.bins(), y.bins()});
 }
 
 Tensor forward(const Tensor& maps, const Tensor& rois, std::int64_t size, double scale) {
@@ -115,13 +124,46 @@ Tensor forward(const Tensor& maps, const Tensor& rois, std::int64_t size, double
   with_shape(
       rois, cells.size(0), cells.size(1), cells.size(2), channels, size, scale,
       [&](const RoiShape& shape) {
-        torch::stable::parallel_for(
-            0, shape.regions, 4, [&](std::int64_t begin, std::int64_t end) {
-              instruction_set().roi_align.forward(
-                  shape, data<float>(cells), mutable_data<float>(output), begin, end);
-            });
+        in_pieces(shape.regions, 4, [&](std::int64_t begin, std::int64_t end) {
+          instruction_set().roi_align.forward(
+              shape, data<float>(cells), mutable_data<float>(output), begin, end);
+        });
       });
   return output;
+}
+
+// Writes the regions to the given rows of `output`.
+void forward_rows(
+    Tensor output, const Tensor& rows, const Tensor& maps, const Tensor& rois, double scale) {
+  const ScalarType type = maps.scalar_type();
+  require(
+      maps.dim() == 4 && (type == ScalarType::Float || type == ScalarType::BFloat16),
+      "maps must be float32 or bfloat16 [N, H, W, C]", NAME);
+  require(
+      output.dim() == 4 && output.is_contiguous() && output.scalar_type() == type &&
+          output.size(1) == output.size(2) && output.size(3) == maps.size(3),
+      "the output must be contiguous [rows, size, size, C] of the maps' dtype", NAME);
+  require(
+      rows.dim() == 1 && rows.size(0) == rois.size(0) && rows.scalar_type() == ScalarType::Long,
+      "rows must be int64 [R]", NAME);
+  const Tensor cells = torch::stable::contiguous(maps), places = torch::stable::contiguous(rows);
+  const std::int64_t* first = data<std::int64_t>(places);
+  for (std::int64_t r = 0; r < rows.size(0); ++r)
+    require(first[r] >= 0 && first[r] < output.size(0), "a row is not in the output", NAME);
+  const RoiKernels& kernels = instruction_set().roi_align;
+  with_shape(
+      rois, cells.size(0), cells.size(1), cells.size(2), cells.size(3), output.size(1), scale,
+      [&](const RoiShape& shape) {
+        in_pieces(shape.regions, 4, [&](std::int64_t begin, std::int64_t end) {
+          if (type == ScalarType::Float)
+            kernels.forward(
+                shape, data<float>(cells), mutable_data<float>(output), begin, end);
+          else
+            kernels.forward_bfloat16(
+                shape, data<BFloat16>(cells), mutable_data<BFloat16>(output), begin, end);
+        });
+      },
+      first);
 }
 
 Tensor backward(
@@ -141,7 +183,7 @@ Tensor backward(
         const std::int64_t groups = (channels + GROUP - 1) / GROUP;
         // A single thread adds up a cell in the order of the regions, so sums do not depend on the
         // number of threads.
-        torch::stable::parallel_for(0, groups, 1, [&](std::int64_t begin, std::int64_t end) {
+        in_pieces(groups, 1, [&](std::int64_t begin, std::int64_t end) {
           instruction_set().roi_align.backward(
               shape, data<float>(grad), mutable_data<float>(result), begin * GROUP,
               std::min(end * GROUP, channels));
@@ -156,5 +198,6 @@ Tensor backward(
 // Python declares these operators (ops/roi_align.py).
 STABLE_TORCH_LIBRARY_IMPL(vitadapter_zoo, CPU, m) {
   m.impl("_roi_align", TORCH_BOX(&vitadapter_zoo::forward));
+  m.impl("_roi_align_rows", TORCH_BOX(&vitadapter_zoo::forward_rows));
   m.impl("_roi_align_backward", TORCH_BOX(&vitadapter_zoo::backward));
 }

@@ -1,13 +1,13 @@
 // RoIAlign's kernels, included by cpu_kernels.inl into its anonymous namespace.
 
 // Computes N vectors of channels of a bin, starting at channel c: the sum over its cells.
-template <int N>
+template <int N, typename V>
 ZOO_INLINE void pool_bin(
-    const RoiShape& s, const Bins& x, const Bins& y, int column, int row, const float* image,
-    float* output) {
+    const RoiShape& s, const Bins& x, const Bins& y, int column, int row, const V* image,
+    V* output) {
   Vector<float> sum[N] = {};
   for (int i = 0; i < y.count[row]; ++i) {
-    const float* cell =
+    const V* cell =
         image + (std::int64_t(y.first[row] + i) * s.width + x.first[column]) * s.channels;
     const float row_weight = y.weights[row * y.most + i];
     for (int j = 0; j < x.count[column]; ++j, cell += s.channels) {
@@ -20,26 +20,28 @@ ZOO_INLINE void pool_bin(
 }
 
 // Computes the same for a single channel.
+template <typename V>
 ZOO_INLINE void pool_bin_channel(
-    const RoiShape& s, const Bins& x, const Bins& y, int column, int row, const float* image,
-    float* output) {
+    const RoiShape& s, const Bins& x, const Bins& y, int column, int row, const V* image,
+    V* output) {
   float sum = 0;
   for (int i = 0; i < y.count[row]; ++i) {
-    const float* cell =
+    const V* cell =
         image + (std::int64_t(y.first[row] + i) * s.width + x.first[column]) * s.channels;
     for (int j = 0; j < x.count[column]; ++j, cell += s.channels)
-      sum += y.weights[row * y.most + i] * x.weights[column * x.most + j] * *cell;
+      sum += y.weights[row * y.most + i] * x.weights[column * x.most + j] * load<float>(cell);
   }
-  *output = sum;
+  store(output, sum);
 }
 
+template <typename V>
 void roi_align(
-    const RoiShape& s, const float* maps, float* output, std::int64_t begin, std::int64_t end) {
+    const RoiShape& s, const V* maps, V* output, std::int64_t begin, std::int64_t end) {
   constexpr int L = lanes<float>;
   for (std::int64_t r = begin; r < end; ++r) {
     const Bins &x = s.x[r], &y = s.y[r];
-    const float* image = maps + s.image[r] * s.height * s.width * s.channels;
-    float* out = output + r * s.size * s.size * s.channels;
+    const V* image = maps + s.image[r] * s.height * s.width * s.channels;
+    V* out = output + s.row[r] * s.size * s.size * s.channels;
     for (int row = 0; row < s.size; ++row)
       for (int column = 0; column < s.size; ++column, out += s.channels) {
         std::int64_t c = 0;

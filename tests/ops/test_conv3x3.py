@@ -1,8 +1,6 @@
 """Tests of the Winograd 3x3 convolution against PyTorch's."""
 
-import copy
 import os
-import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,7 +16,7 @@ from torch import Tensor, nn
 
 from vitadapter_zoo.models.convolution import Conv3x3
 from vitadapter_zoo.ops import conv3x3 as op
-from vitadapter_zoo.ops.conv3x3 import accepts, conv3x3, pack, tile_size, usable
+from vitadapter_zoo.ops.conv3x3 import accepts, conv3x3, tile_size, usable
 
 PROJECT = Path(__file__).parents[2]
 SIZE = (15, 14)  # of a map that the kernel computes; its last tiles are cut off
@@ -49,7 +47,7 @@ def compare(images: int, channels: int, outputs: int, height: int, width: int) -
     x, weight, bias = arguments(images, channels, outputs, height, width)
     assert accepts(x, weight, bias) == (height * width >= 196)
     for shift, relu in ((bias, True), (None, False)):
-        found = torch.ops.vitadapter_zoo.conv3x3(x, weight, shift, None, relu)
+        found = torch.ops.vitadapter_zoo.conv3x3(x, weight, shift, relu)
         assert error(found, x, weight, shift, relu) < 1e-5
 
 
@@ -136,33 +134,31 @@ def test_nan_and_infinity_stay_in_their_tiles(value: float, relu: bool) -> None:
 
 def test_rejects_what_would_read_out_of_bounds() -> None:
     x, weight, bias = arguments(1, 32, 16, *SIZE)
-    maps, packed = x.permute(0, 2, 3, 1), pack(weight, 4)
+    maps = x.permute(0, 2, 3, 1)
     wrong = {
-        "maps must be": (maps[..., :8], packed, bias, 4),
-        "maps must be float32": (maps.double(), packed, bias, 4),
-        "packed does not": (maps, packed[:16], bias, 4),
-        "packed does not come": (maps, pack(weight, 2), bias, 4),
-        "packed does not come from": (maps[..., :16], packed, bias, 4),
-        "bias must be": (maps, packed, bias[:8], 4),
-        "tile must be": (maps, packed, bias, 3),
+        "maps must be": (maps[..., :8], weight, bias, 4),
+        "maps must be float32": (maps.double(), weight, bias, 4),
+        "weight must be": (maps, weight[:8], bias[:8], 4),
+        "weight must be .K, C, 3, 3.": (maps, weight[:, :, :2], bias, 4),
+        "weight must be .K, C, 3, 3. of the maps' dtype": (maps, weight.double(), bias, 4),
+        "weight must be .K, C": (maps[..., :16], weight, bias, 4),
+        "bias must be": (maps, weight, bias[:8], 4),
+        "bias must be .K. of the maps' dtype": (maps, weight, bias.bfloat16(), 4),
+        "tile must be": (maps, weight, bias, 3),
     }
     for message, values in wrong.items():
         with pytest.raises(RuntimeError, match=message):
-            torch.ops.vitadapter_zoo._conv3x3(*values, False)
-    for other in (weight[:8], weight.double(), weight[:, :, :2]):
-        with pytest.raises(RuntimeError, match="weight must be"):
-            pack(other, 4)
+            torch.ops.vitadapter_zoo._conv3x3_maps(*values, False)
 
 
 def test_torch_s_checks_of_the_operator() -> None:
     x, weight, bias = arguments(2, 16, 32, 5, 7)
     leaves = [tensor.clone().requires_grad_() for tensor in (x, weight, bias)]
     operator = torch.ops.vitadapter_zoo.conv3x3
-    for values in ((x, weight, bias, pack(weight, 4), True), (*leaves, None, True),
-                  (leaves[0], weight, None, None, False)):  # fmt: skip
+    for values in ((x, weight, bias, True), (*leaves, True), (leaves[0], weight, None, False)):
         torch.library.opcheck(operator, values)
     gradients = []
-    for result in (operator(*leaves, None, True), F.relu(F.conv2d(*leaves, padding=1))):  # type: ignore[call-overload]
+    for result in (operator(*leaves, True), F.relu(F.conv2d(*leaves, padding=1))):  # type: ignore[call-overload]
         gradients.append(torch.autograd.grad(result.square().sum(), leaves))
     for mine, right in zip(*gradients, strict=True):
         torch.testing.assert_close(mine, right, rtol=1e-4, atol=1e-3)
@@ -178,7 +174,7 @@ def test_torch_s_checks_of_the_operator() -> None:
         lambda x, w: (x[:0], w),
         lambda x, w: (x, w.clone().requires_grad_()),
         lambda x, w: (x.requires_grad_(), w),
-        lambda x, w: (x.bfloat16(), w.bfloat16()),
+        lambda x, w: (x.half(), w.half()),
         lambda x, w: (x.to("meta"), w.to("meta")),
         lambda x, w: (channels_last(1, 528, *SIZE), torch.randn(16, 528, 3, 3)),
     ],
@@ -205,7 +201,7 @@ def test_settings_that_leave_it_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> N
         assert not accepts(*given)
         right = F.conv2d(*given, padding=1)
         assert torch.equal(conv3x3(*given), right)
-        assert torch.equal(torch.ops.vitadapter_zoo.conv3x3(*given, None, False), right)
+        assert torch.equal(torch.ops.vitadapter_zoo.conv3x3(*given, False), right)
     batched = torch.vmap(lambda x: conv3x3(x[None], *given[1:])[0])(given[0])
     assert torch.equal(batched, F.conv2d(*given, padding=1))
     dual = torch.func.jvp(lambda x: conv3x3(x, *given[1:]), given[:1], (torch.ones_like(given[0]),))
@@ -234,9 +230,7 @@ def layer() -> Conv3x3:
 
 def agrees(layer: Conv3x3) -> bool:
     x = channels_last(2, 32, *SIZE)
-    found = layer(x)
-    assert layer._kept is not None
-    return error(found, x, layer.weight, layer.bias, relu=False) < 1e-5
+    return error(layer(x), x, layer.weight, layer.bias, relu=False) < 1e-5
 
 
 def changed(layer: Conv3x3) -> dict[str, Tensor]:
@@ -256,32 +250,10 @@ def changed(layer: Conv3x3) -> dict[str, Tensor]:
         lambda layer: setattr(layer, "weight", nn.Parameter(-layer.weight, False)),
     ],
 )
-def test_changed_weights_are_transformed_again(
-    layer: Conv3x3, change: Callable[[Conv3x3], object]
-) -> None:
+def test_changed_weights_are_used(layer: Conv3x3, change: Callable[[Conv3x3], object]) -> None:
     assert agrees(layer)
     change(layer)
     assert agrees(layer)
-
-
-def test_transformed_weights_are_kept_and_freed(layer: Conv3x3) -> None:
-    x = channels_last(2, 32, *SIZE)
-    assert layer._kept is None
-    layer(x)
-    assert layer._kept is not None
-    (packed,) = layer._kept[1].values()
-    layer(channels_last(1, 32, 200, 3))
-    assert list(layer._kept[1].values()) == [packed]
-    layer(channels_last(1, 32, 2, 200))  # 2 x 2 tiles
-    assert len(layer._kept[1]) == 2
-    assert copy.deepcopy(layer)._kept is None
-    assert pickle.loads(pickle.dumps(layer))._kept is None
-    assert list(layer.state_dict()) == ["weight", "bias"]
-    for free in (layer.train, layer.double, layer.float):
-        layer.eval().float()(x)
-        assert layer._kept is not None
-        free()
-        assert layer._kept is None
 
 
 def test_training_uses_pytorch_s_convolution(layer: Conv3x3) -> None:
@@ -292,7 +264,6 @@ def test_training_uses_pytorch_s_convolution(layer: Conv3x3) -> None:
     result = layer(x, relu=True)
     assert torch.equal(result, right)
     assert result.requires_grad
-    assert layer._kept is None
     small = channels_last(1, 32, 4, 4)
     assert torch.equal(layer(small), F.conv2d(small, layer.weight, layer.bias, padding=1))
 

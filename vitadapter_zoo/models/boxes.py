@@ -193,19 +193,24 @@ def pool_rois(
         return _pool_without_waiting(maps, rois, levels, size)
     order = levels.argsort(stable=True)
     counts = levels.long().bincount(minlength=len(ROI_STRIDES)).tolist()
+    levels_of = zip(maps, order.split(counts), rois[order].split(counts), ROI_STRIDES, strict=True)
+    if not torch.is_grad_enabled() and _pools_into(maps[0]):
+        pooled = maps[0].new_empty(len(rois), size, size, maps[0].shape[1])
+        for x, rows, part, stride in levels_of:
+            compiled_roi_align.roi_align_into(pooled, rows, x, part, 1 / stride)
+        return pooled.permute(0, 3, 1, 2)
     # Always in float32: boxes rounded to half precision would pool from another place.
-    parts = (
+    parts = [
         roi_align(at_least_float32(x), part, size, 1 / stride).to(x.dtype).permute(0, 2, 3, 1)
-        for x, part, stride in zip(maps, rois[order].split(counts), ROI_STRIDES, strict=True)
-    )
+        for x, _, part, stride in levels_of
+    ]
     # The mask head's convolutions are fastest on channels-last tensors.
-    if torch.is_grad_enabled():
-        return torch.cat(list(parts)).index_select(0, order.argsort()).permute(0, 3, 1, 2)
-    # This saves a copy; with gradients it would need several more.
-    pooled = maps[0].new_empty(len(rois), size, size, maps[0].shape[1])
-    for chosen, part in zip(order.split(counts), parts, strict=True):
-        pooled[chosen] = part
-    return pooled.permute(0, 3, 1, 2)
+    return torch.cat(parts).index_select(0, order.argsort()).permute(0, 3, 1, 2)
+
+
+def _pools_into(x: Tensor) -> bool:
+    """Return whether `compiled_roi_align.roi_align_into` takes maps like this one."""
+    return x.dtype in (torch.float32, torch.bfloat16) and compiled_roi_align.usable()
 
 
 def _pool_without_waiting(maps: list[Tensor], rois: Tensor, levels: Tensor, size: int) -> Tensor:

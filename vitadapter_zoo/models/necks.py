@@ -1,5 +1,6 @@
 """The detectors' necks: they turn the backbone's four maps into the five maps of the heads."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -39,10 +40,23 @@ class FPN(nn.Module):
         """Map four maps to five: ``[N, width, H / s, W / s]`` for s = 4, 8, 16, 32, 64."""
         merged = [lateral(x) for lateral, x in zip(self.lateral_convs, maps, strict=True)]
         for finer in (2, 1, 0):
-            size = merged[finer].shape[2:]
-            merged[finer].add_(F.interpolate(merged[finer + 1], size, mode="nearest"))
+            merged[finer] = add_upsampled(merged[finer], merged[finer + 1])
         levels = [conv(x) for conv, x in zip(self.fpn_convs, merged, strict=True)]
         return [*levels, F.max_pool2d(levels[-1], 1, stride=2)]
+
+
+def add_upsampled(finer: Tensor, coarser: Tensor) -> Tensor:
+    """Add ``coarser``, resized to the size of ``finer`` by nearest neighbours, to ``finer``.
+
+    Without gradients, where every pixel covers 2 x 2 pixels, the sum is computed in place and the
+    resized map, which is as large as the result, is never in memory.
+    """
+    height, width = coarser.shape[2:]
+    if torch.is_grad_enabled() or finer.shape[2:] != (2 * height, 2 * width):
+        return finer.add_(F.interpolate(coarser, finer.shape[2:], mode="nearest"))
+    cells = finer.permute(0, 2, 3, 1).unflatten(2, (width, 2)).unflatten(1, (height, 2))
+    cells.add_(coarser.permute(0, 2, 3, 1)[:, :, None, :, None])
+    return finer
 
 
 class ChannelMapper(nn.Module):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from vitadapter_zoo.models.constants import kept
 from vitadapter_zoo.models.pyramid import Pyramid
 from vitadapter_zoo.models.tokens import Linear, Mlp, in_chunks, on_cpu_without_gradients
+from vitadapter_zoo.ops.library import AMX
 
 PATCH = 16
 WINDOW = 14  # as in ViTDet, a window is as large as the pretraining grid at 224 pixels
@@ -40,7 +41,7 @@ def self_attention(qkv: Tensor, heads: int) -> Tensor:
     """Compute softmax attention from ``[N, L, 3 * C]`` (q, k and v); return ``[N, L, C]``."""
     n, length, channels = qkv.shape
     q, k, v = qkv.view(n, length, 3, heads, channels // (3 * heads)).permute(2, 0, 3, 1, 4)
-    if qkv.dtype == torch.bfloat16 and on_cpu_without_gradients(qkv):
+    if qkv.dtype == torch.bfloat16 and on_cpu_without_gradients(qkv) and not AMX:
         attended = _attention_of_products(q, k, v)
     else:
         attended = F.scaled_dot_product_attention(q, k, v)
@@ -51,7 +52,7 @@ def _attention_of_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Compute softmax attention over ``[N, heads, L, C]`` by two matrix products.
 
     On CPUs without AMX, PyTorch's fused attention is not faster in bfloat16 than in float32, but
-    matrix products are.
+    matrix products are. With AMX, PyTorch's fused attention takes a third of this function's time.
     """
     n, heads, length, channels = q.shape
     keys = (k * channels**-0.5).transpose(-2, -1)

@@ -95,7 +95,6 @@ def _fits(value: Tensor, offsets: Tensor, logits: Tensor, *, gradient: bool) -> 
     channels, (levels, points) = value.shape[3], offsets.shape[3:5]
     outputs = value.shape[0] * offsets.shape[1] * value.shape[2] * channels
     lanes = 4 if gradient else 16 // value.element_size()
-    contiguous = (tensor.contiguous() for tensor in (value, offsets, logits))
     return (
         value.dtype != torch.float64
         and levels in _CUDA_LEVELS
@@ -103,8 +102,13 @@ def _fits(value: Tensor, offsets: Tensor, logits: Tensor, *, gradient: bool) -> 
         and channels % lanes == 0
         and channels // lanes in (1, 2, 4, 8, 16, 32)
         and max(value.numel(), offsets.numel(), outputs) <= _MOST_ELEMENTS
-        and all(tensor.data_ptr() % 16 == 0 for tensor in contiguous)
+        and all(_aligned(tensor) for tensor in (value, offsets, logits))
     )
+
+
+def _aligned(tensor: Tensor) -> bool:
+    """Return whether vectors can be loaded; the kernels copy what is not contiguous first."""
+    return not tensor.is_contiguous() or tensor.data_ptr() % 16 == 0
 
 
 def _compute(

@@ -20,6 +20,8 @@ from vitadapter_zoo.ops import paths, reference
 
 # Largest relative error in the check after loading. It allows only for another order of sums.
 TOLERANCE = 1e-4
+# Whether this processor multiplies tiles of bfloat16 (Intel AMX).
+AMX = torch.cpu._is_amx_tile_supported()
 
 
 @dataclass(frozen=True)

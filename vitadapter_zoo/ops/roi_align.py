@@ -18,6 +18,9 @@ from vitadapter_zoo.ops.deform_attn import LIBRARY
 # The kernels' maps and results are in channels-last order: [N, H, W, C] and [R, size, size, C].
 LIBRARY.define("_roi_align(Tensor maps, Tensor rois, int size, float scale) -> Tensor")
 LIBRARY.define(
+    "_roi_align_rows(Tensor(a!) output, Tensor rows, Tensor maps, Tensor rois, float scale) -> ()"
+)
+LIBRARY.define(
     "_roi_align_backward(Tensor grad_output, Tensor rois, int images, int height, int width, "
     "float scale) -> Tensor"
 )
@@ -67,6 +70,23 @@ def roi_align(x: Tensor, rois: Tensor, size: int, scale: float) -> Tensor:
     return _RoIAlign.apply(x, rois, size, scale)
 
 
+def roi_align_into(output: Tensor, rows: Tensor, x: Tensor, rois: Tensor, scale: float) -> None:
+    """Write `roi_align` of each box to a row of ``output``, without gradients.
+
+    Args:
+        output: ``[rows, size, size, C]``, contiguous, of the dtype of ``x``.
+        rows: int64 ``[R]``, the row of each box.
+        x: float32 or bfloat16 ``[N, C, H, W]`` on the CPU. Sums are float32.
+        rois: float32 ``[R, 5]``, see `roi_align`.
+        scale: cells of the map per unit of ``rois``.
+
+    Raises:
+        RuntimeError: a shape or dtype is wrong, or a box has an image index outside of ``x``.
+    """
+    maps = x.permute(0, 2, 3, 1)
+    torch.ops.vitadapter_zoo._roi_align_rows(output, rows, maps, rois, scale)
+
+
 def usable() -> bool:
     """Return whether the compiled kernel exists and agrees with torchvision.
 
@@ -106,6 +126,10 @@ def _error() -> float:
             results.append((pooled.detach(), grad))
         for mine, right in zip(*results, strict=True):
             errors.append(float((mine - right).abs().max() / right.abs().max()))
+        into = torch.full((4, 3, 3, channels), torch.nan, dtype=torch.float32)
+        rows = torch.tensor([2, 0, 3, 1])
+        roi_align_into(into, rows, x.detach(), rois, 0.25)
+        errors.append(float((into[rows].permute(0, 3, 1, 2) - results[1][0]).abs().max()))
     return library.worst(errors)
 
 
