@@ -28,7 +28,7 @@ def moved(name: str, *, stacklevel: int = 2) -> ModuleType:
     """
     old, new = f"{PACKAGE}.{name}", f"{PACKAGE}.{MOVED[name]}"
     warnings.warn(
-        f"{old} has moved: import {new} instead; the old name goes in the next release",
+        f"{old} has moved: import {new} instead; the old name is removed in the next release",
         DeprecationWarning,
         stacklevel=stacklevel + 1,
     )

@@ -37,7 +37,7 @@ def backbone(
     offline: bool | None = None,
     progress: bool = True,
 ) -> nn.Module:
-    """Give a backbone alone, in evaluation mode.
+    """Return a backbone without neck and heads, in evaluation mode.
 
     ``forward`` maps images ``[N, 3, H, W]`` (sides multiples of 32, normalised as for the
     pretraining) to a list of maps ``[N, dim, H / s, W / s]``, s = 4, 8, 16, 32. ``feature_info``
@@ -51,10 +51,10 @@ def backbone(
             ``"dinov3"`` (DINOv3's own, without injectors).
         checkpoint: a file of the weights. For a timm model: the trunk's, or trunk and adapter
             together, under timm's names or the authors'.
-        pretrained: the published weights of the row, or timm's of the trunk (the adapter is
-            fresh); True by default without a ``checkpoint``.
+        pretrained: use the published weights of the row, or timm's for the trunk (the adapter's
+            are random); True by default without a ``checkpoint``.
         out_indices: the maps to return, 0 (stride 4) to 3 (stride 32), ascending.
-        windows: windowed blocks in a timm trunk, see ``ViTAdapter.from_timm``.
+        windows: use windowed blocks in a timm trunk, see ``ViTAdapter.from_timm``.
         frozen: a timm trunk without gradients, in evaluation mode; True by default for
             ``"dinov3"``, False for ``"paper"``.
         drop_path: stochastic-depth rate of a timm model's adapter, and of its trunk unless that is
@@ -64,10 +64,10 @@ def backbone(
         progress: as for ``load``.
 
     Raises:
-        UnknownModelError: neither name; the message offers the nearest.
-        ConfigError: a timm model that is no plain vision transformer, a setting that does not fit,
+        UnknownModelError: neither the catalog nor timm has the name; the message suggests others.
+        ConfigError: the timm model is not a plain vision transformer, a setting does not fit,
             or ``pretrained=True`` with a ``checkpoint``.
-        CheckpointError: the file is damaged or unsafe, or its weights are others.
+        CheckpointError: the file is damaged or unsafe, or its weights do not fit the network.
         DownloadError: weights cannot be fetched.
     """
     check_adapter(adapter)
@@ -154,13 +154,13 @@ def _cached(name: str) -> str:
 
 
 def register_timm() -> list[str]:
-    """Register the rows' backbones with timm; again does nothing more.
+    """Register the rows' backbones with timm. A second call has no effect.
 
     ``timm.create_model("adapter_s_deit_3x", features_only=True, pretrained=True)`` then gives the
     backbone of ``adapter-s-deit-3x``, in training mode as timm's models are.
 
     Returns:
-        The names that timm knows now.
+        The names under which timm knows them.
     """
     registered = []
     for name in list_models():

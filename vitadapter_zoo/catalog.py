@@ -68,7 +68,7 @@ class Row:
         parameters: published number of parameters in millions, rounded as printed.
         config: the original config file's name.
         checkpoint_url: where the weights are published.
-        log_url: the training log, where there is one.
+        log_url: the training log; empty if none is published.
         input_size: (longest, shortest) side of the resized image in pixels.
         mean: RGB mean of the input normalisation, 0..255.
         std: RGB standard deviation of the input normalisation, 0..255.
@@ -154,12 +154,12 @@ class Row:
 
     @property
     def box_gain(self) -> float | None:
-        """Box AP above the plain ViT's, in points; None where there is no plain row to compare."""
+        """Box AP minus the plain ViT's, in points; None if the catalog has no such row."""
         return round(self.box_ap - self.plain.box_ap, 1) if self.plain else None
 
     @property
     def mask_gain(self) -> float | None:
-        """Mask AP above the plain ViT's, in points; None where there is no plain row to compare."""
+        """Mask AP minus the plain ViT's, in points; None if the catalog has no such row."""
         return round(self.mask_ap - self.plain.mask_ap, 1) if self.plain else None
 
 

@@ -1,6 +1,7 @@
-"""What works without mmdet: its configuration, and one clear error for the rest."""
+"""Without a working mmdet: the configuration is printed, and everything else is one error."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import standins
 
 import vitadapter_zoo
 from vitadapter_zoo import BackendError, get_row
-from vitadapter_zoo.backends.mmdet.config import as_python, mmdet_config
+from vitadapter_zoo.backends.mmdet_config import as_python, mmdet_config
 from vitadapter_zoo.catalog import PUBLISHED
 
 COMMAND = str(Path(sys.executable).parent / "vitadapter-zoo")
@@ -76,6 +77,24 @@ def test_other_classes_reach_the_heads_and_the_data() -> None:
     heads = config["model"]["roi_head"]
     assert heads["bbox_head"]["num_classes"] == heads["mask_head"]["num_classes"] == 2
     assert config["data"]["val"]["classes"] == ("cat", "dog")
+
+
+def test_a_broken_mmdet_does_not_stop_the_configuration(tmp_path: Path) -> None:
+    for package in ("mmdet", "mmcv"):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").write_text("raise ImportError('undefined symbol')")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [COMMAND, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+    found = run("config", "vit-t-deit-3x")
+    assert (found.returncode, found.stderr) == (0, "")
+    assert found.stdout == as_python(mmdet_config(get_row("vit-t-deit-3x")))
+    refused = run("compare", "vit-t-deit-3x", "--images", str(standins.PHOTO))
+    assert refused.returncode == 2
+    assert "undefined symbol" in refused.stderr
 
 
 def test_unknown_backend_is_refused() -> None:

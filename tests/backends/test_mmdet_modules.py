@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vitadapter_zoo import ConfigError, get_row
 from vitadapter_zoo.backends.mmdet import modules as modules
-from vitadapter_zoo.backends.mmdet.config import mmdet_config
+from vitadapter_zoo.backends.mmdet_config import mmdet_config
 from vitadapter_zoo.catalog import MADE_HERE, PUBLISHED
 from vitadapter_zoo.errors import CheckpointError
 from vitadapter_zoo.models.build import build_backbone

@@ -15,7 +15,7 @@ from forked import failure, run
 from hotcoco import mask as coco_mask
 from PIL import Image
 
-from vitadapter_zoo.cli.predict import _image_ids
+from vitadapter_zoo.cli.predict_output import image_ids
 from vitadapter_zoo.images import read_image
 
 
@@ -152,9 +152,9 @@ def test_coco_results(folder: Path, pictures: Path, tmp_path: Path) -> None:
     assert {row["image_id"] for row in rows} == {3, 10}
     assert all(1 <= row["category_id"] <= 90 for row in rows)
     assert f"{pictures}/000000000003.jpg: " in done.stdout
-    assert _image_ids(["a/12.jpg", "b/012.jpg"]) is None  # one number twice
-    assert _image_ids(["a/12.jpg", "b.jpg"]) is None
-    assert _image_ids([0]) is None
+    assert image_ids(["a/12.jpg", "b/012.jpg"]) is None  # one number twice
+    assert image_ids(["a/12.jpg", "b.jpg"]) is None
+    assert image_ids([0]) is None
 
 
 def test_a_video(folder: Path, tmp_path: Path) -> None:

@@ -14,7 +14,15 @@ from torchvision.ops import box_iou, roi_align
 
 from vitadapter_zoo import MaskRCNN, get_row
 from vitadapter_zoo.catalog import PUBLISHED
-from vitadapter_zoo.models import adapter, boxes, build, heads, tokens, uniperceiver, vit
+from vitadapter_zoo.models import (
+    boxes,
+    build,
+    heads,
+    spatial_prior,
+    tokens,
+    uniperceiver,
+    vit,
+)
 
 NAMES = [row.name for row in PUBLISHED]
 WITH_OUTPUTS = [
@@ -251,7 +259,7 @@ def test_maps_stay_channels_last(name: str) -> None:
 @torch.inference_mode()
 def test_folding_batch_norm_into_the_convolution_gives_the_same_result() -> None:
     torch.manual_seed(0)
-    layers = adapter.Convolutions(3, 8, 16, strides=(2, 1))
+    layers = spatial_prior.Convolutions(3, 8, 16, strides=(2, 1))
     for layer in layers:
         if isinstance(layer, nn.BatchNorm2d):
             for values in (*layer.parameters(), *layer.buffers()):

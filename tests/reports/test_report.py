@@ -1,111 +1,31 @@
-"""Reports: what stands in the files, and that they are whole; on what a small network found."""
+"""The report's page and files: complete figures, escaped foreign text, no half-written files."""
 
-import base64
-import contextlib
 import hashlib
-import io
 import json
-import os
-import pty
 import re
 import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from html.parser import HTMLParser
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import scenes
-from click.testing import CliRunner, Result
 from forked import workers
-from PIL import Image
+from report_scenes import NAME, Scene, as_found, invoke, parse, without
 
-from vitadapter_zoo import MaskRCNN, cli, load, save_pretrained
-from vitadapter_zoo.catalog import PAPER, PUBLISHED, ROWS, get_row
-from vitadapter_zoo.errors import DownloadError, ZooError
-from vitadapter_zoo.evaluation.dataset import Dataset, coco_paths, read_dataset
-from vitadapter_zoo.evaluation.evaluator import Evaluator, read
-from vitadapter_zoo.evaluation.identity import run_directory, run_identity
+from vitadapter_zoo import load, save_pretrained
+from vitadapter_zoo.catalog import PAPER
+from vitadapter_zoo.evaluation.dataset import coco_paths, read_dataset
 from vitadapter_zoo.evaluation.results_file import read_results
-from vitadapter_zoo.evaluation.run import ImageResult, Run, open_run
-from vitadapter_zoo.evaluation.scoring import FIGURES, KINDS, Annotations
+from vitadapter_zoo.evaluation.scoring import FIGURES, KINDS
 from vitadapter_zoo.evaluation.verdict import Verification, judge
-from vitadapter_zoo.reports import live, overview, report, worst_images
-from vitadapter_zoo.weights import atomic, cache, convert, resolve
+from vitadapter_zoo.reports import report
+from vitadapter_zoo.weights import atomic
 
-NAME = "adapter-t-deit-3x"
 TRAINED = "adapter-n-emoji"
 EXTERNAL = re.compile(r"^(?!#)(?!data:)")
-
-
-@dataclass
-class Page(HTMLParser):
-    """What a page holds: addresses, values by id, and text by element."""
-
-    addresses: list[str] = field(default_factory=list)
-    values: dict[str, float] = field(default_factory=dict)
-    tags: list[str] = field(default_factory=list)
-    text: str = ""
-
-    def __post_init__(self) -> None:
-        super().__init__()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        found = dict(attrs)
-        self.addresses += [
-            value for name, value in attrs if name in ("src", "href", "srcset", "data") and value
-        ]
-        if tag == "data":
-            self.values[found["id"] or ""] = float(found["value"] or "nan")
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-
-def parse(path: Path) -> Page:
-    page = Page()
-    page.feed(path.read_text(encoding="utf-8"))
-    return page
-
-
-@dataclass(frozen=True)
-class Scene:
-    """A data set of three images with what the small detector finds in them."""
-
-    root: Path
-    data: Dataset
-    model: MaskRCNN
-    results: tuple[ImageResult, ...]
-
-
-@pytest.fixture(scope="module")
-def scene(small: MaskRCNN, tmp_path_factory: Any) -> Scene:
-    model = small
-    root = scenes.write_coco(tmp_path_factory.mktemp("coco"), model, 3)
-    data = read_dataset(*coco_paths(root))
-    evaluator = Evaluator(model, data.category_ids(model.categories))
-    results = []
-    for image in data.images:
-        prepared = evaluator.prepare(read(image))
-        assert not isinstance(prepared, ImageResult)
-        results.append(evaluator.finish(prepared, evaluator.detect(prepared)))
-    return Scene(root, data, model, tuple(results))
-
-
-@pytest.fixture(scope="module")
-def found(scene: Scene) -> Verification:
-    return judge(NAME, scene.data, scene.results, (46.0, 41.0), images=scene.data.folder)
-
-
-def invoke(*arguments: str) -> Result:
-    return CliRunner().invoke(cli.main, arguments)
 
 
 def test_verify_writes_a_report_that_says_what_it_rests_on_and_score_agrees(tmp_path: Path) -> None:
@@ -197,20 +117,6 @@ def test_the_terminal_shows_every_figure(
     assert lone.comparisons[0].difference is None
 
 
-def test_the_index_sorts_by_every_column(found: Verification, tmp_path: Path) -> None:
-    overview.verify_all(lambda row: found, found.annotations, tmp_path, rows=ROWS[:2])
-    source = (tmp_path / "index.html").read_text()
-    assert re.findall('data-column="([0-9])"', source) == list("01234567")
-    first = source.partition("<tbody>")[2].partition("</tbody>")[0]
-    values = re.findall('data-sort="([^"]*)"', first)
-    assert values[0] == ROWS[0].name
-    assert [float(value) for value in values[2:]] == [
-        value
-        for one in found.comparisons
-        for value in (one.published, one.measured, one.difference)
-    ]
-
-
 def test_the_mean_of_each_curve_is_the_ap(found: Verification) -> None:
     for scores in (found.box, found.mask):
         curves = report.curves(scores)
@@ -273,87 +179,6 @@ def test_what_cannot_be_seen_is_escaped_in_the_page(scene: Scene, tmp_path: Path
     assert r"person\x1b[2J\n\u202e\x00xxx" in page.text
     assert r"vitadapter-zoo verify 'a\b'" in page.text
     assert page.tags.count("img") == 2
-
-
-def as_found(scene: Scene) -> list[ImageResult]:
-    """Detections that are the annotations themselves, each once, with sure scores."""
-    results = []
-    for image in scene.data.images:
-        objects = [one for one in scene.data.objects if one.image_id == image.image_id]
-        results.append(
-            ImageResult(
-                image_id=image.image_id,
-                size=image.size,
-                boxes=[one.box for one in objects],
-                scores=[0.9] * len(objects),
-                category_ids=[one.category_id for one in objects],
-                masks=[one.mask.decode() for one in objects],
-            )
-        )
-    return results
-
-
-def without(result: ImageResult, count: int) -> ImageResult:
-    """The result with the scores of the last ones too low to count."""
-    kept = len(result.scores) - count
-    return replace(result, scores=[0.9] * kept + [0.1] * count)
-
-
-def test_the_worst_images_are_those_with_the_most_mistakes(scene: Scene) -> None:
-    first, second, empty = as_found(scene)
-    assert not empty.scores
-    assert worst_images.worst(judge(NAME, scene.data, [first, second, empty], None)) == []
-    stray = replace(
-        empty, boxes=second.boxes[:1], scores=[0.8], category_ids=[1], masks=["0"],
-    )  # fmt: skip
-    found = judge(
-        NAME, scene.data, [without(first, 2), without(second, 3), stray], None,
-        images=scene.data.folder,
-    )  # fmt: skip
-    chosen = worst_images.worst(found)
-    counted = [(one.image_id, one.objects, one.missed, one.false) for one, _ in chosen]
-    assert counted == [
-        (second.image_id, len(second.scores), 3, 0),
-        (first.image_id, len(first.scores), 2, 0),
-        (empty.image_id, 0, 0, 1),
-    ]
-    for _, pictures in chosen:
-        assert isinstance(pictures, worst_images.Pictures)
-        for encoded in (pictures.annotations, pictures.detections):
-            assert max(Image.open(io.BytesIO(encoded)).size) == worst_images.LONGEST_SIDE
-
-
-def test_unmatched_names_annotations_and_detections(scene: Scene) -> None:
-    first, second, empty = as_found(scene)
-    annotations = Annotations(scene.data)
-    doubled = replace(  # its first object a second time, as the third detection
-        second,
-        boxes=[*second.boxes[:2], second.boxes[0], *second.boxes[2:]],
-        scores=[0.9, 0.9, 0.8, *second.scores[2:]],
-        category_ids=[*second.category_ids[:2], second.category_ids[0], *second.category_ids[2:]],
-        masks=[*second.masks[:2], second.masks[0], *second.masks[2:]],
-    )
-    short = replace(
-        first,
-        boxes=first.boxes[1:],
-        scores=first.scores[1:],
-        category_ids=first.category_ids[1:],
-        masks=first.masks[1:],
-    )
-    lost = next(one for one in scene.data.objects if one.image_id == first.image_id).annotation_id
-    found = annotations.unmatched([empty, doubled, short], "mask")
-    assert [one.missed for one in found] == [(), (), (lost,)]
-    assert [one.false for one in found] == [(), (2,), ()]
-
-
-def test_the_pictures_are_in_the_page(found: Verification, tmp_path: Path) -> None:
-    content = report.write(found, tmp_path)
-    assert content["worst_images"]
-    page = parse(tmp_path / "report.html")
-    uris = [address for address in page.addresses if address.startswith("data:image/jpeg;base64,")]
-    assert len(uris) == 2 * len(content["worst_images"])
-    for uri in uris:
-        Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))).load()
 
 
 KILLED = """
@@ -457,150 +282,3 @@ def test_no_detections_and_no_objects_make_a_page_too(scene: Scene, tmp_path: Pa
     assert report.curves(lone.box)["0.50"] == []
     report.write(lone, tmp_path / "lone")
     assert "There are none." in parse(tmp_path / "lone" / "report.html").text
-
-
-# The whole zoo
-
-
-def add_to_cache(row_name: str, path: Path) -> None:
-    """Weights as if they had been downloaded from where the catalog says."""
-    row = get_row(row_name)
-    source = str(resolve.published(row))
-    place = cache.entry(row.name, source)
-    digest = atomic.sha256(path)
-    convert.to_safetensors([path], source, row, place.weights, sha256=digest)
-    status = place.weights.stat()
-    place.write(
-        cache.Provenance(
-            model=row.name, source=source, source_sha256=digest, source_size=path.stat().st_size,
-            source_mtime_ns=None, container="torch zip", sha256=atomic.sha256(place.weights),
-            size=status.st_size, mtime_ns=status.st_mtime_ns, date=atomic.now(),
-            tool_version="test",
-        )
-    )  # fmt: skip
-
-
-def test_all_lists_every_row_with_its_verdict_or_its_error(
-    scene: Scene, published_file: Callable[[str], Path], tmp_path: Path
-) -> None:
-    add_to_cache(NAME, published_file(NAME))
-    identity = run_identity(load(NAME, offline=True), scene.data)
-    with open_run(run_directory(NAME, identity), identity) as run:  # so that nothing is computed
-        for one in scene.results:
-            run.append(one)
-    arguments = ("verify", "--all", "--coco", str(scene.root), "--offline")
-    result = invoke(*arguments, "--report", str(tmp_path / "zoo"))
-    assert result.exit_code == 2, result.output
-    # That the network may not be used is said once, not for each of the other rows.
-    assert result.output.count("this is offline mode") == 1
-    assert f"weights of {len(PUBLISHED) - 1} models" in result.output
-    content = json.loads((tmp_path / "zoo" / "index.json").read_text())
-    assert [row["model"] for row in content["rows"]] == [row.name for row in PUBLISHED]
-    page = parse(tmp_path / "zoo" / "index.html")
-    links = [address for address in page.addresses if address != PAPER]
-    assert links == [f"{NAME}/report.html"]
-    assert (tmp_path / "zoo" / links[0]).exists()
-    for row in content["rows"]:
-        assert row["model"] in page.text
-        if row["model"] == NAME:
-            assert row["status"] == "inconclusive"
-            own = json.loads((tmp_path / "zoo" / NAME / "report.json").read_text())
-            measured = own["comparisons"]["box"]["measured"]
-            assert row["box"]["measured"] == page.values[f"{NAME}-box"] == measured
-            assert own["images_before"] == 3
-        else:
-            assert row["status"] == "failed"
-            assert "offline mode" in row["reason"]
-            assert row["reason"] in page.text.replace("\n", " ")
-            assert row["box"]["published"] == get_row(row["model"]).box_ap
-
-
-def test_the_page_of_all_grows_row_by_row(found: Verification, tmp_path: Path) -> None:
-    seen: list[list[str]] = []
-    outcomes: Iterator[Verification | ZooError] = iter(
-        [found, DownloadError("<b>no</b> server"), found]
-    )
-
-    def evaluate(row: Any) -> Verification:
-        if (tmp_path / "index.json").exists():
-            rows = json.loads((tmp_path / "index.json").read_text())["rows"]
-            seen.append([row["status"] for row in rows])
-        outcome = next(outcomes)
-        if isinstance(outcome, ZooError):
-            raise outcome
-        return outcome
-
-    overview.verify_all(evaluate, found.annotations, tmp_path, rows=ROWS[:3])
-    assert seen == [["refuted", "pending", "pending"], ["refuted", "failed", "pending"]]
-    page = parse(tmp_path / "index.html")
-    assert "<b>no</b> server" in page.text
-    assert "pending" not in page.text
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([NAME, "--all"], "either NAME or --all"),
-        ([], "either NAME or --all"),
-        (["--all", "--checkpoint", "x.pth"], "belong to one model"),
-        (["--all", "--expect", "1", "1"], "belong to one model"),
-    ],
-)
-def test_name_and_all_exclude_each_other(arguments: Sequence[str], message: str) -> None:
-    result = invoke("verify", *arguments, "--coco", "none")
-    assert result.exit_code == 2
-    assert message in result.output
-
-
-# The line on the terminal
-
-
-def watched(scene: Scene, directory: Path, shown: bool) -> str:
-    """What a terminal shows when the second and third image are finished."""
-    leader, follower = pty.openpty()
-    first, *others = scene.results
-    run = Run(directory)
-    directory.mkdir()
-    run.append(first)
-    with os.fdopen(follower, "w") as terminal, contextlib.redirect_stderr(terminal):
-        with live.evaluation(scene.data, shown) as watch:
-            assert (watch is not None) == shown
-            for result in others:
-                run.append(result)
-                if watch is not None:
-                    watch(run, scene.data.images)
-                    time.sleep(1)  # until the AP so far is known
-        output = ""
-        if shown:
-            output = os.read(leader, 100_000).decode()
-    os.close(leader)
-    return output
-
-
-def test_the_line_counts_images_and_says_what_was_there_already(
-    scene: Scene, tmp_path: Path
-) -> None:
-    output = watched(scene, tmp_path / "run", True)
-    assert "1 of 3 images were evaluated in an earlier call" in output
-    assert "3/3" in output
-    assert re.search(r"AP of 2: box \d+\.\d, mask \d+\.\d", output)
-    assert watched(scene, tmp_path / "quiet", False) == ""
-    with live.evaluation(scene.data) as watch:
-        assert watch is None  # pytest's stderr is no terminal
-
-
-def test_the_running_ap_is_scored_seldom(scene: Scene) -> None:
-    run = Run(Path(), {result.image_id: result for result in scene.results[:2]})
-    annotations = Annotations(scene.data)
-    expected = annotations.score(annotations.tabulate(scene.results[:2]), "mask").ap
-    with ThreadPoolExecutor(1) as scorer:
-        running = live.RunningAP(scene.data, scorer)
-        assert running.text(run, scene.data.images) == ""
-        scorer.submit(int).result()  # after the scoring
-        text = running.text(run, scene.data.images)
-        assert text.startswith("AP of 2: box ")
-        assert text.endswith(f"mask {100 * expected:.1f}")
-        run.results[scene.results[2].image_id] = scene.results[2]
-        for _ in range(4):
-            assert running.text(run, scene.data.images) == text
-            scorer.submit(int).result()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from vitadapter_zoo import get_row, list_models
-from vitadapter_zoo.backends.mmdet import config
+from vitadapter_zoo.backends import mmdet_config as config
 from vitadapter_zoo.models import build
 from vitadapter_zoo.models.layer_decay import depth_of
 from vitadapter_zoo.training.batches import Batches

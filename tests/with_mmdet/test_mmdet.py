@@ -25,7 +25,7 @@ import vitadapter_zoo
 from vitadapter_zoo import BackendError, Detections, MaskRCNN, ZooError, get_row
 from vitadapter_zoo.backends import mmdet as backend
 from vitadapter_zoo.backends.comparison import detection_differences, differences, native_stages
-from vitadapter_zoo.backends.mmdet.config import as_python, mmdet_config
+from vitadapter_zoo.backends.mmdet_config import as_python, mmdet_config
 from vitadapter_zoo.catalog import COCO_CATEGORY_IDS, COCO_CLASSES, PUBLISHED
 from vitadapter_zoo.weights.convert import to_mmdet
 

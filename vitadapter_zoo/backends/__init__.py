@@ -1,1 +1,1 @@
-"""Other frameworks that the checkpoints run in. Nothing here is imported unless it is asked for."""
+"""Other frameworks that can run the checkpoints: mmdet 2.x. Imported only on request."""

@@ -99,7 +99,7 @@ def _card(found: Found, measured: Measured | None) -> ModelCard:
 
 
 def _report_name(found: Found) -> str:
-    """The reduced report's file beside the card."""
+    """Return the path of the reduced report next to the card."""
     from vitadapter_zoo.publishing.measured import REPORT
 
     return REPORT if found.place is not None else f"{found.row.name}.{REPORT}"

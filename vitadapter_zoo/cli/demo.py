@@ -1,4 +1,4 @@
-"""``demo``: the detector in the package at work, without a network."""
+"""``demo``: run the detector that is in the package, without a network."""
 
 from __future__ import annotations
 

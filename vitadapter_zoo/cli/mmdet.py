@@ -1,4 +1,4 @@
-"""``config`` and ``compare``: the models in mmdet, and whether both compute the same."""
+"""``config`` and ``compare``: print a model's mmdet configuration; compare it with mmdet."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Example:
 def config(name: str) -> None:
     """Print the mmdet 2.x configuration of the model NAME, for testing and training."""
     found = find(name)
-    from vitadapter_zoo.backends.mmdet.config import as_python, mmdet_config
+    from vitadapter_zoo.backends.mmdet_config import as_python, mmdet_config
 
     click.echo(as_python(mmdet_config(found.row, found.categories)), nl=False)
 
@@ -41,8 +41,14 @@ Examples:
 )
 @click.argument("name", shell_complete=model_names)
 @click.argument("more_images", nargs=-1, metavar="...")
-@click.option("--images", multiple=True, required=True, metavar="IMAGE...", help="What to run on.")
-@click.option("--checkpoint", metavar="SOURCE", help="Other weights than the published ones.")
+@click.option(
+    "--images", multiple=True, required=True, metavar="IMAGE...", help="Images to run both on."
+)
+@click.option(
+    "--checkpoint",
+    metavar="SOURCE",
+    help="A file, a URL or hf://user/repo[@revision][/file] instead of the published one.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print every image's differences as JSON.")
 @click.option("--offline", is_flag=True, help="Never use the network.")
 @click.option("--quiet", is_flag=True, help="No progress bars.")
@@ -55,18 +61,18 @@ def compare(
     offline: bool,
     quiet: bool,
 ) -> None:
-    """Run the model NAME here and in mmdet on the same weights; exit 1 if they differ.
+    """Run NAME here and in mmdet with the same weights; exit 1 if the results differ.
 
-    The difference of features is relative to the largest value of a map. For proposals and
-    detections it is the share without a counterpart, for boxes and masks 1 - IoU; one pixel along
-    the edge of a mask does not count.
+    Feature differences are relative to the largest value of a map. For proposals and detections the
+    difference is the share without a counterpart, for boxes and masks 1 - IoU; a difference of one
+    pixel along the edge of a mask does not count.
     """
     found = find(name, offline=offline or None, progress=not quiet)
     from vitadapter_zoo.images import read_image
 
     chosen = [expanded(image) for image in (*images, *more_images)]
     for image in chosen:
-        read_image(image)  # a wrong image is an error before a long download
+        read_image(image)  # a bad image is reported before a long download
     from vitadapter_zoo.backends.comparison import differences, native_stages, worst
     from vitadapter_zoo.backends.mmdet import from_native, stages
     from vitadapter_zoo.loader import load

@@ -81,7 +81,7 @@ def check_presence(name: str, checkpoint: str | None, offline: bool) -> None:
     """Fail at once, before torch is imported, where weights need a network that is away.
 
     Raises:
-        OfflineError: neither here nor to be had.
+        OfflineError: the weights are not on this machine and cannot be downloaded.
     """
     if name in list_models():
         row = get_row(name)

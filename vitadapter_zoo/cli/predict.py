@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from vitadapter_zoo.catalog import COCO_CLASSES
+from vitadapter_zoo.cli import predict_output as output
+from vitadapter_zoo.cli.devices import default_device, usable_device
 from vitadapter_zoo.cli.models import check_presence, model_names
 from vitadapter_zoo.errors import ZooError
-from vitadapter_zoo.text import PATH, quoted, shown
 
 if TYPE_CHECKING:
-    from vitadapter_zoo.detections import Detections
-    from vitadapter_zoo.images.sources import Item, Source, Video
-    from vitadapter_zoo.images.videos import VideoFile
+    from vitadapter_zoo.images.sources import Source
     from vitadapter_zoo.models import MaskRCNN
 
 LONGEST_INDEX = 6  # digits of a camera's index
-CHECKED = 100  # pictures that are decoded before the model is loaded
+CHECKED = 100  # inputs that are decoded before the model is loaded
 
 
 @click.command(
@@ -57,51 +52,49 @@ Examples:
     default="predictions",
     show_default=True,
     metavar="DIR",
-    help="Folder for the pictures and videos with what was found.",
+    help="Folder for the pictures and videos with the detections drawn on them.",
 )
-@click.option(
-    "--json", "as_json", is_flag=True, help="Print a line of JSON for each image on stdout."
-)
+@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON per image to stdout.")
 @click.option(
     "--coco-json",
     "coco_json",
     metavar="FILE",
-    help="Write COCO results. An image's id is the number that is its file's name; where a name is "
-    "no number, images count from 1. Categories of other classes than COCO's count from 1.",
+    help="Write COCO results. Image ids are the numbers in the file names; if a name is not a "
+    "number, images are numbered from 1. Classes other than COCO's 80 are numbered from 1.",
 )
 @click.option(
     "--score",
     type=click.FloatRange(0, 1),
     default=0.3,
     show_default=True,
-    help="Lowest score that is drawn, printed and written.",
+    help="Lowest score of the detections that are drawn, printed and written.",
 )
 @click.option(
     "--batch-size",
     type=click.IntRange(min=1),
     default=1,
     show_default=True,
-    help="Images that the network computes together.",
+    help="Images per forward pass.",
 )
 @click.option(
     "--stride",
     type=click.IntRange(min=1),
     default=1,
     show_default=True,
-    help="Of a video every N-th frame.",
+    help="Use every N-th frame of a video.",
     metavar="N",
 )
 @click.option(
-    "--max-frames", type=click.IntRange(min=1), metavar="N", help="Of a video at most N frames."
+    "--max-frames", type=click.IntRange(min=1), metavar="N", help="Use at most N frames of a video."
 )
-@click.option("--device", help="cpu, cuda, cuda:1, ...  [default: cuda where there is one]")
+@click.option("--device", help="cpu, cuda, cuda:1, ...  [default: cuda if available]")
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),
     default=None,
-    help="Of the weights; as they are stored by default.",
+    help="Data type of the weights.  [default: as stored]",
 )
-@click.option("--tf32", is_flag=True, help="Let float32 be TF32 on CUDA: faster, less exact.")
+@click.option("--tf32", is_flag=True, help="Compute float32 as TF32 on CUDA: faster, less exact.")
 @click.option("--offline", is_flag=True, help="Never use the network.")
 @click.option("--quiet", is_flag=True, help="No progress bars.")
 def predict(
@@ -121,12 +114,12 @@ def predict(
     offline: bool,
     quiet: bool,
 ) -> None:
-    """Detect objects in SOURCE... and write pictures with what was found.
+    """Detect objects in SOURCE... and write pictures with the detections drawn on them.
 
     A SOURCE is a picture, a folder of pictures, a quoted pattern ('shots/**/*.jpg'), an http(s)
     URL, a video file, or the number of a camera.
     """
-    # FFmpeg's own lines on stderr say less than our errors do.
+    # FFmpeg's messages on stderr say less than our errors.
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
     check_presence(name, checkpoint, offline)
     from vitadapter_zoo import settings
@@ -137,53 +130,41 @@ def predict(
     _check_inputs(chosen)
     inputs = [*chosen, *_model_files(name), *([checkpoint] if checkpoint else [])]
     results = outputs.checked(coco_json, inputs) if coco_json else None
-    model = _load(name, checkpoint, device, dtype, offline, quiet)
-    weights = next(model.parameters())
-    if tf32 and (weights.device.type != "cuda" or str(weights.dtype) != "torch.float32"):
-        raise click.UsageError("--tf32 needs --device cuda and --dtype float32")
-    model.allow_tf32 = tf32
-    overlays = Overlays(
-        settings.expanded(out),
-        inputs,
-        taken={outputs.key(results)} if results else set(),
-    )
-    totals = Counter[str]()
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(overlays)
-        rows: CocoResults | None = None
-        if results is not None:
-            rows = CocoResults(model.categories, _image_ids(chosen))
-        advance = stack.enter_context(
-            _progress(chosen, shown=not quiet and not (as_json and sys.stdout.isatty()))
-        )
+    model = _load(name, checkpoint, device, dtype, tf32=tf32, offline=offline, quiet=quiet)
+    taken = {outputs.key(results)} if results else set()
+    overlays = output.Overlays(settings.expanded(out), inputs, taken)
+    rows = output.CocoResults(model.categories, output.image_ids(chosen)) if results else None
+    show_bar = not quiet and not (as_json and sys.stdout.isatty())
+    total = 0
+    with overlays, output.progress_bar(chosen, shown=show_bar) as advance:
         images = items(chosen, stride=stride, max_frames=max_frames)
         for item, found in model.stream_items(images, score, batch_size=batch_size):
             drawn = overlays.add(item, found)
             if rows is not None:
                 rows.add(item, found)
             if as_json:
-                click.echo(json.dumps(_record(item, found, drawn)))
+                click.echo(json.dumps(output.json_record(item, found, drawn)))
             elif item.video is None:
-                _print_image(item, found, drawn, score)
-            totals[item.name if item.video is None else str(item.video.source)] += len(found)
-            advance(item.video)
+                output.print_image(item, found, drawn, score)
+            total += len(found)
+            advance()
     if not as_json:
         for line in overlays.videos_written():
             click.echo(line)
-    if rows is not None and results is not None:
+    if rows is not None and results is not None:  # written last, when it is complete
         outputs.write(results, json.dumps(rows.rows).encode())
-    if not sum(totals.values()) and (as_json or any(is_video(source) for source in chosen)):
-        click.echo(_nothing(score), err=True)
+    if not total and (as_json or any(is_video(source) for source in chosen)):
+        click.echo(output.nothing_found(score), err=True)
 
 
 def _source(text: str) -> Source:
-    """An argument as a source: a number that is no file is a camera."""
+    """Interpret an argument: a number is a camera unless a file has that name."""
     is_index = text.isdecimal() and len(text) < LONGEST_INDEX
     return int(text) if is_index and not Path(text).exists() else text
 
 
 def _model_files(name: str) -> list[Path]:
-    """The files that are read where the model's name is a folder's."""
+    """List the files that loading reads if ``name`` is a saved model's folder."""
     from vitadapter_zoo import settings
 
     folder = settings.expanded(name)
@@ -192,7 +173,7 @@ def _model_files(name: str) -> list[Path]:
 
 
 def _check_inputs(chosen: Sequence[Source]) -> None:
-    """Say which picture cannot be read before a long download.
+    """Decode the first inputs, so that a bad file is reported before a long download.
 
     Raises:
         ImageError: one of the first pictures or videos cannot be decoded.
@@ -202,7 +183,7 @@ def _check_inputs(chosen: Sequence[Source]) -> None:
 
     for source in chosen[:CHECKED]:
         if isinstance(source, int) or is_url(source) or str(source).startswith(STREAMS):
-            continue  # neither is read twice
+            continue  # a camera or URL may not give the same picture twice
         if is_video(source):
             next(items([source], max_frames=1))
         else:
@@ -214,9 +195,17 @@ def _load(
     checkpoint: str | None,
     device: str | None,
     dtype: str | None,
+    *,
+    tf32: bool,
     offline: bool,
     quiet: bool,
 ) -> MaskRCNN:
+    """Load the detector with the options of the command line.
+
+    Raises:
+        click.UsageError: ``--tf32`` without float32 weights on a GPU.
+        ZooError: the device cannot be used or cannot compute float16, or loading fails.
+    """
     import torch
 
     from vitadapter_zoo.loader import load
@@ -224,7 +213,7 @@ def _load(
     place = usable_device(device or default_device())
     if dtype == "float16" and place.type == "cpu":
         raise ZooError("float16 needs a GPU; take --dtype bfloat16 on the CPU")
-    return load(
+    model = load(
         name,
         checkpoint=checkpoint,
         device=place,
@@ -232,198 +221,8 @@ def _load(
         offline=offline or None,
         progress=not quiet,
     )
-
-
-def default_device() -> str:
-    """``"cuda"`` where torch sees such a device, else ``"cpu"``."""
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def usable_device(name: str) -> Any:
-    """The torch device of that name.
-
-    Raises:
-        ZooError: it is not here, or no device.
-    """
-    import torch
-
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = shown(str(error).splitlines()[0])
-        raise ZooError(f"the device {quoted(name)} cannot be used here: {reason}") from error
-    return device
-
-
-@dataclass
-class Overlays:
-    """Pictures and videos with what was found, one for each input, none over an input.
-
-    Attributes:
-        folder: where they go.
-        inputs: what the command reads.
-        taken: the keys of the names that are in use, see `output_files.key`.
-    """
-
-    folder: Path
-    inputs: Sequence[Any]
-    taken: set[str] = field(default_factory=set)
-    _video: VideoFile | None = None
-    _source: Video | None = None
-    _finished: list[VideoFile] = field(default_factory=list)
-
-    def add(self, item: Item, found: Detections) -> Path:
-        """Draw one image; where to."""
-        from vitadapter_zoo.detections import output_files as outputs
-
-        if item.video is None:
-            self._finish()
-            target = self._name(item.name, ".png")
-            outputs.write_picture(target, found.draw(item.image))
-            return target
-        if item.video is not self._source:
-            self._finish()
-            self._source, self._video = item.video, self._begin(item.video)
-        assert self._video is not None  # noqa: S101  set with _source
-        self._video.write(found.draw(item.image), len(found))
-        return self._video.target
-
-    def videos_written(self) -> Iterator[str]:
-        """A line for each video."""
-        for video in self._finished:
-            yield (
-                f"{video.name}: {video.frames} frames, {video.objects} detections in "
-                f"{video.frames_with_objects} of them, drawn in {shown(video.target, PATH)}"
-            )
-
-    def _begin(self, video: Video) -> VideoFile:
-        from vitadapter_zoo.images.videos import VideoFile
-
-        camera = isinstance(video.source, int)
-        name = f"camera-{video.source}" if camera else str(video.source)
-        return VideoFile(
-            self._name(name, ".mp4"), shown(video.source, PATH), video.shown_per_second
-        )
-
-    def _name(self, image: str, suffix: str) -> Path:
-        from vitadapter_zoo.detections import output_files as outputs
-
-        stem = Path(image.partition("?")[0]).stem if "://" in image else Path(image).stem
-        return outputs.free_name(self.folder / f"{stem}{suffix}", self.taken, self.inputs)
-
-    def _finish(self) -> None:
-        if self._video is not None:
-            self._video.finish()
-            self._finished.append(self._video)
-        self._video = self._source = None
-
-    def __enter__(self) -> Overlays:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # What a camera gave until Ctrl-C is a whole video; what an error cut short is not.
-        if kind is None or issubclass(kind, KeyboardInterrupt):
-            self._finish()
-        elif self._video is not None:
-            self._video.discard()
-
-
-@dataclass
-class CocoResults:
-    """COCO results of all images.
-
-    Attributes:
-        categories: the model's classes.
-        ids: of the images, in order; None counts from 1.
-        rows: one for each detection.
-    """
-
-    categories: tuple[str, ...]
-    ids: list[int] | None
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    _images: int = 0
-
-    def add(self, item: Item, found: Detections) -> None:
-        """Append the detections of the next image."""
-        own = None if self.categories == COCO_CLASSES else range(1, len(self.categories) + 1)
-        image_id = self.ids[self._images] if self.ids else self._images + 1
-        self.rows += found.to_coco(image_id, category_ids=own)
-        self._images += 1
-
-
-def _image_ids(chosen: Sequence[Source]) -> list[int] | None:
-    """The numbers that all file names are, as in COCO; None where one is no number."""
-    stems = [
-        Path(source).stem if isinstance(source, (str, os.PathLike)) else "" for source in chosen
-    ]
-    if not all(stem.isascii() and stem.isdecimal() for stem in stems):
-        return None
-    ids = [int(stem) for stem in stems]
-    return ids if len(set(ids)) == len(ids) else None
-
-
-def _record(item: Item, found: Detections, drawn: Path) -> dict[str, Any]:
-    frame = {} if item.frame is None else {"frame": item.frame}
-    name = item.name if item.video is None else str(item.video.source)
-    return {
-        "image": name,
-        **frame,
-        "overlay": str(drawn),
-        "size": list(found.size),
-        "detections": found.to_records(),
-    }
-
-
-def _print_image(item: Item, found: Detections, drawn: Path, score: float) -> None:
-    name, target = shown(item.name, PATH), shown(drawn, PATH)
-    if not len(found):
-        click.echo(f"{name}: {_nothing(score)}")
-        return
-    noun = "detection" if len(found) == 1 else "detections"
-    click.echo(f"{name}: {len(found)} {noun}, drawn in {target}")
-    for line in _by_class(found):
-        click.echo(f"  {line}")
-
-
-def _nothing(score: float) -> str:
-    return f"no detection scored {score:g} or more; a lower --score shows what scored less"
-
-
-def _by_class(detections: Detections) -> list[str]:
-    """One line per class: how many, and the best score; the best class first."""
-    scores: dict[str, list[float]] = {}
-    for name, score in zip(detections.class_names, detections.scores.tolist(), strict=True):
-        scores.setdefault(name, []).append(score)
-    return [
-        f"{len(found):4d} {shown(name)} (best score {found[0]:.2f})"
-        for name, found in scores.items()
-    ]
-
-
-@contextlib.contextmanager
-def _progress(chosen: Sequence[Source], *, shown: bool) -> Iterator[Callable[[Video | None], None]]:
-    """A bar on stderr where that is a terminal; yields what is called after each image."""
-    if not (shown and sys.stderr.isatty()):
-        yield lambda video: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
-    from vitadapter_zoo.images.sources import is_video
-
-    progress = Progress(
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        # Lines for a pipe stay in it.
-        redirect_stdout=sys.stdout.isatty(),
-    )
-    # The frames of a video are known once it is open.
-    total = None if any(is_video(source) for source in chosen) else len(chosen)
-    task = progress.add_task("images", total=total)
-    with progress:
-        yield lambda video: progress.advance(task)
+    weights = next(model.parameters())
+    if tf32 and (place.type != "cuda" or weights.dtype != torch.float32):
+        raise click.UsageError("--tf32 needs --device cuda and --dtype float32")
+    model.allow_tf32 = tf32
+    return model

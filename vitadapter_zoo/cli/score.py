@@ -11,12 +11,10 @@ from vitadapter_zoo import settings
 from vitadapter_zoo.catalog import get_row
 from vitadapter_zoo.cli.models import model_names
 from vitadapter_zoo.cli.verdicts import (
-    REPORT,
-    REPORT_HELP,
     VerdictCommand,
-    check_points,
     data_options,
     dataset,
+    output_options,
     report_folder,
     tell,
 )
@@ -41,15 +39,7 @@ Exit status: as for `verify`.
     metavar="NAME",
     help="Load name, see `list`.",
 )
-@click.option(
-    "--expect",
-    type=(float, float),
-    metavar="BOX MASK",
-    callback=check_points,
-    help="Compare with these APs (0..100), not with the published.",
-)
-@click.option("--report", "folder", type=REPORT, help=REPORT_HELP)
-@click.option("--json", "as_json", is_flag=True, help="Print every figure as JSON.")
+@output_options
 def score(
     results: Path,
     coco: Path | None,
@@ -61,7 +51,7 @@ def score(
     folder: Path | None,
     as_json: bool,
 ) -> None:
-    """Score a file of COCO results, for example from the original code, and give a verdict."""
+    """Score a file of COCO results, for example of the original code, and give a verdict."""
     started = time.monotonic()
     row = get_row(name)
     results, folder = settings.expanded(results), report_folder(folder, [results, annotations])

@@ -42,7 +42,7 @@ Examples:
     show_default=True,
     help="Refuse larger files.",
 )
-@click.option("--device", help="cpu, cuda, cuda:1, ...  [default: cuda where there is one]")
+@click.option("--device", help="cpu, cuda, cuda:1, ...  [default: cuda if available]")
 def serve(
     models: Sequence[str], host: str, port: int, max_megabytes: int, device: str | None
 ) -> None:
@@ -51,7 +51,7 @@ def serve(
     Ctrl-C stops it. Pictures are kept in a temporary folder, which is removed at the end.
     """
     from vitadapter_zoo import web
-    from vitadapter_zoo.cli.predict import default_device, usable_device
+    from vitadapter_zoo.cli.devices import default_device, usable_device
     from vitadapter_zoo.web.app import temporary_folder
     from vitadapter_zoo.web.models import Work
 

@@ -33,7 +33,7 @@ Examples:
     type=click.Path(path_type=Path),
     nargs=2,
     metavar="FILE DIR",
-    help="Instead of --data: annotations and images to train on.",
+    help="Annotation file and image folder to train on, instead of --data.",
 )
 @click.option(
     "--val",
@@ -41,13 +41,13 @@ Examples:
     type=click.Path(path_type=Path),
     nargs=2,
     metavar="FILE DIR",
-    help="Annotations and images to evaluate on.",
+    help="Annotation file and image folder to evaluate on, with --train.",
 )
 @click.option(
     "--out",
     type=click.Path(path_type=Path, file_okay=False),
     required=True,
-    help="Folder of the run: last/ and best/ (for --model), log.jsonl, state.pt.",
+    help="Folder of the run, with last/ and best/ (detectors for --model), log.jsonl and state.pt.",
 )
 @click.option(
     "--from",
@@ -55,34 +55,41 @@ Examples:
     default="published",
     show_default=True,
     metavar="START",
-    help="published (the weights of NAME), pretraining (the trunk's, as the paper's own "
-    "training), scratch, or another load name, folder or checkpoint file.",
+    help="Initial weights: published (those of NAME), pretraining (the trunk only, as in the "
+    "paper), scratch, or another load name, folder or checkpoint file.",
 )
-@click.option("--resume", is_flag=True, help="Continue the run in --out, to the same weights.")
-@click.option("--epochs", type=click.IntRange(1), help="[paper] 12 (1x) or 36 (3x).")
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Continue the run in --out; the result is the same as without the interruption.",
+)
+@click.option(
+    "--epochs", type=click.IntRange(1), help="Passes over the images. [paper] 12 (1x) or 36 (3x)."
+)
 @click.option(
     "--batch-size",
     type=click.IntRange(1),
     default=2,
     show_default=True,
-    help="[paper] Images for each device and forward pass; the paper had 8 devices.",
+    help="[paper] Images per device and forward pass; the paper used 8 devices.",
 )
 @click.option(
     "--accumulate",
     type=click.IntRange(1),
     default=1,
     show_default=True,
-    help="Forward passes for each step.",
+    help="Forward passes per optimizer step.",
 )
 @click.option(
     "--lr",
     type=click.FloatRange(0, min_open=True),
-    help="Learning rate. [paper] 1e-4 (3x) or 2e-4 (1x) for 16 images a step, scaled linearly.",
+    help="Learning rate. [paper] 1e-4 (3x) or 2e-4 (1x) for 16 images per step, scaled linearly.",
 )
 @click.option(
     "--schedule",
     type=click.Choice(["step", "cosine"]),
-    help="[paper] step: divided by 10 after 3/4 and 11/12 of the epochs (1x: 2/3).",
+    help="Learning rate over time. [paper] step: divided by 10 after 3/4 (1x: 2/3) and 11/12 of "
+    "the epochs.",
 )
 @click.option("--weight-decay", type=click.FloatRange(0), help="[paper] 0.05 (3x), 0.01 (1x).")
 @click.option(
@@ -92,7 +99,7 @@ Examples:
     "the others.",
 )
 @click.option(
-    "--clip", type=click.FloatRange(0, min_open=True), help="Largest norm of the gradient."
+    "--clip", type=click.FloatRange(0, min_open=True), help="Clip gradients to this norm."
 )
 @click.option(
     "--augment",
@@ -109,25 +116,25 @@ Examples:
     type=click.IntRange(32),
     nargs=2,
     metavar="LONG SHORT",
-    help="[paper] Sides of the resized images; 1333 800.",
+    help="[paper] Largest sides of the resized images: 1333 800.",
 )
-@click.option("--keep-empty", is_flag=True, help="Train on images without objects too.")
+@click.option("--keep-empty", is_flag=True, help="Also train on images without objects.")
 @click.option(
     "--freeze",
     multiple=True,
     metavar="PREFIX",
-    help="Keep the parameters whose names begin so, backbone for instance.",
+    help="Do not train parameters whose names start with PREFIX, for example backbone.",
 )
 @click.option(
     "--checkpoint-blocks",
     is_flag=True,
-    help="Less memory, more time: compute the blocks' activations again.",
+    help="Use less memory and more time: recompute the blocks' activations.",
 )
 @click.option(
     "--early-stop",
     type=click.IntRange(1),
     metavar="N",
-    help="End after N evaluations without a better mask AP.",
+    help="Stop after N evaluations without a better mask AP.",
 )
 @click.option(
     "--eval-every",
@@ -140,24 +147,30 @@ Examples:
 @click.option(
     "--max-minutes",
     type=click.FloatRange(0, min_open=True),
-    help="End after that time; the schedule ends with it.",
+    metavar="M",
+    help="Stop after M minutes; the schedule is shortened to end then.",
 )
 @click.option(
     "--precision",
     type=click.Choice(["no", "bf16"]),
     default="no",
     show_default=True,
-    help="bf16: compute in bfloat16 where that is safe.",
+    help="bf16: compute in bfloat16 where it is safe.",
 )
-@click.option("--device", help="cpu, cuda, cuda:1, ...; the best that is there by default.")
+@click.option("--device", help="cpu, cuda, cuda:1, ...  [default: the best available]")
 @click.option(
     "--workers",
     type=click.IntRange(0),
-    help="Processes that prepare images; one for each core but the last by default.",
+    metavar="N",
+    help="Processes that prepare images.  [default: the number of cores minus one]",
 )
 @click.option("--tensorboard", is_flag=True, help="Write TensorBoard files.")
 @click.option(
-    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of all that is random."
+    "--seed",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Seed of all random numbers.",
 )
 @click.option("--offline", is_flag=True, help="Never use the network.")
 @click.option("--quiet", is_flag=True, help="Show nothing but errors.")
@@ -194,16 +207,16 @@ def train(
     offline: bool,
     quiet: bool,
 ) -> None:
-    """Train NAME on your own data, or with the paper's recipe.
+    """Train NAME on your own data, or as the paper did.
 
-    Options marked [paper] default to the recipe that the row was published with. All others are
-    not in the paper, and off by default. Class names come from the annotations.
+    Options marked [paper] default to the recipe with which NAME was published. The other options
+    are not in the paper and are off by default. Class names come from the annotations.
     """
     if (data is None) == (train_files is None):
         raise click.UsageError("give --data DIR, or --train FILE DIR (and --val FILE DIR)")
     if data is not None and valid_files is not None:
         raise click.UsageError("--val belongs to --train; --data has its own validation images")
-    from vitadapter_zoo.cli.predict import usable_device
+    from vitadapter_zoo.cli.devices import usable_device
     from vitadapter_zoo.training.run import train as run
 
     if device is not None:

@@ -1,4 +1,4 @@
-"""What ``verify`` and ``score`` share: options for the data set, exit statuses, the outcome."""
+"""Shared by ``verify`` and ``score``: options, the data set, exit statuses, printing a verdict."""
 
 from __future__ import annotations
 
@@ -19,15 +19,13 @@ if TYPE_CHECKING:
     from vitadapter_zoo.evaluation.verdict import Verification
 
 EXIT_STATUS = {"confirmed": 0, "refuted": 1, "inconclusive": 3}
-REPORT = click.Path(path_type=Path, file_okay=False)
-REPORT_HELP = "Write report.html, report.json and the detections there."
 
 
 class VerdictCommand(click.Command):
-    """A command that an interrupt stops without loss of results."""
+    """A command whose run can be interrupted and continued."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command."""
+        """Run the command; after Ctrl-C say how to continue."""
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
@@ -42,7 +40,7 @@ else:
 
 
 class _ImageFolder(_PathType):
-    """A folder; a number, which ``--images`` took before, is refused."""
+    """A folder. A number, which ``--images`` took in the past, is refused."""
 
     name = "DIR"
 
@@ -57,7 +55,7 @@ class _ImageFolder(_PathType):
         return Path(value)
 
 
-def check_points(
+def _check_points(
     context: click.Context, parameter: click.Parameter, value: tuple[float, float] | None
 ) -> tuple[float, float] | None:
     """Refuse an AP outside of 0..100, or one that is not a number."""
@@ -66,19 +64,42 @@ def check_points(
     return value
 
 
+def output_options(command: Any) -> Any:
+    """Add the options for the expected AP and for the output."""
+    for option in (
+        click.option("--json", "as_json", is_flag=True, help="Print every figure as JSON."),
+        click.option(
+            "--report",
+            "folder",
+            type=click.Path(path_type=Path, file_okay=False),
+            metavar="DIR",
+            help="Write report.html, report.json and the detections into this folder.",
+        ),
+        click.option(
+            "--expect",
+            type=(float, float),
+            metavar="BOX MASK",
+            callback=_check_points,
+            help="Compare with these APs (0..100) of the whole data set instead of the published.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
 def data_options(command: Any) -> Any:
-    """The options that name a data set."""
+    """Add the options that name the data set."""
     for option in (
         click.option(
             "--ignore-exif",
             is_flag=True,
-            help="Read images as they are stored, without the rotation of their EXIF data, if they "
-            "were annotated that way.",
+            help="Read images without applying the rotation in their EXIF data, for annotations "
+            "that were made that way.",
         ),
         click.option(
             "--images",
             type=_ImageFolder(),
-            help="The folder of the image files of --annotations; by default its own folder.",
+            help="Folder of the image files of --annotations.  [default: the folder of that file]",
         ),
         click.option(
             "--annotations",
@@ -89,8 +110,8 @@ def data_options(command: Any) -> Any:
             "--coco",
             type=click.Path(path_type=Path, file_okay=False),
             metavar="DIR",
-            help="COCO's folder: annotations/instances_val2017.json and val2017/. Not needed for "
-            "adapter-n-emoji, which has its data in the package.",
+            help="COCO's folder, with annotations/instances_val2017.json and val2017/. Not needed "
+            "for adapter-n-emoji, whose data set is in the package.",
         ),
     ):
         command = option(command)
@@ -104,7 +125,12 @@ def dataset(
     images: Path | None,
     ignore_exif: bool,
 ) -> Dataset:
-    """The data set of the options, or without them that of the row ``name``."""
+    """Read the data set that the options name; without options, the one of the row ``name``.
+
+    Raises:
+        click.UsageError: options that exclude each other, or no data set.
+        DatasetError: the data set is missing or invalid.
+    """
     from vitadapter_zoo.evaluation.dataset import coco_paths, read_dataset, row_dataset
 
     if images is not None and annotations is None:
@@ -119,11 +145,14 @@ def dataset(
 
 
 def report_folder(folder: Path | None, inputs: Sequence[Any]) -> Path | None:
-    """The folder of the report; one that cannot be used is an error before the hours of work.
+    """Check the folder of the report before hours of computation, and return it.
 
     Args:
-        folder: of the option; None where there is to be no report.
-        inputs: the files that the command reads; None stands for one that is not given.
+        folder: the value of ``--report``; None for no report.
+        inputs: the files that the command reads, or None for each that is not given.
+
+    Raises:
+        ZooError: the report cannot be written there, or would replace an input.
     """
     from vitadapter_zoo.reports import report
 
@@ -135,10 +164,10 @@ def report_folder(folder: Path | None, inputs: Sequence[Any]) -> Path | None:
 
 
 def tell(found: Verification, as_json: bool, folder: Path | None) -> None:
-    """Write the report, print the outcome, and exit with the verdict's status."""
+    """Write the report, print the verdict, and exit with its status."""
     from vitadapter_zoo.reports import report
 
-    if folder is not None:  # first: standard output may be full or closed
+    if folder is not None:  # before printing, which fails if stdout is closed
         report.write(found, folder, command=command_line())
     if as_json:
         click.echo(json.dumps(report.record(found), indent=2))
@@ -150,5 +179,5 @@ def tell(found: Verification, as_json: bool, folder: Path | None) -> None:
 
 
 def command_line() -> str:
-    """The command line, for the report."""
+    """Return the command line, for the report."""
     return shlex.join(["vitadapter-zoo", *sys.argv[1:]])

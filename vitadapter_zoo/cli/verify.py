@@ -14,13 +14,11 @@ from vitadapter_zoo.cli.failures import COULD_NOT_RUN
 from vitadapter_zoo.cli.models import check_presence, model_names
 from vitadapter_zoo.cli.verdicts import (
     EXIT_STATUS,
-    REPORT,
-    REPORT_HELP,
     VerdictCommand,
-    check_points,
     command_line,
     data_options,
     dataset,
+    output_options,
     report_folder,
     tell,
 )
@@ -48,56 +46,61 @@ could not run, else 1 if any was refuted, else 3 if any was inconclusive.
 """,
 )
 @click.argument("name", required=False, shell_complete=model_names)
-@click.option("--all", "every", is_flag=True, help="Every published checkpoint in turn.")
+@click.option("--all", "every", is_flag=True, help="Verify every published checkpoint.")
 @data_options
 @click.option(
     "--limit",
     type=click.IntRange(1),
     metavar="N",
-    help="Evaluate N images only, a stratified random sample.",
+    help="Evaluate only N images, a stratified random sample.",
 )
-@click.option("--checkpoint", metavar="SOURCE", help="As for `predict`.")
+@click.option(
+    "--checkpoint",
+    metavar="SOURCE",
+    help="A file, a URL or hf://user/repo[@revision][/file] instead of the published one.",
+)
 @click.option(
     "--max-minutes",
     type=click.FloatRange(0, min_open=True),
-    help="Start no further image after M minutes.",
+    metavar="M",
+    help="Start no more images after M minutes.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the sample.")
 @click.option(
-    "--expect",
-    type=(float, float),
-    metavar="BOX MASK",
-    callback=check_points,
-    help="Compare with these APs (0..100) of the whole data set, not with the published.",
-)
-@click.option(
     "--skip-bad-images",
     is_flag=True,
-    help="Leave out missing and damaged images; the verdict is inconclusive.",
+    help="Skip missing and damaged images; the verdict is then inconclusive.",
 )
-@click.option("--device", help="cpu, cuda, cuda:1, ...  [default: cuda where there is one]")
+@click.option("--device", help="cpu, cuda, cuda:1, ...  [default: cuda if available]")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32")
-@click.option("--tf32", is_flag=True, help="Let float32 be TF32 on CUDA: faster; a run of its own.")
+@click.option(
+    "--tf32", is_flag=True, help="Compute float32 as TF32 on CUDA: faster; needs its own run."
+)
 @click.option(
     "--backend", type=click.Choice(["native", "mmdet"]), default="native", show_default=True,
-    help="mmdet: the same weights inside mmdet, through its own test pipeline.",
+    help="mmdet: run the same weights in mmdet, with its own test pipeline.",
 )  # fmt: skip
 @click.option(
     "--batch-size", type=click.IntRange(1), default=1, show_default=True, metavar="N",
-    help="Images of one padded size computed together; each N is a run of its own.",
+    help="Images per forward pass; each N needs its own run.",
 )  # fmt: skip
-@click.option("--workers", type=click.IntRange(1), help="Number of processes.")
+@click.option("--workers", type=click.IntRange(1), metavar="N", help="Number of worker processes.")
 @click.option("--ray", metavar="auto|ADDRESS", help="Run on the nodes of a Ray cluster.")
 @click.option(
     "--threads",
     type=click.IntRange(1),
-    help="CPU threads of each process; the same in all of a run.",
+    metavar="N",
+    help="CPU threads per process; a run must keep the same number.",
 )
-@click.option("--run", type=click.Path(path_type=Path, file_okay=False), help="Run directory.")
-@click.option("--report", "folder", type=REPORT, help=REPORT_HELP)
-@click.option("--json", "as_json", is_flag=True, help="Print every figure as JSON.")
+@output_options
+@click.option(
+    "--run",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="Folder that stores the results, to continue an interrupted run.",
+)
 @click.option("--offline", is_flag=True, help="Never use the network.")
-@click.option("--quiet", is_flag=True, help="No progress.")
+@click.option("--quiet", is_flag=True, help="No progress line.")
 @click.option("--allow-nonfinite", is_flag=True, help="Accept weights that are NaN or infinite.")
 def verify(
     name: str | None,
@@ -127,24 +130,20 @@ def verify(
     quiet: bool,
     allow_nonfinite: bool,
 ) -> None:
-    """Re-run COCO's evaluation of NAME and confirm or refute the published box and mask AP."""
+    """Repeat the COCO evaluation of NAME and confirm or refute its published box and mask AP."""
     if (name is None) != every:
         raise click.UsageError("give either NAME or --all")
-    if backend == "mmdet" and (ray is not None or (workers or 1) > 1):
-        raise click.UsageError("--backend mmdet runs in one process, without --workers and --ray")
-    if batch_size > 1 and (backend == "mmdet" or ray is not None or (workers or 1) > 1):
-        raise click.UsageError("--batch-size needs one process and the native backend")
-    if backend == "mmdet" and ignore_exif:
-        raise click.UsageError("--ignore-exif needs --backend native: mmdet applies EXIF rotations")
     if every and (checkpoint, run, expect) != (None, None, None):
         raise click.UsageError("--checkpoint, --run and --expect belong to one model, not to --all")
+    has_workers = ray is not None or (workers or 1) > 1
+    _check_backend(backend, has_workers=has_workers, batch_size=batch_size, ignore_exif=ignore_exif)
     folder = report_folder(folder, [annotations, checkpoint])
     data = dataset(name, coco, annotations, images, ignore_exif)
     if name is not None and ray is None:
         check_presence(name, checkpoint, offline)
     import torch
 
-    from vitadapter_zoo.cli.predict import default_device, usable_device
+    from vitadapter_zoo.cli.devices import default_device, usable_device
     from vitadapter_zoo.evaluation.options import Options
 
     device = device or (default_device() if ray is None else "cpu")
@@ -178,8 +177,22 @@ def verify(
         _tell_all(evaluate, data.annotations, as_json, folder)
 
 
+def _check_backend(backend: str, *, has_workers: bool, batch_size: int, ignore_exif: bool) -> None:
+    """Refuse options that the backend does not have.
+
+    Raises:
+        click.UsageError: such an option is given.
+    """
+    if backend == "mmdet" and has_workers:
+        raise click.UsageError("--backend mmdet runs in one process, without --workers and --ray")
+    if batch_size > 1 and (backend == "mmdet" or has_workers):
+        raise click.UsageError("--batch-size needs one process and the native backend")
+    if backend == "mmdet" and ignore_exif:
+        raise click.UsageError("--ignore-exif needs --backend native: mmdet applies EXIF rotations")
+
+
 def _evaluate(model: str, data: Dataset, options: Options) -> Verification:
-    """Evaluate one model, with the live line on the terminal."""
+    """Evaluate one model, with a live line on the terminal."""
     from vitadapter_zoo.evaluation.verify import run_verification
     from vitadapter_zoo.reports import live
 
@@ -193,7 +206,7 @@ def _tell_all(
     as_json: bool,
     folder: Path | None,
 ) -> None:
-    """Evaluate and print every row, and exit with the status of the worst."""
+    """Evaluate every row, print the table, and exit with the worst status."""
     from vitadapter_zoo.reports import overview
 
     content = overview.verify_all(

@@ -1,14 +1,12 @@
-"""What a detector found in one image, and the forms in which others want it."""
+"""The detections of one image: filter, draw, save and convert them."""
 
 from __future__ import annotations
 
 import difflib
 import json
-import operator
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from os import PathLike
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,9 +15,11 @@ from PIL import Image
 from torch import Tensor
 
 from vitadapter_zoo.catalog import COCO_CLASSES
-from vitadapter_zoo.detections import exchange, notebook
+from vitadapter_zoo.detections import conversions, notebook, records
 from vitadapter_zoo.detections import masks as masks_of
 from vitadapter_zoo.detections.drawing import draw, regions
+from vitadapter_zoo.detections.indexing import positions
+from vitadapter_zoo.detections.instances import Instances
 from vitadapter_zoo.detections.masks import MaskMaps, Masks
 from vitadapter_zoo.errors import ZooError
 from vitadapter_zoo.images import ImageInput, read_image
@@ -28,25 +28,6 @@ from vitadapter_zoo.text import quoted, shown
 if TYPE_CHECKING:
     import pandas
     import supervision
-
-
-@dataclass(frozen=True)
-class Instances:
-    """Detections of one image as the network gives them: masks are not yet on the image.
-
-    Attributes:
-        boxes: float32 ``[N, 4]`` as (x1, y1, x2, y2) in image pixels.
-        scores: float32 ``[N]`` in 0..1, best first.
-        labels: int64 ``[N]``, index of the class.
-        mask_probabilities: float32 ``[N, 28, 28]`` in 0..1, stretched over the box.
-        size: (height, width) of the image in pixels.
-    """
-
-    boxes: Tensor
-    scores: Tensor
-    labels: Tensor
-    mask_probabilities: Tensor
-    size: tuple[int, int]
 
 
 class Detections:
@@ -59,14 +40,14 @@ class Detections:
         boxes: float32 ``[N, 4]`` as (x1, y1, x2, y2) in image pixels.
         scores: float32 ``[N]`` in 0..1.
         labels: int64 ``[N]``, index into ``categories`` (0..79 for COCO).
-        categories: name of every class that the model knows.
-        image: the image that they were found in, as it was given; None where it is not known.
+        categories: names of all classes of the model.
+        image: the image as it was given to the model; None if unknown.
 
     The constructor takes the attributes, and as ``masks`` bool ``[N, H, W]`` or the network's
     probabilities with their boxes (``MaskMaps``).
 
     Raises:
-        ValueError: the tensors do not have one length.
+        ValueError: the tensors have different lengths.
     """
 
     def __init__(
@@ -95,12 +76,12 @@ class Detections:
     def of(
         cls, found: Instances, categories: tuple[str, ...], image: ImageInput | None = None
     ) -> Detections:
-        """The network's detections, on the CPU and as ordinary tensors.
+        """Convert the network's output to detections with ordinary tensors on the CPU.
 
         Raises:
-            ZooError: a box or a mask is NaN or infinite.
+            ZooError: a box or a mask has NaN or infinite values.
         """
-        # Copies made in inference mode could not be changed in place nor take part in autograd.
+        # Tensors made in inference mode cannot be changed in place or used with autograd.
         with torch.inference_mode(False), torch.no_grad():
             boxes, scores, labels, probabilities = (
                 tensor.detach().cpu().clone()
@@ -117,8 +98,8 @@ class Detections:
     def masks(self) -> Tensor:
         """Bool ``[N, H, W]``, the image's size.
 
-        The tensor is made at the first use and kept. It has N bytes for each pixel of the image;
-        ``draw``, ``to_coco``, ``to_json`` and ``save`` do without it.
+        The tensor is computed at the first access and kept. It takes N bytes per pixel of the
+        image; ``draw``, ``to_coco``, ``to_json`` and ``save`` do not need it.
         """
         if isinstance(self._masks, MaskMaps):
             with torch.inference_mode(False), torch.no_grad():
@@ -144,13 +125,13 @@ class Detections:
     def __getitem__(
         self, index: int | slice | Sequence[int] | Sequence[bool] | Tensor | npt.NDArray[Any]
     ) -> Detections:
-        """One detection, or those of a slice, a bool mask ``[N]`` or a list of indices.
+        """Select detections by an integer, a slice, a bool mask ``[N]`` or a list of integers.
 
         Raises:
-            IndexError: no detection has that index, or the mask is not one bool for each.
-            TypeError: the index is nothing of the above.
+            IndexError: an index is out of range, or the mask does not have N values.
+            TypeError: the index is of another kind.
         """
-        chosen = self._indices(index)
+        chosen = positions(index, len(self))
         return Detections(
             boxes=self.boxes[chosen],
             scores=self.scores[chosen],
@@ -160,38 +141,15 @@ class Detections:
             image=self.image,
         )
 
-    def _indices(self, index: Any) -> Tensor:
-        count = len(self)
-        if isinstance(index, slice):
-            return torch.tensor(range(count)[index], dtype=torch.int64, device="cpu")
-        # A tensor or array with one bool would pass for an integer too, but is a mask.
-        if not getattr(index, "ndim", 0) and hasattr(type(index), "__index__"):
-            number = operator.index(index)
-            if not -count <= number < count:
-                raise IndexError(f"there are {count} detections, none has the index {number}")
-            return torch.tensor([number % count], dtype=torch.int64, device="cpu")
-        if isinstance(index, (str, bytes, float)):
-            raise TypeError(
-                "an index is an integer, a slice, a bool mask or a list of integers, not "
-                f"{quoted(index)}; with_classes chooses by name"
-            )
-        chosen = torch.as_tensor(index, device="cpu")
-        numbers = torch.arange(count, dtype=torch.int64, device="cpu")
-        if chosen.dtype == torch.bool and chosen.shape != (count,):
-            raise IndexError(
-                f"a mask has one bool for each of the {count} detections, not {list(chosen.shape)}"
-            )
-        return numbers[chosen if len(chosen) else chosen.long()].reshape(-1)
-
     def filter(self, score: float) -> Detections:
-        """Only the detections with at least this score (0..1)."""
+        """Return the detections with at least this score (0..1)."""
         return self[self.scores >= score]
 
     def with_classes(self, *names: str) -> Detections:
-        """Only the detections of these classes.
+        """Return the detections of these classes.
 
         Raises:
-            ZooError: a name that is not in ``categories``; the message offers the nearest.
+            ZooError: a name is not in ``categories``; the message suggests similar names.
         """
         for name in names:
             if name not in self.categories:
@@ -202,14 +160,14 @@ class Detections:
         return self[torch.isin(self.labels, torch.tensor(labels, dtype=torch.int64, device="cpu"))]
 
     def resized(self, height: int, width: int) -> Detections:
-        """The detections on the same image after it is resized.
+        """Return the detections for a resized version of the image.
 
         Args:
             height: of the resized image in pixels, at least 1.
             width: likewise.
 
         Returns:
-            Detections that do not know their image.
+            Detections whose ``image`` is None.
 
         Raises:
             ValueError: a side below 1.
@@ -230,84 +188,52 @@ class Detections:
         *,
         category_ids: Sequence[int] | Mapping[str, int] | None = None,
     ) -> list[dict[str, Any]]:
-        """COCO results: one JSON-ready dictionary per detection.
+        """Convert to COCO results: one JSON-ready dictionary per detection.
 
         Each has ``image_id``, ``category_id``, ``bbox`` ``[x, y, width, height]`` in image pixels,
-        ``score`` and ``segmentation`` (compressed RLE). When masks are scored, leave ``bbox`` out:
-        pycocotools takes the box's area for the mask's otherwise.
+        ``score`` and ``segmentation`` (compressed RLE). To score masks with pycocotools, remove
+        ``bbox``: otherwise it uses the box's area as the mask's.
 
         Args:
-            image_id: of the image in the annotations.
+            image_id: the image's id in the annotations.
             category_ids: the data set's id of each class, by class name or in the order of
-                ``categories``. COCO's own, which leave out ten numbers, by default.
+                ``categories``; by default COCO's ids, which run from 1 to 90 with gaps.
 
         Raises:
             ZooError: the classes are not COCO's 80 and no ids are given, or a class has no id.
         """
-        ids = exchange.category_ids(self.categories, category_ids)
-        return [
-            {
-                "image_id": image_id,
-                "category_id": ids[label],
-                "bbox": box,
-                "score": score,
-                "segmentation": {"size": list(self.size), "counts": counts},
-            }
-            for label, box, score, counts in zip(
-                self.labels.tolist(),
-                xywh(self.boxes),
-                self.scores.tolist(),
-                self.run_lengths(),
-                strict=True,
-            )
-        ]
+        return records.coco_results(self, image_id, category_ids)
 
     def run_lengths(self) -> list[str]:
-        """The masks as counts of COCO's compressed RLE."""
+        """Encode the masks as the counts of COCO's compressed RLE."""
         return masks_of.run_lengths(self._masks)
 
     def mask_areas(self) -> list[int]:
-        """How many pixels each mask has."""
+        """Return the number of pixels of each mask."""
         return masks_of.areas(self._masks)
 
     def to_records(self) -> list[dict[str, Any]]:
-        """One JSON-ready dictionary per detection, for any classes.
+        """Convert to one JSON-ready dictionary per detection, for any classes.
 
         Each has ``name``, ``label``, ``score``, ``box`` (x1, y1, x2, y2) in image pixels and
         ``segmentation`` (COCO's compressed RLE).
         """
-        return [
-            {
-                "name": name,
-                "label": label,
-                "score": score,
-                "box": box,
-                "segmentation": {"size": list(self.size), "counts": counts},
-            }
-            for name, label, score, box, counts in zip(
-                self.class_names,
-                self.labels.tolist(),
-                self.scores.tolist(),
-                self.boxes.tolist(),
-                self.run_lengths(),
-                strict=True,
-            )
-        ]
+        return records.records(self)
 
     def to_json(self) -> str:
-        """JSON: an object with ``size`` (height, width) and ``detections``, see `to_records`."""
+        """Convert to JSON with ``size`` (height, width) and ``detections``, see `to_records`."""
         return json.dumps({"size": list(self.size), "detections": self.to_records()})
 
     def to_dataframe(self) -> pandas.DataFrame:
-        """A pandas table: name, label, score, x1, y1, x2, y2 and ``area`` (pixels of the mask).
+        """Convert to a pandas table: name, label, score, x1, y1, x2, y2, and the mask's ``area``.
 
         Raises:
             ZooError: pandas is not installed.
         """
-        return exchange.to_dataframe(self)
+        return conversions.to_dataframe(self)
 
     def to_supervision(self, *, masks: bool = True) -> supervision.Detections:
-        """As ``supervision.Detections``, with ``class_name`` in its ``data``.
+        """Convert to ``supervision.Detections``, with ``class_name`` in its ``data``.
 
         Args:
             masks: False leaves the masks out, which take N bytes for each pixel of the image.
@@ -315,7 +241,7 @@ class Detections:
         Raises:
             ZooError: supervision is not installed.
         """
-        return exchange.to_supervision(self, with_masks=masks)
+        return conversions.to_supervision(self, with_masks=masks)
 
     @classmethod
     def from_supervision(
@@ -326,28 +252,27 @@ class Detections:
         size: tuple[int, int] | None = None,
         image: ImageInput | None = None,
     ) -> Detections:
-        """What `to_supervision` made, after supervision's own filters for instance.
+        """Convert back from `to_supervision`, for example after supervision's own filters.
 
         Args:
-            found: with masks, scores (``confidence``) and ``class_id``.
-            categories: name of every class.
-            size: (height, width) of the image; needed where nothing was found and ``found`` has
-                no masks.
-            image: that they belong to, for ``draw``.
+            found: detections with masks, scores (``confidence``) and ``class_id``.
+            categories: names of all classes.
+            size: (height, width) of the image; needed if ``found`` is empty and has no masks.
+            image: the image, for ``draw``.
 
         Raises:
             ZooError: there are no masks, scores or classes, a class has no name, or the names in
                 ``found`` are not those of ``categories``.
         """
-        exchange.check_names(found, categories)
-        boxes, scores, labels, masks = exchange.from_supervision(found, len(categories), size)
+        conversions.check_names(found, categories)
+        boxes, scores, labels, masks = conversions.from_supervision(found, len(categories), size)
         return cls(boxes, scores, labels, masks, categories, image)
 
     def crops(self, image: ImageInput | None = None) -> list[Image.Image]:
-        """The part of the image in each box, at least one pixel.
+        """Return the part of the image inside each box, at least one pixel.
 
         Args:
-            image: the image that was given to ``predict``; the known one by default.
+            image: the image that was given to ``predict``; by default ``self.image``.
 
         Raises:
             ZooError: no image is known, or it has another size.
@@ -364,16 +289,17 @@ class Detections:
         labels: bool | Sequence[str] = True,
         masks: bool = True,
     ) -> Image.Image:
-        """The image with masks, boxes, class names and scores on it.
+        """Draw masks, boxes, class names and scores on the image.
 
-        Lines and text grow with the image. Classes differ in hue, instances of a class in shade.
+        Line width and text size depend on the image's size. Classes differ in hue, instances of a
+        class in shade.
 
         Args:
-            image: the image that was given to ``predict``, in any of its forms; the known one by
-                default.
-            alpha: how much of a mask's colour covers the image, 0..1.
-            labels: False leaves the names out; a list has a text for each detection.
-            masks: False draws boxes only.
+            image: the image that was given to ``predict``, in any of its forms; by default
+                ``self.image``.
+            alpha: opacity of the masks, 0..1.
+            labels: False draws no names; a list has a text per detection.
+            masks: False draws only boxes.
 
         Raises:
             ZooError: no image is known, or it has another size than the one these detections
@@ -403,12 +329,12 @@ class Detections:
         """Write ``path``: JSON (see `to_json`) where it ends in .json, else the drawn picture.
 
         Args:
-            path: where to; an existing file is replaced, except the image itself.
+            path: the output file; an existing file is replaced, except the image itself.
             image: see `draw`.
 
         Raises:
-            ZooError: the path cannot be written to, is the image that they were found in, or has
-                an ending that no picture format has.
+            ZooError: the path cannot be written to, is the image itself, or has an ending of no
+                picture format.
         """
         from vitadapter_zoo.detections import output_files as outputs
 
@@ -419,7 +345,7 @@ class Detections:
             outputs.write_picture(target, self.draw(image))
 
     def _pixels(self, image: ImageInput | None) -> npt.NDArray[np.uint8]:
-        """The image, uint8 RGB ``[H, W, 3]``, checked to be the one the detections belong to."""
+        """Read the image, uint8 RGB ``[H, W, 3]``, and check that its size is the detections'."""
         given = self.image if image is None else image
         if given is None:
             raise ZooError("these detections do not know their image: give it as image=...")
@@ -433,19 +359,13 @@ class Detections:
         return rgb
 
     def __repr__(self) -> str:
-        """Two lines: how many of which class, and the best of them."""
+        """Return two lines: the count of each class, and the best detections."""
         return notebook.text(self)
 
     def _repr_png_(self) -> bytes | None:
-        """The picture for notebooks; None where the image is not known."""
+        """Return the picture for notebooks; None if the image is unknown."""
         return notebook.png(self)
 
     def _repr_html_(self) -> str | None:
-        """The picture and a table for notebooks; None where the image is not known."""
+        """Return the picture and a table for notebooks; None if the image is unknown."""
         return notebook.page(self)
-
-
-def xywh(boxes: Tensor) -> list[list[float]]:
-    """Boxes (x1, y1, x2, y2) as COCO's ``[x, y, width, height]``."""
-    x1, y1, x2, y2 = boxes.detach().cpu().unbind(1)
-    return cast("list[list[float]]", torch.stack([x1, y1, x2 - x1, y2 - y1], dim=1).tolist())

@@ -82,7 +82,7 @@ def regions(boxes: Tensor, size: tuple[int, int]) -> list[tuple[slice, slice]]:
 
 
 def instance_colors(labels: Sequence[int]) -> list[RGB]:
-    """One colour for each detection: the hue tells the class, the shade the instance."""
+    """One colour per detection: the hue depends on the class, the shade on the instance."""
     seen: dict[int, int] = {}
     colors = []
     for label in labels:

@@ -1,4 +1,4 @@
-"""Files that commands write beside the user's own: never over an input, never half of one."""
+"""Output files of the commands: an input is never overwritten, no file is left half-written."""
 
 import os
 import unicodedata

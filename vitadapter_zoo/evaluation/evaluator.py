@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from vitadapter_zoo.detections import Detections, Instances
-from vitadapter_zoo.detections.detections import xywh
+from vitadapter_zoo.detections.records import xywh
 from vitadapter_zoo.errors import ImageError
 from vitadapter_zoo.evaluation.dataset import Image
 from vitadapter_zoo.evaluation.ids import Id

@@ -8,8 +8,8 @@ import timm
 
 from vitadapter_zoo.catalog import list_models
 from vitadapter_zoo.errors import ConfigError, DownloadError, UnknownModelError
-from vitadapter_zoo.models.adapter import STEM_WIDTH
 from vitadapter_zoo.models.dinov3 import DROP_PATH, DINOv3Adapter
+from vitadapter_zoo.models.spatial_prior import STEM_WIDTH
 from vitadapter_zoo.models.trunk import FITTING, AroundTimm, Trunk, check_kind
 from vitadapter_zoo.models.vit_adapter import ViTAdapter
 from vitadapter_zoo.text import quoted, shown

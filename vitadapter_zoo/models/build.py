@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from torch import nn
 
 from vitadapter_zoo.catalog import Row
-from vitadapter_zoo.models.adapter import STEM_WIDTH
 from vitadapter_zoo.models.boxes import ANCHOR_SCALE, FINEST_SCALE
 from vitadapter_zoo.models.heads import BOX_WIDTH, MASK_CONVS, REGIONS, RoIHead, RPNHead
 from vitadapter_zoo.models.mask_rcnn import MaskRCNN
 from vitadapter_zoo.models.necks import FPN, WIDTH, ChannelMapper
 from vitadapter_zoo.models.precision import float32_by_default
+from vitadapter_zoo.models.spatial_prior import STEM_WIDTH
 from vitadapter_zoo.models.uniperceiver import UniPerceiverAdapter
 from vitadapter_zoo.models.vit import ViTBaseline
 from vitadapter_zoo.models.vit_adapter import ViTAdapter

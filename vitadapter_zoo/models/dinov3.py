@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from vitadapter_zoo.errors import ConfigError
-from vitadapter_zoo.models.adapter import STEM_WIDTH, Geometry
+from vitadapter_zoo.models.adapter import Geometry
 from vitadapter_zoo.models.initial import draw
+from vitadapter_zoo.models.spatial_prior import STEM_WIDTH
 from vitadapter_zoo.models.trunk import AroundTimm, check_image, value_width
 from vitadapter_zoo.models.vit import LAYER_NORM_EPS, tokens_to_map
 

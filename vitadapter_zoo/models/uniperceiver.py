@@ -9,7 +9,8 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from vitadapter_zoo.models.adapter import STEM_WIDTH, WithAdapter
+from vitadapter_zoo.models.adapter import WithAdapter
+from vitadapter_zoo.models.spatial_prior import STEM_WIDTH
 from vitadapter_zoo.models.tokens import Linear, in_chunks
 from vitadapter_zoo.models.vit import (
     PATCH,

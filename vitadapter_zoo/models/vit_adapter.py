@@ -9,8 +9,9 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from vitadapter_zoo.errors import ConfigError
-from vitadapter_zoo.models.adapter import STEM_WIDTH, Geometry, WithAdapter
+from vitadapter_zoo.models.adapter import Geometry, WithAdapter
 from vitadapter_zoo.models.initial import draw
+from vitadapter_zoo.models.spatial_prior import STEM_WIDTH
 from vitadapter_zoo.models.timm_windows import can_be_windowed, run_windowed
 from vitadapter_zoo.models.trunk import (
     AroundTimm,

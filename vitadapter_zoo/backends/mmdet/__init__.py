@@ -5,8 +5,9 @@ If mmdet is installed, importing this package registers ``ViTAdapter``, ``ViTBas
 mmdet and mmcv under the original project's names, so that its configuration files work with
 ``custom_imports = dict(imports=["vitadapter_zoo.backends.mmdet"])``.
 
-``config`` and ``modules`` do not need mmdet. The functions raise a BackendError if mmdet is
-missing; importing this package raises one if mmdet is installed but broken.
+``modules`` does not need mmdet, and neither does ``vitadapter_zoo.backends.mmdet_config``. The
+functions raise a BackendError if mmdet is missing; importing this package raises one if mmdet is
+installed but broken.
 """
 
 import importlib

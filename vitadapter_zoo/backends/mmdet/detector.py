@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from vitadapter_zoo.backends.comparison import Stages
-from vitadapter_zoo.backends.mmdet.config import mmdet_config
+from vitadapter_zoo.backends.mmdet_config import mmdet_config
 from vitadapter_zoo.detections import Detections
 from vitadapter_zoo.errors import BackendError
 from vitadapter_zoo.images import ImageInput, read_image

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from vitadapter_zoo.errors import ConfigError
-from vitadapter_zoo.models import adapter, necks, uniperceiver, vit, vit_adapter
+from vitadapter_zoo.models import adapter, necks, spatial_prior, uniperceiver, vit, vit_adapter
 from vitadapter_zoo.weights.pretraining import read_pretraining
 
 # Arguments that have the same value in all published networks, with that value.
@@ -25,7 +25,7 @@ PUBLISHED: dict[str, object] = {
     "qkv_bias": True,
     "drop_rate": 0,
     "attn_drop_rate": 0,
-    "conv_inplane": adapter.STEM_WIDTH,
+    "conv_inplane": spatial_prior.STEM_WIDTH,
     "n_points": adapter.POINTS,
     "with_cffn": True,
     "cffn_ratio": adapter.CONV_FFN_RATIO,

@@ -1,15 +1,13 @@
-"""Detections in the forms of other libraries: supervision, pandas, COCO's category ids."""
+"""Conversions of detections from and to other libraries: supervision and pandas."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vitadapter_zoo.catalog import COCO_CATEGORY_IDS, COCO_CLASSES
 from vitadapter_zoo.errors import ZooError
 from vitadapter_zoo.text import quoted
 
@@ -18,31 +16,6 @@ if TYPE_CHECKING:
     import supervision
 
     from vitadapter_zoo.detections import Detections
-
-
-def category_ids(
-    categories: tuple[str, ...], given: Sequence[int] | Mapping[str, int] | None
-) -> Sequence[int]:
-    """The data set's id of each class, see ``Detections.to_coco``.
-
-    Raises:
-        ZooError: the classes are not COCO's 80 and no ids are given, or a class has no id.
-    """
-    if given is None:
-        if categories != COCO_CLASSES:
-            raise ZooError(
-                "these detections have other classes than COCO's 80: give the ids of your data "
-                "set, to_coco(image_id, category_ids={name: id, ...})"
-            )
-        return COCO_CATEGORY_IDS
-    if isinstance(given, Mapping):
-        absent = [name for name in categories if name not in given]
-        if absent:
-            raise ZooError(f"category_ids has no id for the class {quoted(absent[0])}")
-        return [given[name] for name in categories]
-    if len(given) != len(categories):
-        raise ZooError(f"there are {len(given)} category_ids for {len(categories)} classes")
-    return given
 
 
 def to_dataframe(found: Detections) -> pandas.DataFrame:

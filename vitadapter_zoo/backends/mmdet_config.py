@@ -1,4 +1,4 @@
-"""The mmdet 2.x configuration of a row. Needs neither mmdet nor mmcv.
+"""The mmdet 2.x configuration of a row; it needs neither mmdet nor mmcv, and imports neither.
 
 The training recipes are those of the original configuration files (``Row.config``), for 8 GPUs with
 2 images each. Mixed precision, which some of the files enable, is left out because it needs a GPU;
