@@ -15,6 +15,7 @@ from forked import failure, run
 from hotcoco import mask as coco_mask
 from PIL import Image
 
+from vitadapter_zoo import get_row
 from vitadapter_zoo.cli.predict_output import image_ids
 from vitadapter_zoo.images import read_image
 
@@ -202,3 +203,12 @@ def test_more_errors_are_one_line(folder: Path, pictures: Path, tmp_path: Path) 
     assert "cannot write" in text
     escape = tmp_path / "a\x1b[2Jb.png"
     assert "\x1b" not in failure("predict", str(escape), *model)
+
+
+def test_predict_warns_that_the_detector_in_the_package_is_not_for_photos(tmp_path: Path) -> None:
+    arguments = ("--model", "adapter-n-emoji", "--out", str(tmp_path / "out"))
+    assert "detects drawn emoji" in run("predict", str(standins.PHOTO), *arguments).stderr
+    files = get_row("adapter-n-emoji").data_files
+    assert files
+    own = run("predict", str(files[1] / "000190.jpg"), *arguments)
+    assert (own.returncode, own.stderr) == (0, "")

@@ -77,7 +77,7 @@ def trained_by_hand(data: Path) -> tuple[dict[str, torch.Tensor], list[float]]:
             assert isinstance(total, torch.Tensor)
             total.backward()
             gradients.append([x.grad for x in parameters])
-        told.append(float(total))
+        told.append(float(total.detach()))
         for parameter, second, first in zip(parameters, *gradients, strict=True):
             assert first is not None
             assert second is not None

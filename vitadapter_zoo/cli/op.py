@@ -46,7 +46,7 @@ def build_op_command() -> None:
     from vitadapter_zoo.ops.build import build
 
     console = Console(stderr=True)
-    with console.status("Compiling, about half a minute"):
+    with console.status("Compiling, a minute or two; longer for CUDA"):
         libraries = build()
     for library in libraries:
         click.echo(library)
