@@ -288,4 +288,4 @@ def test_compile_and_export(layer: Conv3x3) -> None:
     assert "conv3x3" not in str(exported.graph)
     torch.testing.assert_close(exported.module()(x, relu=True), expected, rtol=1e-4, atol=1e-5)
     traced = torch.jit.trace(layer, (x,))
-    assert "conv3x3" not in str(traced.inlined_graph)
+    assert "vitadapter_zoo::" not in str(traced.inlined_graph)  # paths of files have "conv3x3"
