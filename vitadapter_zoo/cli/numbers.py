@@ -1,6 +1,7 @@
 """Numbers on the command line."""
 
 import math
+from typing import Any
 
 import click
 
@@ -12,7 +13,7 @@ class FiniteRange(click.FloatRange):
     """
 
     def convert(
-        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> float:
         """Read the number, or end with click's error for a wrong value."""
         number: float = super().convert(value, param, ctx)
