@@ -35,7 +35,8 @@ def test_only_the_result_is_rounded(
 ) -> None:
     assert usable()
     values = arguments(images, 16 * channels, 16 * outputs, height, width)
-    right = F.conv2d(*(tensor.double() for tensor in values), padding=1)
+    x, weight, bias = (tensor.double() for tensor in values)
+    right = F.conv2d(x, weight, bias, padding=1)
     if relu:
         right = right.relu()
     found = torch.ops.vitadapter_zoo.conv3x3(*values, relu)
@@ -48,7 +49,8 @@ def test_only_the_result_is_rounded(
 
 def test_the_error_is_that_of_pytorch_s_convolution() -> None:
     values = arguments(1, 256, 256, 14, 14)
-    right = F.conv2d(*(tensor.double() for tensor in values), padding=1)
+    x, weight, bias = (tensor.double() for tensor in values)
+    right = F.conv2d(x, weight, bias, padding=1)
     mine = torch.ops.vitadapter_zoo.conv3x3(*values, False) - right
     theirs = F.conv2d(*values, padding=1) - right
     assert mine.square().mean() <= 1.001 * theirs.square().mean()
