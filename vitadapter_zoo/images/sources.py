@@ -14,7 +14,7 @@ import numpy as np
 
 from vitadapter_zoo import settings
 from vitadapter_zoo.errors import ImageError
-from vitadapter_zoo.images import RGB, ImageInput, is_url
+from vitadapter_zoo.images import RGB, ImageInput, NetworkInput, is_url
 from vitadapter_zoo.text import PATH, quoted, shown
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
@@ -190,3 +190,21 @@ def _open(source: str | int, name: str) -> cv2.VideoCapture:
         reason = "there is none" if name.startswith("camera") else "OpenCV cannot decode it"
         raise ImageError(f"cannot open {name}: {reason}")
     return capture
+
+
+def batches(
+    prepared: Iterator[tuple[Item, NetworkInput]], batch_size: int
+) -> Iterator[list[tuple[Item, NetworkInput]]]:
+    """Group consecutive items of the same shape, at most ``batch_size`` per group."""
+    batch: list[tuple[Item, NetworkInput]] = []
+    for item, inputs in prepared:
+        shape = inputs.tensor.shape
+        if batch and (len(batch) == batch_size or shape != batch[0][1].tensor.shape):
+            yield batch
+            batch = []
+        batch.append((item, inputs))
+        if len(batch) == batch_size:  # a camera's next frame is not waited for
+            yield batch
+            batch = []
+    if batch:
+        yield batch

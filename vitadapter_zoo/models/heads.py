@@ -322,6 +322,32 @@ def _candidates(
     return best // classes, best % classes, values[:MOST_CANDIDATES] > threshold
 
 
+def downloaded(
+    found: list[BoxDetections], masks: list[Tensor], flags: Tensor
+) -> tuple[list[tuple[Tensor, Tensor, Tensor, Tensor]], list[bool]]:
+    """Copy results to the CPU, in one copy.
+
+    Args:
+        found: boxes, scores and labels of each image.
+        masks: mask probabilities of each image, ``[N, 28, 28]``.
+        flags: bool ``[K]``.
+
+    Returns:
+        Boxes, scores, labels and masks of each image, and the flags.
+    """
+    parts = [(*boxes, maps) for boxes, maps in zip(found, masks, strict=True)]
+    if flags.device.type == "cpu":
+        return parts, flags.tolist()
+    # float32 holds every class's number exactly.
+    packed = torch.cat([flags.float(), *(x.flatten().float() for part in parts for x in part)])
+    values = iter(packed.cpu().split([len(flags), *(x.numel() for part in parts for x in part)]))
+    passed = next(values).bool().tolist()
+    parts = [
+        tuple(next(values).view(x.shape).to(x.dtype, copy=True) for x in part) for part in parts
+    ]
+    return parts, passed
+
+
 def not_finite() -> ZooError:
     """Create the error for a network that computes NaN or infinite values."""
     return ZooError(

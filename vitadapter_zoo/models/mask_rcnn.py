@@ -14,17 +14,17 @@ from vitadapter_zoo.catalog import COCO_CLASSES, Row
 from vitadapter_zoo.detections import Detections, Instances
 from vitadapter_zoo.errors import ImageError
 from vitadapter_zoo.images import ImageInput, NetworkInput, network_input
-from vitadapter_zoo.images.sources import Item, Source, expand, expand_lazily, items
+from vitadapter_zoo.images.sources import Item, Source, batches, expand, expand_lazily, items
 from vitadapter_zoo.models.boxes import ROI_STRIDES, box_limits
 from vitadapter_zoo.models.constants import uploaded_batch
 from vitadapter_zoo.models.graphs import Graphs
 from vitadapter_zoo.models.heads import (
-    BoxDetections,
     Candidates,
     Pending,
     Proposals,
     RoIHead,
     RPNHead,
+    downloaded,
     not_finite,
     suppressed,
 )
@@ -381,7 +381,7 @@ class MaskRCNN(nn.Module):
         prepared = ((item, self.preprocess(item.image)) for item in images)
         return (
             (item, detections)
-            for batch in _batches(prepared, batch_size)
+            for batch in batches(prepared, batch_size)
             for (item, _), detections in zip(
                 batch,
                 self._detections(
@@ -393,47 +393,3 @@ class MaskRCNN(nn.Module):
                 strict=True,
             )
         )
-
-
-def downloaded(
-    found: list[BoxDetections], masks: list[Tensor], flags: Tensor
-) -> tuple[list[tuple[Tensor, Tensor, Tensor, Tensor]], list[bool]]:
-    """Copy results to the CPU, in one copy.
-
-    Args:
-        found: boxes, scores and labels of each image.
-        masks: mask probabilities of each image, ``[N, 28, 28]``.
-        flags: bool ``[K]``.
-
-    Returns:
-        Boxes, scores, labels and masks of each image, and the flags.
-    """
-    parts = [(*boxes, maps) for boxes, maps in zip(found, masks, strict=True)]
-    if flags.device.type == "cpu":
-        return parts, flags.tolist()
-    # float32 holds every class's number exactly.
-    packed = torch.cat([flags.float(), *(x.flatten().float() for part in parts for x in part)])
-    values = iter(packed.cpu().split([len(flags), *(x.numel() for part in parts for x in part)]))
-    passed = next(values).bool().tolist()
-    parts = [
-        tuple(next(values).view(x.shape).to(x.dtype, copy=True) for x in part) for part in parts
-    ]
-    return parts, passed
-
-
-def _batches(
-    prepared: Iterator[tuple[Item, NetworkInput]], batch_size: int
-) -> Iterator[list[tuple[Item, NetworkInput]]]:
-    """Group consecutive items of the same shape, at most ``batch_size`` per group."""
-    batch: list[tuple[Item, NetworkInput]] = []
-    for item, inputs in prepared:
-        shape = inputs.tensor.shape
-        if batch and (len(batch) == batch_size or shape != batch[0][1].tensor.shape):
-            yield batch
-            batch = []
-        batch.append((item, inputs))
-        if len(batch) == batch_size:  # a camera's next frame is not waited for
-            yield batch
-            batch = []
-    if batch:
-        yield batch
