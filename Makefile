@@ -102,7 +102,8 @@ sanitize: .venv/.current
 		$(BIN)/python -m pytest -p no:cacheprovider --rootdir build/sanitize \
 		build/sanitize/tests/ops/test_ops.py build/sanitize/tests/ops/test_compat.py \
 		build/sanitize/tests/ops/test_masks.py build/sanitize/tests/ops/test_roi_align.py \
-		build/sanitize/tests/ops/test_conv3x3.py \
+		build/sanitize/tests/ops/test_roi_align_rows.py build/sanitize/tests/ops/test_conv3x3.py \
+		build/sanitize/tests/ops/test_conv3x3_bfloat16.py \
 		-k "not reference"
 
 clean:
