@@ -69,6 +69,26 @@ def test_a_damaged_tensor_is_refuted(
     assert found.verdict == "refuted"
 
 
+@pytest.mark.slow
+def test_bfloat16_compilation_and_workers_keep_its_ap(tmp_path: Path) -> None:
+    compiled = vitadapter_zoo.load(ROW.name)
+    compiled.compile()
+    found = {
+        "bfloat16": vitadapter_zoo.verify(
+            ROW.name, dtype=torch.bfloat16, run=tmp_path / "bfloat16"
+        ),
+        "compiled": vitadapter_zoo.verify(compiled, row_dataset(ROW), run=tmp_path / "compiled"),
+        "workers": vitadapter_zoo.verify(ROW.name, workers=2, run=tmp_path / "workers"),
+    }
+    allowed = {"bfloat16": 0.5, "compiled": 0.05, "workers": 0.05}
+    for name, verification in found.items():
+        box, mask = (100 * scores.figures["AP"] for scores in (verification.box, verification.mask))
+        print(f"{name}: box AP {box:.2f}, mask AP {mask:.2f}")
+        # 0.05 more, because the published figures are rounded.
+        assert abs(box - ROW.box_ap) <= allowed[name] + 0.05, name
+        assert abs(mask - ROW.mask_ap) <= allowed[name] + 0.05, name
+
+
 def test_other_data_are_not_compared_with_the_row_s_figures(tmp_path: Path) -> None:
     data = row_dataset(ROW)
     assert data.is_measured(ROW)
