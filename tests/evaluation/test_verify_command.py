@@ -72,13 +72,13 @@ def test_with_expect_nothing_is_called_published(
     run = undisturbed.details["run"]
     box, mask = (round(one.measured, 1) for one in undisturbed.comparisons)
     found = command(
-        *("verify", saved, "--coco", coco, "--expect", box + 30, round(mask - 0.5, 1)),
+        *("verify", saved, "--coco", coco, "--expect", round(box - 30, 1), round(mask + 0.5, 1)),
         *("--report", tmp_path / "report", "--run", run),
     )
     assert found.exit_code == 1
     reason = (
-        f"box AP is 30.0 below the expected {box + 30:.1f} and mask AP is 0.5 above the expected "
-        f"{mask - 0.5:.1f}"
+        f"box AP is 30.0 above the expected {box - 30:.1f} and mask AP is 0.5 below the expected "
+        f"{mask + 0.5:.1f}"
     )
     assert reason in found.stdout
     assert "expected" in found.stdout.partition("difference")[0]

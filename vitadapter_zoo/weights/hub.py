@@ -208,8 +208,9 @@ def _cached_names(source: HubFile, reason: str) -> list[str]:
         DownloadError: there are none.
     """
     wanted = source.revision or "main"
-    if Path(constants.HF_HUB_CACHE).is_dir():
-        for repo in huggingface_hub.scan_cache_dir().repos:
+    cache = constants.HF_HUB_CACHE
+    if Path(cache).is_dir():
+        for repo in huggingface_hub.scan_cache_dir(cache).repos:
             if (repo.repo_type, repo.repo_id) != ("model", source.repo):
                 continue
             for revision in repo.revisions:
