@@ -1,5 +1,10 @@
-"""Settings of training runs that take seconds, and the comparison of what they leave."""
+"""Training runs that take seconds: settings, interruption, comparison of the results."""
 
+import contextlib
+import os
+import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -34,3 +39,19 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def same(a: Path, b: Path) -> bool:
     left, right = weights(a), weights(b)
     return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+
+
+def interrupt_when_saved(out: Path, saves: int, number: int = signal.SIGINT) -> threading.Thread:
+    """Signal this process when a run has saved its state so many times."""
+
+    def watch() -> None:
+        seen: set[int] = set()
+        while len(seen) < saves:
+            with contextlib.suppress(OSError):
+                seen.add((out / "state.pt").stat().st_mtime_ns)
+            time.sleep(0.001)
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    return thread

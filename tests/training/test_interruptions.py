@@ -4,36 +4,19 @@ import contextlib
 import os
 import random
 import signal
-import threading
 import time
 from pathlib import Path
 
 import pytest
 import shapes
 from forked import COMMAND, workers
-from quick_training import NANO, OPTIONS, QUICK, same
+from quick_training import NANO, OPTIONS, QUICK, interrupt_when_saved, same
 
 from vitadapter_zoo import load
 from vitadapter_zoo.training.run import train
 from vitadapter_zoo.training.state import read_log, read_state
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def interrupt_when_saved(out: Path, saves: int, number: int = signal.SIGINT) -> threading.Thread:
-    """Signal this process when a run has saved its state so many times."""
-
-    def watch() -> None:
-        seen: set[int] = set()
-        while len(seen) < saves:
-            with contextlib.suppress(OSError):
-                seen.add((out / "state.pt").stat().st_mtime_ns)
-            time.sleep(0.001)
-        os.kill(os.getpid(), number)
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    return thread
 
 
 def test_three_parts_give_the_weights_of_one(data: Path, tmp_path: Path) -> None:

@@ -1,12 +1,7 @@
 """Detectors around timm's vision transformers: trained, saved, loaded and used as any other."""
 
 import json
-import os
 import shutil
-import signal
-import threading
-import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +15,7 @@ import torch
 import trunks
 from click.testing import CliRunner
 from forked import failure, run, workers
+from quick_training import interrupt_when_saved
 from safetensors import safe_open
 
 import vitadapter_zoo
@@ -49,6 +45,8 @@ from vitadapter_zoo.training.run import TrainingResult
 from vitadapter_zoo.training.start import initialize
 from vitadapter_zoo.training.state import read_state
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NARROW: dict[str, Any] = {
     "stem_width": 16, "neck_width": 64, "box_width": 128, "mask_convs": 1, "anchor_scale": 4,
     "regions": 32, "finest_scale": 28,
@@ -67,19 +65,6 @@ torch.set_num_threads(1)
 found = vitadapter_zoo.load(sys.argv[1]).predict(sys.argv[2], score_threshold=0.05)[0]
 torch.save([found.boxes, found.scores, found.labels], sys.argv[3])
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return shapes.coco(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
@@ -315,8 +300,9 @@ def test_resumed_runs_end_with_the_same_weights(
     more = {"epochs": 3, "ema": 0.9, "reference_backbone": True, "save_minutes": 1e-6}
     whole = briefly(data, tmp_path / "whole", around_test_vit2(drop_path=0.2), **more)
     half = tmp_path / "half"
+    interrupt_when_saved(half, 1)
     with pytest.raises(KeyboardInterrupt):
-        _interrupted(data, half, more)
+        briefly(data, half, around_test_vit2(drop_path=0.2), resume=True, **more)
     state = read_state(half)
     assert state
     assert 0 < state["step"] < 6
@@ -326,16 +312,6 @@ def test_resumed_runs_end_with_the_same_weights(
     published.unlink()
     with pytest.raises(DownloadError, match="looked for"):  # the state refers to the trunk too
         briefly(data, half, around_test_vit2(drop_path=0.2), resume=True, **more)
-
-
-def _interrupted(data: Path, out: Path, more: dict[str, Any]) -> None:
-    def watch() -> None:
-        while not (out / "state.pt").exists():
-            time.sleep(0.001)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    threading.Thread(target=watch, daemon=True).start()
-    briefly(data, out, around_test_vit2(drop_path=0.2), resume=True, **more)
 
 
 def gradients(network: TimmDetector, *, checkpointed: bool = False) -> tuple[MaskRCNN, list[Any]]:

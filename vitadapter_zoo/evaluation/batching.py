@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from vitadapter_zoo.images import NetworkInput
+from vitadapter_zoo.images import NetworkInput, padded_side
 from vitadapter_zoo.models import MaskRCNN
 
 SIZES = (8, 4, 2, 1)  # more than eight images are not faster
 # Of an image's memory: the activations, and as much again for the maps that CUDA graphs keep.
 SHARE_OF_FREE = 0.4
-PADDING = 32
 
 
 def chosen_size(model: MaskRCNN) -> int:
@@ -51,6 +50,5 @@ def bytes_per_image(model: MaskRCNN) -> int:
 def largest_input(model: MaskRCNN) -> NetworkInput:
     """Return a grey image whose padded shape is the largest that ``preprocess`` gives."""
     longest, shortest = model.row.input_size
-    height, width = (-(-side // PADDING) * PADDING for side in (shortest, longest))
-    size = (height, width)
-    return NetworkInput(torch.zeros(1, 3, height, width), size, size, (1.0, 1.0, 1.0, 1.0))
+    size = (padded_side(shortest), padded_side(longest))
+    return NetworkInput(torch.zeros(1, 3, *size), size, size, (1.0, 1.0, 1.0, 1.0))

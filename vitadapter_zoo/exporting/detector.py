@@ -16,14 +16,13 @@ from torchvision.ops import roi_align as torchvision_roi_align
 
 from vitadapter_zoo.models import MaskRCNN
 from vitadapter_zoo.models.adapter import POINTS, MSDeformAttn
-from vitadapter_zoo.models.boxes import ROI_STRIDES, anchors, apply_deltas
+from vitadapter_zoo.models.boxes import ROI_STRIDES, decode
 from vitadapter_zoo.models.heads import (
     BOX_NMS,
     BOX_STDS,
     MAX_DETECTIONS,
     PROPOSALS,
     RPN_NMS,
-    RPN_STDS,
     RPN_STRIDES,
 )
 from vitadapter_zoo.ops.reference import locate
@@ -96,23 +95,11 @@ class Exportable(nn.Module):
         return (*found, *(x.float() for x in (*features, *maps)), *proposals)
 
     def _propose(self, maps: list[Tensor], limits: Tensor) -> _Boxes:
-        """See `RPNHead.select`."""
+        """See `suppressed`."""
         head = self.model.rpn_head
-        kept = []
-        for level, ((logits, deltas), stride) in enumerate(
-            zip(head(maps), RPN_STRIDES, strict=True)
-        ):
-            grid = anchors(
-                logits.shape[2], logits.shape[3], stride, logits.device, head.anchor_scale
-            )
-            scores = logits[0].permute(1, 2, 0).reshape(-1).float().sigmoid()
-            scores, best = scores.topk(min(PROPOSALS, scores.shape[0]))
-            deltas = deltas[0].permute(1, 2, 0).reshape(-1, 4)[best].float()
-            boxes = apply_deltas(grid[best], deltas, RPN_STDS).clamp(min=0).minimum(limits)
-            kept.append((boxes, scores, torch.full_like(best, level)))
-        boxes, scores, levels = (torch.cat(parts) for parts in zip(*kept, strict=True))
-        solid = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(dim=1).nonzero().squeeze(1)
-        boxes, scores, levels = boxes[solid], scores[solid], levels[solid]
+        candidates = head.candidates(head(maps), limits)
+        solid = candidates.solid[0].nonzero().squeeze(1)
+        boxes, scores, levels = (part[0, solid] for part in candidates[:3])
         best = _nms(boxes, scores, levels, RPN_NMS)[:PROPOSALS]
         return _Boxes(boxes[best], scores[best])
 
@@ -125,7 +112,7 @@ class Exportable(nn.Module):
         all_scores = logits.float().softmax(-1)[:, :-1]
         rows, labels = (all_scores > score_threshold).nonzero(as_tuple=True)
         chosen = deltas.float().unflatten(1, (-1, 4))[rows, labels]
-        boxes = apply_deltas(proposals.boxes[rows], chosen, BOX_STDS).clamp(min=0).minimum(limits)
+        boxes = decode(proposals.boxes[rows], chosen, BOX_STDS, limits)
         scores = all_scores[rows, labels]
         best = _nms(boxes, scores, labels, BOX_NMS)[:MAX_DETECTIONS]
         return boxes[best], scores[best], labels[best]

@@ -29,7 +29,7 @@ from vitadapter_zoo.errors import ConfigError, ZooError
 from vitadapter_zoo.exporting import formats, postprocess
 from vitadapter_zoo.exporting.detector import OUTPUTS, Exportable
 from vitadapter_zoo.exporting.formats import FORMATS, PRECISIONS, SUFFIXES, Format
-from vitadapter_zoo.images import PAD_MULTIPLE, ImageInput, NetworkInput, read_image
+from vitadapter_zoo.images import PAD_MULTIPLE, ImageInput, NetworkInput, padded_side, read_image
 from vitadapter_zoo.models import MaskRCNN
 from vitadapter_zoo.models.mask_rcnn import SCORE_THRESHOLD
 from vitadapter_zoo.settings import expanded
@@ -162,8 +162,8 @@ def _removed_on_failure(folder: Path) -> Iterator[None]:
 
 def default_size(model: MaskRCNN) -> tuple[int, int]:
     """(height, width) of a landscape image's input, multiples of 32."""
-    longest, shortest = (-(-side // PAD_MULTIPLE) * PAD_MULTIPLE for side in model.row.input_size)
-    return shortest, longest
+    longest, shortest = model.row.input_size
+    return padded_side(shortest), padded_side(longest)
 
 
 def _picture() -> Path:

@@ -211,6 +211,11 @@ def resized_size(height: int, width: int, input_size: tuple[int, int]) -> tuple[
     return int(height * factor + 0.5), int(width * factor + 0.5)
 
 
+def padded_side(side: int) -> int:
+    """Return the side of the zero-padded input for a resized image's side, both in pixels."""
+    return side + -side % PAD_MULTIPLE
+
+
 def network_input(
     image: ImageInput,
     input_size: tuple[int, int],
@@ -241,8 +246,8 @@ def network_input(
     # OpenCV's own arithmetic, to round as the original did.
     cv2.subtract(pixels, np.array([mean], np.float64), pixels)
     cv2.multiply(pixels, 1 / np.array([std], np.float64), pixels)
-    padded_size = (side + -side % PAD_MULTIPLE for side in (new_height, new_width))
-    padded = torch.zeros(1, 3, *padded_size, dtype=torch.float32, device="cpu")
+    sides = (padded_side(new_height), padded_side(new_width))
+    padded = torch.zeros(1, 3, *sides, dtype=torch.float32, device="cpu")
     padded[0, :, :new_height, :new_width] = torch.from_numpy(pixels).permute(2, 0, 1)
     scale_x = float(np.float32(new_width / width))
     scale_y = float(np.float32(new_height / height))

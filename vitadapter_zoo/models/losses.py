@@ -262,7 +262,8 @@ def sample_regions(
     kept = _true(chosen.taken.flatten(), sum(numbers[0]))
     places = _flat(chosen.indices, boxes.shape[1])[kept]
     images = kept // chosen.indices.shape[1]
-    before = present.sum(dim=1).cumsum(0) - present.sum(dim=1)
+    counts = present.sum(dim=1)
+    before = counts.cumsum(0) - counts
     owners = matched.flatten()[places]
     return Regions(
         torch.cat([images[:, None].to(boxes.dtype), boxes.flatten(0, 1)[places]], dim=1),

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from vitadapter_zoo.errors import DatasetError, ZooError
-from vitadapter_zoo.images import PAD_MULTIPLE, RGB, NetworkInput, read_image
+from vitadapter_zoo.images import RGB, NetworkInput, padded_side, read_image
 from vitadapter_zoo.training.annotations import Sample
 from vitadapter_zoo.training.masks import rasterised
 from vitadapter_zoo.training.transforms import Objects, Sizes, augmented
@@ -188,10 +188,7 @@ def collate(found: Sequence[ViewOrError]) -> Batch | ZooError:
         if isinstance(view, ZooError):
             return view
         views.append(view)
-    height, width = (
-        -(-max(image.shape[side] for image, _ in views) // PAD_MULTIPLE) * PAD_MULTIPLE
-        for side in (0, 1)
-    )
+    height, width = (padded_side(max(image.shape[side] for image, _ in views)) for side in (0, 1))
     counts = [len(objects.labels) for _, objects in views]
     images = torch.zeros(len(views), 3, height, width, dtype=torch.uint8)
     masks = torch.zeros(sum(counts), height, width, dtype=torch.bool)
